@@ -1,0 +1,1 @@
+"""The tool that turns manuscripts into package, notebooks and sheets, and proves them fresh."""

@@ -1,0 +1,858 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+r"""
+# 3. The model
+
+By the end of this chapter you have written the GPT that the rest of the book trains, and you have
+shown four things about it: it starts with a loss of exactly $\ln V$, it cannot look into the
+future, its cost per token follows from two numbers, and without attention or positions it is no
+better than a table of token pairs.
+"""
+
+# %%
+import torch
+
+from nanochat.model import GPT, GPTConfig
+
+config = GPTConfig.for_depth(4, vocab_size=2048, seq_len=256, head_dim=64)
+model = GPT(config)
+logits = model(torch.tensor([[11, 42, 7]]))
+print(f"{model.num_params()['total']:,} parameters turn 3 ids into logits {tuple(logits.shape)}")
+
+# %% [markdown]
+r"""
+That is the finished thing: ids go in, and for every position a score for every token of the
+vocabulary comes out. The score says how likely that token is to come *next*. Everything a chat
+model does, from spelling to sums, is this one function called again and again.
+
+**What you will be able to do**
+
+- explain what each line of a GPT computes, with its shapes;
+- write attention as a loop, as three matrix products, and as one library call, and prove them
+  equal;
+- show that rotary positions make scores depend on distance alone;
+- derive parameters and FLOPs from the depth, and check both against a counter;
+- measure what a design choice is worth, beside a baseline and a control, and say when a run
+  cannot tell.
+
+**Before you start**: chapters 1 and 2 (tokens and batches); matrix products; PyTorch tensors.
+Reading takes 40 minutes, running under a minute on two CPU cores. No GPU is needed.
+"""
+
+# %% tags=["parameters"]
+profile = "quick"
+steps = 120  # training steps per variant in the ablation at the end
+seeds = 1  # more seeds give error bars, and take as much longer
+
+# %%
+#| default_exp model
+
+# %%
+#| export
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# %%
+import time
+
+import matplotlib.pyplot as plt
+
+from nanochat.common import COLORS, figure, seed_everything
+
+# %% [markdown]
+r"""
+## 1. The shape of the thing
+
+A language model is a function from a prefix to a distribution over the next token. A
+*decoder-only transformer* computes all prefixes of a text at once. It keeps one vector of
+`n_embd` numbers per position, the **residual stream**, and passes it through `n_layer` blocks. A
+block does two things, and *adds* the result of each to the stream:
+
+- **attention** moves information between positions: what have earlier tokens to tell this one?
+- the **MLP** works on each position alone: what follows from what is now known here?
+"""
+
+
+# %%
+def draw_model():
+    """Draw the residual stream from ids to logits."""
+    fig, ax = plt.subplots(figsize=(7, 1.9), dpi=110)
+    boxes = [
+        "ids\n(B, T)",
+        "embedding",
+        "norm",
+        "+ attention",
+        "+ MLP",
+        "norm",
+        "head",
+        "logits\n(B, T, V)",
+    ]
+    for i, label in enumerate(boxes):
+        face = "#dcecf7" if label[0] == "+" else "#f2f2f2"
+        ax.add_patch(plt.Rectangle((i * 1.3, 0), 1.1, 1, facecolor=face, edgecolor="#444444"))
+        ax.text(i * 1.3 + 0.55, 0.5, label, ha="center", va="center", fontsize=8)
+        if i:
+            ax.annotate("", (i * 1.3, 0.5), (i * 1.3 - 0.2, 0.5), arrowprops=dict(arrowstyle="->"))
+    ax.plot([3.8, 3.8, 6.4, 6.4], [-0.15, -0.3, -0.3, -0.15], color="#444444")
+    ax.text(5.1, -0.62, "a block, n_layer times", ha="center", fontsize=8)
+    ax.set(xlim=(-0.1, 10.4), ylim=(-0.9, 1.1))
+    ax.axis("off")
+    plt.show()
+
+
+draw_model()
+
+# %% [markdown]
+r"""
+All sizes follow from a handful of numbers. We keep them in one small dataclass. `for_depth` is
+the book's **one dial**: give it a number of layers and it derives the width (64 channels per
+layer) and the number of heads.
+"""
+
+
+# %%
+#| export
+@dataclass
+class GPTConfig:
+    """Sizes of a GPT. `for_depth` derives all of them from one dial, the number of layers."""
+
+    vocab_size: int = 32768
+    seq_len: int = 2048
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit together, with the sizes in the sentence."""
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head or self.head_dim % 2:
+            raise ValueError(
+                f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head} with an even "
+                f"quotient, and n_head a multiple of n_kv_head {self.n_kv_head}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.n_embd // self.n_head
+
+    @classmethod
+    def for_depth(
+        cls, depth: int, vocab_size: int, seq_len: int, aspect: int = 64, head_dim: int = 128
+    ) -> "GPTConfig":
+        """Derive the sizes from the depth: width `aspect * depth`, heads of `head_dim` channels.
+
+        The width is rounded up to a whole number of heads (nanochat's rule).
+        """
+        n_head = math.ceil(aspect * depth / head_dim)
+        return cls(vocab_size, seq_len, depth, n_head, n_head, n_head * head_dim)
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the sizes as a plain dict; `GPTConfig(**d)` reads it back."""
+        return asdict(self)
+
+
+# %%
+for depth in (2, 4, 12, 20):
+    print(depth, GPTConfig.for_depth(depth, vocab_size=32768, seq_len=2048))
+
+# %% [markdown]
+r"""
+Two helpers come first. **`Linear`** stores its weights in float32, where the optimizer can make
+tiny changes, but multiplies in the dtype of its input. Feed it bfloat16 and the product runs on
+the fast units of the hardware; no context manager decides behind our back. There are no biases
+anywhere in this model: they cost little and bring nothing.
+
+**RMSNorm** keeps the stream's vectors at a common size. It divides a vector by its root mean
+square,
+
+$$\operatorname{norm}(x) = \frac{x}{\sqrt{\frac1C\sum_i x_i^2}},$$
+
+and, unlike LayerNorm, neither subtracts a mean nor learns a scale.
+"""
+
+
+# %%
+#| export
+class Linear(nn.Linear):
+    """A linear layer without bias: float32 weights, multiplied in the dtype of its input."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide each vector of x (..., C) by its root mean square. Zhang and Sennrich (2019)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+# %%
+#| test
+x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) * 100
+assert torch.allclose(rms_norm(x).square().mean(-1), torch.ones(5), atol=1e-4)
+assert torch.allclose(rms_norm(x), rms_norm(3 * x), atol=1e-5)  # size is forgotten, direction kept
+
+# %% [markdown]
+r"""
+## 2. Attention, three times
+
+Position $t$ asks a question, its **query** $q_t$. Every earlier position $s \le t$ has a **key**
+$k_s$ that says what it offers and a **value** $v_s$ that it hands over. The match $q_t\cdot k_s$,
+scaled and pushed through a softmax, says how much of each value to take:
+
+$$y_t = \sum_{s\le t} w_{ts}\, v_s,\qquad
+w_{t\cdot} = \operatorname{softmax}_s\!\left(\frac{q_t\cdot k_s}{\sqrt D}\right).$$
+
+Written as it reads, it is two loops.
+"""
+
+
+# %%
+def attend_loops(q, k, v):
+    """Attention of one head as the formula reads; q, k, v (T, D)."""
+    rows = []
+    for t in range(len(q)):
+        scores = torch.stack([q[t] @ k[s] / q.size(1) ** 0.5 for s in range(t + 1)])
+        weights = scores.softmax(0)
+        rows.append(sum(w * v[s] for s, w in enumerate(weights)))
+    return torch.stack(rows)
+
+
+def attend_matrix(q, k, v):
+    """The same as three matrix operations: scores, a mask for the future, a weighted sum."""
+    T, D = q.shape[-2:]
+    scores = q @ k.mT / D**0.5  # (..., T, T)
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, float("-inf")).softmax(-1) @ v
+
+
+# %% [markdown]
+r"""
+The second form does all positions at once. The mask puts $-\infty$ where a query would look
+ahead, which the softmax turns into a weight of zero. It still builds the $T\times T$ matrix of
+scores. The third form is PyTorch's `scaled_dot_product_attention`, which computes the same
+numbers block by block and never stores that matrix. That one we keep.
+
+Two details make `attend` ready for real use. With **grouped queries**, several query heads share
+one key and value head, which shrinks the cache of chapter 8. And when there are more keys than
+queries, because earlier keys come from that cache, the queries are the *last* of the positions.
+"""
+
+
+# %%
+#| export
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal attention of q (B, H, T, D) over k, v (B, H_kv, S, D), S >= T; returns (B, H, T, D).
+
+    The T queries are the last T of the S positions. `mask` (B, 1, T, S), True where a query may
+    look, replaces the causal rule (rows of different lengths in one batch, chapter 8).
+    """
+    n_new, n_all = q.size(2), k.size(2)
+    if mask is None and 1 < n_new < n_all:
+        mask = torch.ones(n_new, n_all, dtype=torch.bool, device=q.device).tril(n_all - n_new)
+    causal = mask is None and n_new > 1
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
+
+
+# %%
+seed_everything(0)
+q, k, v = torch.randn(3, 1, 1, 256, 64)
+
+
+def milliseconds(function, repeats):
+    """Best time of a few calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times)
+
+
+loops = attend_loops(q[0, 0], k[0, 0], v[0, 0])
+for name, result in {"matrix": attend_matrix(q, k, v), "kept": attend(q, k, v)}.items():
+    print(f"{name:6s} differs from the loops by at most {(result - loops).abs().max():.1e}")
+slow = milliseconds(lambda: attend_loops(q[0, 0], k[0, 0], v[0, 0]), 1)
+fast = milliseconds(lambda: attend(q, k, v), 20)
+print(
+    "the loops take",
+    "more" if slow > 100 * fast else "less",
+    "than 100 times as long as the kept form",
+)
+
+# %% [markdown]
+r"""
+> **Exercise 3.1.** Before you run it: how many numbers does `attend_matrix` store for its scores
+> with 16 heads, a batch of 8 and 4,096 tokens? How many gigabytes is that in float32? *(Predict,
+> then compute.)*
+
+## 3. Where am I? Rotary positions
+
+Attention as written has no idea of order: shuffle the earlier tokens and each query still finds
+the same keys. Rotary embedding tells the position by *turning* queries and keys. Take the
+channels in pairs, and turn pair $i$ at position $t$ by the angle $t\,\theta_i$, with $\theta_i =
+10000^{-2i/D}$: fast for the first pairs, hardly at all for the last. When two vectors that were
+turned by $t\theta$ and $s\theta$ meet in a dot product, only the difference $(t-s)\theta$ is
+left.
+"""
+
+
+# %%
+#| export
+def rotary_angles(seq_len: int, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each (seq_len, head_dim / 2) float32, of position times frequency."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs (i, i + D/2) of x (B, T, H, D) by their angles. Su et al. (2021).
+
+    cos and sin are (T, D/2), or (B, T, D/2) when rows of a batch stand at different positions.
+    The turn is clockwise, as in nanochat: scores depend on the distance either way.
+    """
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)  # (..., T, 1, D/2)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1)
+
+
+# %%
+#| test
+cos, sin = rotary_angles(64, 16)
+q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
+
+
+def score_at(t, s):
+    return (
+        rotate(q, cos[t : t + 1], sin[t : t + 1]) * rotate(k, cos[s : s + 1], sin[s : s + 1])
+    ).sum()
+
+
+assert torch.allclose(score_at(20, 15), score_at(50, 45), atol=1e-4)  # same distance, same score
+assert not torch.allclose(score_at(20, 15), score_at(20, 10), atol=1e-2)
+
+# %%
+ones = torch.ones(1, 1, 1, 64)
+cos, sin = rotary_angles(256, 64)
+still = rotate(ones, cos[:1], sin[:1])
+scores = [
+    (still * rotate(ones, cos[d : d + 1], sin[d : d + 1])).sum().item() / 64 for d in range(256)
+]
+fig, ax = figure(
+    "The same query and key match less as they move apart",
+    "distance (tokens)",
+    "score (1 = no distance)",
+    alt="A curve that starts at 1, falls fast within 20 tokens and then wavers around a low value.",
+)
+ax.plot(scores)
+ax.axhline(0, color="#444444", linewidth=0.6)
+plt.show()
+
+# %% [markdown]
+r"""
+The picture shows what the angles alone do to two equal vectors: near neighbours match well,
+distant ones less, with ripples. A head that wants to look far away can put its content into the
+slow channels, which hardly turn at all.
+
+> **Play.** Change the base from 10,000 to 100 in `rotary_angles(256, 64, base=100.0)` and draw
+> the curve again. Which base would you choose for texts of 100,000 tokens?
+
+The attention layer puts it together: four linear maps, the turn, a norm on queries and keys, and
+`attend`. The **QK norm** bounds every score by $\sqrt D$, so no head can drive its softmax into a
+corner early in training. If a `kv_cache` is given (chapter 8), it stores the new keys and values
+and gives back all of them.
+"""
+
+
+# %%
+#| export
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries, rotary positions and normalised q and k."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.config = layer, config
+        kv_width = config.n_kv_head * config.head_dim
+        self.q = Linear(config.n_embd, config.n_embd)
+        self.k = Linear(config.n_embd, kv_width)
+        self.v = Linear(config.n_embd, kv_width)
+        self.proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Any = None) -> Tensor:
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, self.config.n_head, -1)  # (B, T, H, D)
+        k = self.k(x).view(B, T, self.config.n_kv_head, -1)  # (B, T, H_kv, D)
+        v = self.v(x).view(B, T, self.config.n_kv_head, -1)
+        q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        mask = None
+        if kv_cache is not None:
+            k, v = kv_cache.update(self.layer, k, v)  # (B, H_kv, S, D)
+            mask = kv_cache.mask
+        y = attend(q, k, v, mask)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+# %% [markdown]
+r"""
+## 4. The MLP and the block
+
+The MLP widens each vector fourfold, applies a nonlinearity and narrows it again. We use the
+**squared ReLU**: zero for negative inputs, $x^2$ for positive ones. It is cheap, its gradient is
+smooth at zero, and most of its outputs are exactly zero.
+
+A block adds both parts to the stream. Each part reads a *normalised copy* and writes into the
+*raw* stream, so the stream itself is never squeezed, and the gradient has a free path from the
+loss to the embedding.
+"""
+
+
+# %%
+#| export
+class MLP(nn.Module):
+    """The two-layer perceptron of a block, four times as wide inside, with squared ReLU."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up = Linear(config.n_embd, 4 * config.n_embd)
+        self.down = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    """One layer: attention, then MLP, each added to the residual stream it has normalised."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attention, self.mlp = Attention(config, layer), MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Any = None) -> Tensor:
+        x = x + self.attention(rms_norm(x), cos, sin, kv_cache)
+        return x + self.mlp(rms_norm(x))
+
+
+# %% [markdown]
+r"""
+## 5. From logits to loss
+
+The last norm and a linear **head** give one logit per token of the vocabulary. Two things happen
+before the softmax. The logits become float32, because a sum over thousands of exponentials is no
+place for 8 bits of precision. And a **softcap**, $15\tanh(z/15)$, keeps them between -15 and 15:
+no single logit can run away.
+"""
+
+# %%
+z = torch.linspace(-40, 40, 200)
+fig, ax = figure(
+    "The softcap leaves small logits alone and stops large ones",
+    "logit before",
+    "logit after",
+    alt="An S-shaped curve along the diagonal near zero, flat at plus and minus 15.",
+)
+ax.plot(z, z, color="#999999", linewidth=0.8, label="no cap")
+ax.plot(z, 15 * torch.tanh(z / 15), label="15 tanh(z / 15)")
+ax.set_ylim(-20, 20)
+ax.legend(fontsize=8, frameon=False)
+plt.show()
+
+# %% [markdown]
+r"""
+The loss is the cross-entropy: the surprise $-\ln p$ of the token that really came next, in
+**nats**, averaged. Targets of -1 do not count; fine-tuning uses that to train on the assistant's
+words only. If *no* target counts, the sum is zero and so is our mean. The obvious
+`F.cross_entropy(..., reduction="mean")` divides 0 by 0 there and poisons the weights with NaN, a
+bug that real projects have shipped.
+"""
+
+
+# %%
+#| export
+def token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats of logits (B, T, V) against targets (B, T); targets -1 are ignored.
+
+    "mean" and "sum" are over the targets that count, "none" gives (B, T). A mean over no
+    targets is 0, not NaN: a micro-batch whose targets are all masked is harmless.
+    """
+    loss = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
+    ).view_as(targets)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / (targets != -1).sum().clamp(min=1)
+
+
+# %%
+#| test
+logits = torch.zeros(1, 4, 10)
+assert torch.isclose(token_loss(logits, torch.tensor([[1, 2, 3, 4]])), torch.tensor(10.0).log())
+assert token_loss(logits, torch.full((1, 4), -1)) == 0  # nothing to learn, no NaN
+
+# %% [markdown]
+r"""
+## 6. The whole model
+
+The model is the picture from section 1 in code. It holds the angles for all positions, so that a
+call only slices them. `last_only` skips the head for all positions but the last, which is all
+that generation needs: with a vocabulary of 32,768 the head is a third of a small model's work.
+
+The token embedding and the head are *untied*: two tables, not one used twice. Tying saves memory
+but makes one matrix serve two masters with very different learning rates (chapter 4).
+"""
+
+
+# %%
+#| export
+class GPT(nn.Module):
+    """A decoder-only transformer: token ids in, logits or loss out (chapter 3).
+
+    Parameters are float32; `compute_dtype` (default float32) is the dtype of the activations.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 0, softcap: float = 15.0):
+        super().__init__()
+        self.config, self.softcap, self.compute_dtype = config, softcap, torch.float32
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.head = Linear(config.n_embd, config.vocab_size)
+        cos, sin = rotary_angles(config.seq_len, config.head_dim)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        init_weights(self, seed)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self.embedding.weight.device
+
+    def angles(self, n_new: int, kv_cache: Any = None) -> tuple[Tensor, Tensor]:
+        """Return cos and sin for the next n_new positions, after those in the cache."""
+        start = 0 if kv_cache is None else kv_cache.length
+        if start + n_new > self.config.seq_len:
+            raise ValueError(f"{start + n_new} tokens do not fit in seq_len {self.config.seq_len}.")
+        if kv_cache is not None and kv_cache.positions is not None:  # (B, T)
+            return self.cos[kv_cache.positions], self.sin[kv_cache.positions]
+        return self.cos[start : start + n_new], self.sin[start : start + n_new]
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        kv_cache: Any = None,
+        reduction: str = "mean",
+        last_only: bool = False,
+    ) -> Tensor:
+        """Map ids (B, T) int64 to float32 logits (B, T, V), or to the loss when targets are given.
+
+        `last_only` gives the logits of the last position alone, (B, 1, V). With a `kv_cache`
+        the ids are the next T of each row. `reduction` is as in `token_loss`.
+        """
+        cos, sin = self.angles(idx.size(1), kv_cache)
+        x = rms_norm(self.embedding(idx).to(self.compute_dtype))  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, cos, sin, kv_cache)
+        if kv_cache is not None:
+            kv_cache.advance(idx.size(1))
+        x = rms_norm(x[:, -1:] if last_only else x)
+        logits = self.head(x).float()  # (B, T, V)
+        logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits if targets is None else token_loss(logits, targets, reduction)
+
+    def num_params(self) -> dict[str, int]:
+        """Count parameters: total, block matrices, embedding, head."""
+        total = sum(p.numel() for p in self.parameters())
+        embedding, head = self.embedding.weight.numel(), self.head.weight.numel()
+        matrix = total - embedding - head
+        return {"total": total, "matrix": matrix, "embedding": embedding, "head": head}
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token, forward and backward.
+
+        6 per weight that multiplies (the embedding only looks up), and 12 per channel, layer and
+        position attended to, with the causal half counted whole. Chowdhery et al. (2022), app. B.
+        """
+        size, params = self.config, self.num_params()
+        attention = 12 * size.n_layer * size.n_embd * size.seq_len
+        return 6 * (params["matrix"] + params["head"]) + attention
+
+
+# %% [markdown]
+r"""
+**Initial weights.** The embedding has spread 1. A matrix that reads the stream has spread
+$1/\sqrt{\text{in}}$, so that its output has about the size of its input. Everything that *writes*
+(both projections back into the stream, and the head) starts at **zero**. So every block starts as
+the identity, every logit at 0, and every token gets probability $1/V$. The loss must then be $\ln
+V$, to the last digit, before the first step. It is the cheapest test of a language model there
+is: if your model starts higher, something is wrong already.
+"""
+
+
+# %%
+#| export
+@torch.no_grad()
+def init_weights(model: GPT, seed: int = 0) -> None:
+    """Draw fresh weights: embedding N(0, 1), matrices scaled by their shape, the rest zero.
+
+    A matrix has standard deviation min(1, sqrt(out / in)) / sqrt(in). Both projections back to the
+    residual stream and the head start at zero: each block starts as the identity, all logits
+    at 0, the loss at ln(vocab_size). The draw depends on the seed alone, not on the device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(weight: Tensor, std: float) -> None:
+        weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+    draw(model.embedding.weight, 1.0)
+    model.head.weight.zero_()
+    for block in model.blocks:
+        attention, mlp = block.attention, block.mlp
+        for layer in (attention.q, attention.k, attention.v, mlp.up):
+            fan_out, fan_in = layer.weight.shape
+            draw(layer.weight, min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
+        attention.proj.weight.zero_()
+        mlp.down.weight.zero_()
+
+
+# %%
+#| test
+small = GPT(GPTConfig(vocab_size=300, seq_len=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
+ids = torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+assert abs(small(ids, ids).item() - math.log(300)) < 1e-5
+
+# %% [markdown]
+r"""
+And the model must not see the future. We change the second half of a text and ask whether any
+logit of the first half moves.
+"""
+
+# %%
+seed_everything(0)
+with torch.no_grad():
+    for p in small.parameters():
+        p.normal_(0, 0.2)  # zero projections would hide a leak
+    changed = ids.clone()
+    changed[:, 16:] = torch.randint(0, 300, (4, 16))
+    moved = (small(ids) - small(changed)).abs().amax(dim=(0, 2))
+fig, ax = figure(
+    "Changing tokens 16 to 31 moves no logit before position 16",
+    "position (tokens)",
+    "largest change of a logit",
+    alt="Bars at zero for positions 0 to 15 and tall bars from 16 on.",
+)
+ax.bar(range(32), moved)
+plt.show()
+assert moved[:16].max() == 0
+
+# %% [markdown]
+r"""
+## 7. What does it cost?
+
+Count the weights of a block: queries, keys, values and projection are $4C^2$, the two MLP
+matrices $8C^2$, together $12C^2$. With $L$ layers and a vocabulary of $V$,
+
+$$N = 12\,L\,C^2 + 2\,V C .$$
+
+Each weight that multiplies costs one multiplication and one addition per token forward, and twice
+that backward: **6 FLOPs per weight and token**. The embedding only looks up a row and costs
+nothing. Attention adds $12\,L\,C\,T$: two products of length $C$ with $T$ positions, times six.
+(The future half is counted too; the convention of the field.) We compare the formula with a
+counter that watches every operation.
+"""
+
+# %%
+from torch.utils.flop_counter import FlopCounterMode
+
+model = GPT(GPTConfig.for_depth(2, vocab_size=1024, seq_len=128))
+ids = torch.zeros(4, 128, dtype=torch.long)
+plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+with plain, FlopCounterMode(display=False) as counter:
+    model(ids, ids).backward()
+counted, formula = counter.get_total_flops() / ids.numel(), model.flops_per_token()
+print(f"counted {counted:,.0f} FLOPs per token, formula {formula:,}: ratio {counted / formula:.3f}")
+
+# %%
+print("depth   width     parameters   in blocks   FLOPs/token   classic d20 = 561.0 M")
+for depth in (4, 8, 12, 20, 26):
+    with torch.device("meta"):
+        size = GPTConfig.for_depth(depth, vocab_size=65536, seq_len=2048)
+    matrix = 12 * size.n_layer * size.n_embd**2
+    total = matrix + 2 * size.vocab_size * size.n_embd
+    flops = 6 * (total - size.vocab_size * size.n_embd) + 12 * size.n_layer * size.n_embd * 2048
+    row = f"{depth:5d} {size.n_embd:7d} {total / 1e6:12.1f} M {matrix / total:11.0%}"
+    print(f"{row} {flops / 1e9:11.2f} G")
+
+# %% [markdown]
+r"""
+The counts are those that nanochat published for its first recipe (561.0 million at depth 20).
+Note the third column: at depth 4 only a twelfth of the parameters sit in the blocks. Small models
+are mostly vocabulary, which is why our laptop runs use 2,048 tokens and not 65,536.
+
+> **Exercise 3.2.** At which sequence length do attention's FLOPs equal those of the weights in a
+> block? *(Take the two formulas, solve for T, and check at depth 12.)*
+
+## 8. What is each part worth?
+
+Opinions are cheap; runs decide. We train the same small model on the tiny world (appendix A1) and
+change one thing at a time. The **baseline** is a bigram table, which knows only the current
+token. The **control** is our full model trained on shuffled tokens: whatever it gains there comes
+from token frequencies alone.
+"""
+
+# %%
+from nanochat.tinyworld import World, document
+from nanochat.tokenizer import Tokenizer
+
+torch.set_num_threads(1)  # matrices as small as these gain nothing from a second thread
+world = World()
+texts = [document(world, i) for i in range(3000)]
+tokenizer = Tokenizer.train(texts[:400], vocab_size=1024)
+stream = torch.tensor([t for text in texts for t in tokenizer.encode(text, bos=True)])
+n_val = 16 * 129
+train_rows = stream[n_val:][: (len(stream) - n_val) // 129 * 129].view(-1, 129)
+val_rows = stream[:n_val].view(-1, 129)
+print(f"{train_rows.numel():,} training tokens, {val_rows.numel():,} for validation")
+
+# %%
+import nanochat.model as package  # the variants swap functions of the module they run in
+
+
+class NoRotary(package.Attention):
+    """Attention without positions: the angles are all zero."""
+
+    def forward(self, x, cos, sin, kv_cache=None):
+        return super().forward(x, torch.ones_like(cos), torch.zeros_like(sin), kv_cache)
+
+
+class PlainReLU(package.MLP):
+    """An MLP with ReLU in place of its square."""
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)))
+
+
+def change(model, variant):
+    """Turn a fresh model into a variant of itself, in place."""
+    for block in model.blocks:
+        if variant == "no positions":
+            block.attention.__class__ = NoRotary
+        elif variant == "ReLU, not squared":
+            block.mlp.__class__ = PlainReLU
+        elif variant == "no attention":
+            block.attention.proj.weight.requires_grad_(False)  # stays zero: writes nothing
+    return model
+
+
+# %%
+def train_variant(variant, seed):
+    """Train a variant for `steps` steps; return its validation loss in nats per token."""
+    size = GPTConfig.for_depth(2, tokenizer.vocab_size, 128, head_dim=32)
+    model = change(package.GPT(size, seed=seed), variant)
+    table = model.embedding.weight
+    rest = [p for p in model.parameters() if p is not table and p.requires_grad]
+    groups = [{"params": [table], "lr": 0.1}, {"params": rest, "lr": 0.006}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))  # until chapter 4
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = train_rows[torch.randint(0, len(train_rows), (8,), generator=order)]
+        if variant == "control: shuffled":
+            rows = rows[:, torch.randperm(129, generator=order)]
+        model(rows[:, :-1], rows[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    with torch.no_grad():
+        return model(val_rows[:, :-1], val_rows[:, 1:]).item()
+
+
+# %%
+variants = ["full model", "ReLU, not squared", "no positions", "no attention", "control: shuffled"]
+losses = {variant: [train_variant(variant, seed) for seed in range(seeds)] for variant in variants}
+counts = torch.ones(tokenizer.vocab_size, tokenizer.vocab_size) * 0.01  # bigrams, smoothed
+counts.index_put_(
+    (train_rows[:, :-1].flatten(), train_rows[:, 1:].flatten()), torch.tensor(1.0), True
+)
+chances = counts / counts.sum(1, keepdim=True)
+bigram = -chances[val_rows[:, :-1], val_rows[:, 1:]].log().mean().item()
+for variant, values in losses.items():
+    spread = f" +- {(max(values) - min(values)) / 2:.3f}" if seeds > 1 else ""
+    print(f"{variant:20s} {sum(values) / len(values):.3f}{spread} nats per token")
+print(f"{'baseline: bigram':20s} {bigram:.3f}     (it has seen every training token)")
+
+# %%
+fig, ax = figure(
+    "Without attention or positions the model is no better than a bigram table",
+    "validation loss (nats per token, lower is better)",
+    size=(6, 2.6),
+    alt="Horizontal bars of validation loss for five variants with the bigram baseline as a line.",
+)
+means = [sum(losses[v]) / seeds for v in variants]
+errors = [(max(losses[v]) - min(losses[v])) / 2 for v in variants]
+ax.barh(variants[::-1], means[::-1], xerr=errors[::-1], color=COLORS[0])
+ax.axvline(bigram, color=COLORS[1], linestyle="--", label="bigram table")
+ax.axvline(
+    math.log(tokenizer.vocab_size), color="#444444", linestyle=":", label="ln V, before training"
+)
+ax.legend(fontsize=7, loc="upper right")
+plt.show()
+
+# %% [markdown]
+r"""
+Read the figure as a comparison, not as a law: the runs are short, the model tiny, the seed a
+single one. What survives that are the large differences. A model that cannot look back at all
+ends above the bigram table, and one that looks back without knowing where is hardly better than
+it; only the full model, with either nonlinearity, gets clearly below. The gap between the two
+nonlinearities is of the size that another seed would bring, so this run says nothing about the
+square: the literature's case for it rests on far larger models. And the control shows how far
+token frequencies alone would get us.
+
+> **Play.** Set `seeds = 3` and run the last three cells again. Which differences are larger than
+> the spread?
+
+## Recap
+
+`nanochat.model` now holds `GPTConfig`, `GPT` and their parts: `Linear`, `rms_norm`,
+`rotary_angles`, `rotate`, `attend`, `Attention`, `MLP`, `Block`, `token_loss` and `init_weights`.
+You can build a model from one number, and say beforehand what it weighs and costs.
+
+**Pitfalls**
+
+- *NaN from a fully masked batch.* The mean over zero targets is 0/0. nanochat's fine-tuning met
+  this on short contexts; `token_loss` returns 0.
+- *A leak through the mask.* If a causal mask is off by one, training loss looks wonderful and
+  generation is garbage. Test by changing the future, as above.
+- *Zero-initialised layers hide bugs.* With both projections at zero a broken attention changes
+  nothing at first. Tests need random weights.
+- *The sign of the rotation.* Turning clockwise or counter-clockwise trains equally well, but
+  weights made for one do not work with the other. We turn as nanochat does, so its classic
+  weights fit; our tests compare the logits with the Hugging Face implementation.
+
+**Readings**
+
+- Vaswani et al., *Attention Is All You Need* (2017): the transformer.
+- Su et al., *RoFormer* (2021): rotary positions.
+- Zhang and Sennrich, *Root Mean Square Layer Normalization* (2019).
+- So et al., *Primer* (2021): the squared ReLU, found by search.
+- Chowdhery et al., *PaLM* (2022), appendix B: counting FLOPs.
+"""

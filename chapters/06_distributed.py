@@ -1,0 +1,1215 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+r"""
+# 6. Many processes
+
+By the end of this chapter you have shown that two processes, each with half of the batch and half
+of the optimizer's state, train the same model as one process with all of it.
+
+We begin with the finished thing. One call starts two processes, lets them find each other, checks
+that they can add numbers up correctly, and measures how fast they talk. On a laptop the two are
+processes on the CPU; on a rented machine with eight GPUs the same call starts eight.
+"""
+
+# %%
+from nanochat import distributed
+
+lines = []
+distributed.launch("nanochat.distributed", ["--check"], nproc=2, on_line=lines.append)
+print(len(lines), "lines of JSON; the first:", lines[0][:70], "...")
+
+# %% [markdown]
+r"""
+**You will be able to**
+
+1. say what a rank, a collective and a process group are, and predict the result of each collective;
+2. count the bytes that a collective moves, and measure its bandwidth;
+3. make several processes compute the gradient of one large batch, and prove that they did;
+4. say what the optimizer's state costs in memory and split it over the ranks;
+5. start a job from a notebook or a shell, on one machine or several, and read the error of a rank.
+
+**Before this:** chapter 4 (the optimizer) and chapter 5 (the training loop). **Reading:** 25
+minutes. **Running:** about 30 seconds on two CPU cores. A GPU is not needed.
+"""
+
+# %% tags=["parameters"]
+profile = "quick"
+n_steps = 20  # training steps of each of the four runs we compare
+depth = 2  # layers of the model that we train
+batch_size = 8  # rows of the global batch, shared out over the ranks
+
+# %%
+#| default_exp distributed
+
+# %%
+#| export
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nanochat.checkpoint import save_checkpoint
+from nanochat.common import UserError, pick_device, synchronize
+from nanochat.model import GPT
+from nanochat.optim import MuonAdamW, adamw_update, muon_update, param_groups
+from nanochat.train import SingleProcess
+
+# %%
+import contextlib
+import io
+import runpy
+
+import matplotlib.pyplot as plt
+
+from nanochat.common import COLORS, figure
+from nanochat.model import GPTConfig
+
+# %% [markdown]
+r"""
+## 6.1 Ranks and collectives
+
+A training job on several GPUs is several copies of one program. Each copy is a **process** with its
+own memory and, usually, its own GPU. Each has a number, its **rank**, from 0 to `world_size - 1`.
+That number is all that tells the copies apart.
+
+Processes share nothing, so they must send messages. We never write those messages one by one. We
+use **collectives**: operations that all ranks call at the same time, each with its own tensor.
+Three of them carry all of this book:
+
+| collective | each rank gives | each rank gets |
+|---|---|---|
+| all-reduce | a tensor | the sum over all ranks |
+| reduce-scatter | a tensor | its own part of the sum |
+| all-gather | its own part | all parts together |
+
+An all-reduce is a reduce-scatter followed by an all-gather. Keep that sentence: the sharded
+optimizer at the end of the chapter is made of it.
+"""
+
+# %%
+panels = {
+    "before": [["a0", "a1"], ["b0", "b1"]],
+    "all-reduce": [["a0+b0", "a1+b1"], ["a0+b0", "a1+b1"]],
+    "reduce-scatter": [["a0+b0", ""], ["", "a1+b1"]],
+    "all-gather of that": [["a0+b0", "a1+b1"], ["a0+b0", "a1+b1"]],
+}
+fig, ax = figure(
+    "All-reduce = reduce-scatter + all-gather",
+    size=(7, 2.1),
+    alt="Two ranks, each with a row of two boxes, before and after each of three collectives.",
+)
+for column, (name, rows) in enumerate(panels.items()):
+    ax.text(column * 2.6 + 1, 2.15, name, ha="center", fontsize=8)
+    for rank, row in enumerate(rows):
+        for part, text in enumerate(row):
+            color = COLORS[2] if "+" in text else COLORS[rank] if text else "white"
+            box = plt.Rectangle((column * 2.6 + part, 1 - rank), 0.95, 0.85, color=color, alpha=0.3)
+            ax.add_patch(box)
+            ax.text(
+                column * 2.6 + part + 0.47, 1.42 - rank, text, ha="center", va="center", fontsize=8
+            )
+ax.set(
+    xlim=(-0.1, 10),
+    ylim=(-0.2, 2.5),
+    xticks=[],
+    yticks=[0.42, 1.42],
+    yticklabels=["rank 1", "rank 0"],
+)
+ax.grid(False)
+plt.show()
+
+# %% [markdown]
+r"""
+How should eight ranks add up their gradients? The obvious way sends everything to rank 0, which
+adds and sends the result back. We write it with lists of tensors, in one process, and count the
+bytes that the busiest rank sends and receives.
+"""
+
+
+# %%
+def naive_all_reduce(tensors):
+    """Rank 0 collects, adds, and sends the sum back. Returns (results, bytes through rank 0)."""
+    total, size = sum(tensors), tensors[0].nbytes
+    return [total.clone() for _ in tensors], 2 * (len(tensors) - 1) * size
+
+
+def ring_all_reduce(tensors):
+    """Each rank talks to its neighbour, one chunk at a time. Returns (results, bytes a rank)."""
+    n, moved = len(tensors), 0
+    chunks = [list(t.clone().tensor_split(n)) for t in tensors]
+    for phase in ("reduce-scatter", "all-gather"):
+        for step in range(n - 1):
+            first = 0 if phase == "reduce-scatter" else 1
+            sent = [(rank, (rank + first - step) % n) for rank in range(n)]
+            parcels = [chunks[rank][c].clone() for rank, c in sent]
+            for (rank, c), parcel in zip(sent, parcels):
+                mine = chunks[(rank + 1) % n][c]
+                mine.add_(parcel) if phase == "reduce-scatter" else mine.copy_(parcel)
+            moved += 2 * parcels[0].nbytes  # sends one chunk, receives one
+    return [torch.cat(c) for c in chunks], moved
+
+
+# %%
+torch.manual_seed(0)
+tensors = [torch.randn(840_000) for _ in range(8)]
+expected = torch.stack(tensors).double().sum(0).float()
+for function in (naive_all_reduce, ring_all_reduce):
+    results, n_bytes = function(tensors)
+    error = max(float((result - expected).abs().max()) for result in results)
+    print(
+        f"{function.__name__:18} largest error {error:.0e}, "
+        f"busiest rank moves {n_bytes / 1e6:.1f} MB"
+    )
+
+# %% [markdown]
+r"""
+Both are right. In the ring every rank works all the time and moves `2 (n - 1) / n` times the
+tensor in each direction: less than twice its size, however many ranks there are. The naive way
+moves `n - 1` times the tensor in each direction through one rank. This is why people speak of
+**bus bandwidth**: the bytes of the tensor, times that factor, over the time. It is a property of
+the wire, not of the number of ranks, and it can be held against the data sheet. NVIDIA's
+nccl-tests define it in the same way. We keep the factors.
+"""
+
+# %%
+#| export
+BUS_FACTORS = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "all_gather": lambda n: (n - 1) / n,
+}
+
+# %%
+#| test
+assert BUS_FACTORS["all_reduce"](2) == 1.0 and BUS_FACTORS["all_gather"](8) == 7 / 8
+assert all(BUS_FACTORS["all_reduce"](n) < 2 for n in range(1, 100))
+
+# %% [markdown]
+r"""
+## 6.2 A process group
+
+PyTorch has the collectives: through **NCCL** between GPUs, through **gloo** between CPU
+processes. Its launcher, `torchrun`, starts the processes and tells each one its place by
+environment variables: `RANK` (its number in the whole job), `LOCAL_RANK` (its number on this
+machine, so its GPU) and `WORLD_SIZE`. Our `ProcessGroup` is a thin layer on top of that with the
+four verbs that training needs. It has the same names as `SingleProcess` of chapter 5, so the
+training loop does not know which of the two it got.
+
+Gradients are many tensors, most of them small, and each collective costs a start-up time. So we
+copy them into a few large **buckets**, start all reductions, and wait at the end.
+"""
+
+
+# %%
+#| export
+def buckets(tensors: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Cut a list of tensors, in order, into lists of at most `limit` bytes (a larger one alone)."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > limit:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+class ProcessGroup:
+    """All ranks of a job, as one of them sees it: the world of a run in many processes.
+
+    Every method is a collective: all ranks must call it, in the same order. Gradients are summed
+    in `reduce_dtype`, in buckets of `bucket_bytes`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        reduce_dtype: torch.dtype = torch.float32,
+        bucket_bytes: int = 64 << 20,
+    ):
+        self.device, self.reduce_dtype, self.bucket_bytes = device, reduce_dtype, bucket_bytes
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.is_main = self.rank == 0
+
+    def average_gradients(self, model: nn.Module) -> None:
+        """Replace each gradient by its mean over the ranks; a missing one counts as zero."""
+        params = [p for p in model.parameters() if p.requires_grad]
+        for param in params:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        started = []
+        for bucket in buckets([p.grad for p in params], self.bucket_bytes):
+            flat = torch.cat([g.reshape(-1).to(self.reduce_dtype) for g in bucket])
+            started.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        for bucket, flat, work in started:
+            work.wait()
+            parts = flat.div_(self.world_size).split([g.numel() for g in bucket])
+            for grad, part in zip(bucket, parts):
+                grad.copy_(part.view_as(grad))
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor over the ranks, as a new tensor where the old one was."""
+        total = value.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(value.device)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier()
+
+    @torch.no_grad()
+    def broadcast(self, model: nn.Module) -> None:
+        """Give every rank the parameters and buffers of rank 0, in place."""
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor, src=0)
+
+    def close(self) -> None:
+        """Leave the group; the process is alone afterwards."""
+        dist.destroy_process_group()
+
+
+# %% [markdown]
+r"""
+`setup` decides which world we are in. Without `RANK` in the environment it returns
+`SingleProcess`, so the same script runs alone and under `torchrun`. It also settles two things
+that go wrong in practice.
+
+*Errors.* When a rank raises, its traceback must reach the person who started the job. torchrun
+names a file for it in `TORCHELASTIC_ERROR_FILE`; we fill that file.
+
+*Orphans.* When a notebook is killed with `kill -9`, nobody tells its grandchildren to stop; they
+keep the GPUs busy until somebody notices. So each rank watches a pipe whose other end the
+notebook holds. When the notebook dies, for whatever reason, the pipe closes and the rank ends
+itself.
+"""
+
+
+# %%
+#| export
+def report_errors() -> None:
+    """Write an uncaught exception of this process where torchrun looks for it, then print it."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        name = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if name:
+            text = "".join(traceback.format_exception(kind, error, trace))
+            details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            message = {"message": f"{kind.__name__}: {error}", "extraInfo": details}
+            Path(name).write_text(json.dumps({"message": message}), encoding="utf-8")
+        sys.__excepthook__(kind, error, trace)
+        sys.stderr.flush()
+        os._exit(1)  # at once: the other ranks may be stuck in a collective with us
+
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        sys.excepthook = hook
+
+
+def watch_launcher() -> None:
+    """End this process when the one that launched it is gone, even by kill -9."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        if os.environ.get("NANOCHAT_LAUNCHED"):  # standard input is a pipe that `launch` holds
+            while os.read(0, 1):
+                pass
+        else:
+            while os.getppid() == parent:
+                time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def setup(device: str = "auto", timeout: float = 600.0) -> Any:
+    """Join the job this process belongs to; returns its world (SingleProcess when it is alone).
+
+    Rank and size come from torchrun's environment. A collective that waits longer than `timeout`
+    seconds for another rank fails. Raises UserError when a rank has no GPU of its own.
+    """
+    if "RANK" not in os.environ:
+        return SingleProcess(pick_device(device))
+    report_errors()
+    watch_launcher()
+    place, local_rank = pick_device(device), int(os.environ.get("LOCAL_RANK", 0))
+    limit = timedelta(seconds=timeout)
+    if place.type != "cuda":
+        dist.init_process_group("gloo", timeout=limit)
+        return ProcessGroup(place)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            f"start at most that many processes on it."
+        )
+    place = torch.device("cuda", local_rank)
+    torch.cuda.set_device(place)
+    dist.init_process_group("nccl", device_id=place, timeout=limit)
+    return ProcessGroup(place)
+
+
+# %%
+#| test
+alone = setup("cpu")
+assert (alone.rank, alone.world_size, alone.is_main) == (0, 1, True)
+assert [len(b) for b in buckets([torch.zeros(n) for n in (1, 2, 9, 1)], limit=12)] == [2, 1, 1]
+
+# %% [markdown]
+r"""
+## 6.3 Launching from a notebook
+
+A cell cannot become two processes by itself: a function that is defined in a notebook does not
+exist in a fresh Python process. What runs in the ranks must live in a module or a file. `launch`
+starts torchrun's launcher on it, in a session of its own, and streams what the ranks print. It
+promises:
+
+- an interrupt (the stop button) ends every process within five seconds, then stops the notebook
+  too;
+- a rank that raises makes `launch` raise `LaunchError`, with that rank's own traceback;
+- each rank gets its share of the CPU's cores. Without that, two ranks with as many threads each
+  as there are cores are slower than one.
+"""
+
+
+# %%
+#| export
+class LaunchError(RuntimeError):
+    """A rank failed. `rank` is its number (None if unknown), `traceback` its own traceback."""
+
+    def __init__(self, message: str, rank: int | None = None, traceback: str = ""):
+        super().__init__(f"{message}\n{traceback}".rstrip())
+        self.rank, self.traceback = rank, traceback
+
+
+def available_processes(device: str = "auto") -> int:
+    """Return how many ranks this machine can serve: its GPUs, or on the CPU its cores."""
+    if pick_device(device).type == "cuda":
+        return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def launch_environment(nproc: int) -> dict[str, str]:
+    """Return the environment of the ranks that `launch` starts."""
+    env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "RANK", "WORLD_SIZE")}
+    cores = available_processes("cpu")
+    package = Path(sys.modules["nanochat"].__file__).parents[1]  # import the same nanochat there
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), env.get("PYTHONPATH", "")]))
+    env.update(OMP_NUM_THREADS=str(max(1, cores // nproc)), PYTHONUNBUFFERED="1")
+    env.update(NANOCHAT_LAUNCHED="1", TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[rank ${rank}]:")
+    env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if sys.platform != "win32":  # one machine: talk through the loopback, whatever its host name
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    return env
+
+
+# %%
+#| export
+def stop(process: subprocess.Popen, patience: float = 3.0) -> None:
+    """End a launcher and its ranks: close their pipe, ask, and after `patience` seconds insist."""
+    group = getattr(os, "killpg", None)
+    if process.stdin:
+        process.stdin.close()  # the ranks watch this pipe
+    for force in (False, True):
+        if process.poll() is None:
+            try:
+                if group:
+                    group(process.pid, signal.SIGKILL if force else signal.SIGTERM)
+                else:
+                    process.kill() if force else process.terminate()
+                process.wait(patience)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                pass
+
+
+def launch(
+    module: str,
+    args: list[str],
+    nproc: int,
+    on_line: Callable[[str], None] | None = None,
+    env: dict[str, str] | None = None,
+) -> None:
+    """Run `python -m module args` in `nproc` ranks on this machine and wait for them.
+
+    `module` may also be the path of a .py file. Each line that a rank prints goes to `on_line`
+    (default: print), with "[rank 1] " before those of ranks other than 0. `env` is added to the
+    environment. Raises LaunchError when a rank fails; an interrupt stops all ranks and is raised
+    again. The module should call `setup()` first.
+    """
+    on_line = on_line or (lambda line: print(line, flush=True))
+    target = [module] if module.endswith(".py") else ["-m", module]
+    own_session = dict(start_new_session=True) if os.name == "posix" else dict(creationflags=0x200)
+    with tempfile.TemporaryDirectory(prefix="nanochat-launch-") as logs:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={nproc}", "--log-dir", logs, "--tee", "3", *target, *args]
+        process = subprocess.Popen(
+            command,
+            env={**launch_environment(nproc), **(env or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            **own_session,
+        )
+        summary = []  # what the launcher itself says
+        try:
+            for line in process.stdout:
+                said = re.match(r"\[rank (\d+)\]:(.*)", line.rstrip("\r\n"))
+                if said:
+                    on_line(said[2] if said[1] == "0" else f"[rank {said[1]}] {said[2]}")
+                else:
+                    summary.append(line)
+            process.wait()
+        finally:
+            stop(process)
+            process.stdout.close()
+        if process.returncode:
+            raise find_failure(Path(logs), "".join(summary), process.returncode)
+
+
+# %% [markdown]
+r"""
+When one rank fails, the others fail too, a moment later, because their partner is gone. The error
+to show is the first one. If a rank was killed from outside (out of memory, for example) it left
+no traceback, and the errors of the others are only echoes; so that case comes first. Then comes
+the oldest error file, then whatever a rank wrote last.
+"""
+
+
+# %%
+#| export
+def find_failure(logs: Path, summary: str, code: int) -> LaunchError:
+    """Say which rank failed first, and why, from the launcher's log folder and its summary."""
+    ends = re.findall(r"rank\s*: (\d+) \(local_rank.*?\n\s*exitcode\s*: (-?\d+)", summary)
+    killed = [(int(rank), -int(end)) for rank, end in ends if int(end) in (-4, -7, -9, -11)]
+    if killed:
+        rank, number = killed[0]
+        name = signal.Signals(number).name
+        hint = "; SIGKILL often means that memory ran out" if name == "SIGKILL" else ""
+        return LaunchError(f"rank {rank} was killed by {name}{hint}.", rank)
+    reports = sorted(logs.glob("*/attempt_*/*/error.json"), key=lambda f: f.stat().st_mtime_ns)
+    if reports:
+        message = json.loads(reports[0].read_text(encoding="utf-8"))["message"]
+        rank, trace = int(reports[0].parent.name), message["extraInfo"]["py_callstack"]
+        return LaunchError(f"rank {rank} failed: {message['message']}", rank, trace)
+    for file in sorted(logs.glob("*/attempt_*/*/stderr.log")):
+        text = file.read_text(encoding="utf-8", errors="replace").strip()
+        if text:
+            rank, tail = int(file.parent.name), "\n".join(text.splitlines()[-30:])
+            return LaunchError(f"rank {rank} failed: {tail.splitlines()[-1]}", rank, tail)
+    tail = "\n".join(summary.splitlines()[-20:])
+    return LaunchError(f"the launcher ended with code {code} before a rank said why.", None, tail)
+
+
+# %% [markdown]
+r"""
+Out of a notebook, a shell does the same job. On one machine with eight GPUs:
+
+```
+torchrun --standalone --nproc-per-node=8 -m nanochat pretrain --profile speedrun
+```
+
+`--standalone` says that there is no other machine; `--nproc-per-node` how many ranks to start here.
+On four machines, run this on each of them, with the name of one of them as the meeting point:
+
+```
+torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=node0:29500 \
+         --rdzv-id=run1 -m nanochat pretrain --profile speedrun
+```
+
+`--rdzv-id` is any word that the four agree on, so that two jobs on one cluster do not mix. torchrun
+numbers the 32 ranks and sets their environment; our code does not change.
+
+## 6.4 How fast do ranks talk?
+
+Before we spend money on a long run we ask two questions of a new machine: do all ranks have the
+same software, and is the wire as fast as we were promised? `python -m nanochat.distributed
+--check` answers them, alone or under torchrun. It also adds up numbers whose sum is known.
+"""
+
+
+# %%
+#| export
+def collective(name: str, flat: Tensor, n: int) -> Callable[[], Any]:
+    """Return a call that runs one collective over a flat tensor whose length divides by n."""
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    part = torch.empty(flat.numel() // n, dtype=flat.dtype, device=flat.device)
+    return {
+        "all_reduce": lambda: dist.all_reduce(flat),
+        "reduce_scatter": lambda: reduce_scatter(part, flat),
+        "all_gather": lambda: all_gather(flat, part),
+        "copy": lambda: flat.clone(),
+    }[name]
+
+
+def measure(world: Any, sizes: list[int], repeats: int = 5) -> Iterator[dict[str, Any]]:
+    """Time a memory copy and, with several ranks, each collective; yields one dict a measurement.
+
+    `sizes` are bytes of float32. `gb_per_s` is 10^9 bytes of the bus a second (see BUS_FACTORS;
+    a copy counts what it reads and writes) of the median of `repeats` runs.
+    """
+    n = world.world_size
+    for name in ["copy", *BUS_FACTORS] if n > 1 else ["copy"]:
+        for size in sizes:
+            flat = torch.zeros(max(size // 4 // n, 1) * n, device=world.device)
+            run, seconds = collective(name, flat, n), []
+            for _ in range(repeats + 1):
+                world.barrier()
+                synchronize(world.device)
+                start = time.perf_counter()
+                run()
+                synchronize(world.device)
+                seconds.append(time.perf_counter() - start)
+            median = sorted(seconds[1:])[repeats // 2]  # the first run warms up
+            factor = 2.0 if name == "copy" else BUS_FACTORS[name](n)
+            speed = flat.nbytes * factor / median / 1e9
+            yield dict(what=name, bytes=flat.nbytes, seconds=median, gb_per_s=speed)
+
+
+# %%
+#| export
+def check(world: Any, sizes: list[int]) -> Iterator[dict[str, Any]]:
+    """Yield what a job should know before it starts: each rank's place, a sum, and speeds.
+
+    Raises UserError when ranks differ in their torch version or when a sum is wrong.
+    """
+    here = dict(what="rank", rank=world.rank, host=socket.gethostname(), torch=torch.__version__)
+    here.update(device=str(world.device), threads=torch.get_num_threads())
+    ranks = [here] * world.world_size
+    if world.world_size > 1:
+        dist.all_gather_object(ranks, here)
+    yield from ranks
+    versions = sorted({rank["torch"] for rank in ranks})
+    if len(versions) > 1:
+        raise UserError(
+            f"the ranks run different versions of torch ({', '.join(versions)}); "
+            f"install the same one everywhere."
+        )
+    total = int(world.sum(torch.tensor(world.rank + 1)))
+    if total != world.world_size * (world.world_size + 1) // 2:
+        raise UserError(f"the ranks 1 to {world.world_size} add up to {total}; the wire is broken.")
+    yield from measure(world, sizes)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check this machine or job: one JSON line for each rank and each measurement."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanochat.distributed", description=main.__doc__
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="check ranks and measure (the default)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10**k for k in (3, 4, 5, 6, 7)])
+    options = parser.parse_args(argv)
+    world = setup(options.device)
+    for line in check(world, options.sizes):
+        if world.is_main:
+            print(json.dumps(line), flush=True)
+    if isinstance(world, ProcessGroup):
+        world.close()
+
+
+# %%
+#| export
+if __name__ == "__main__" and "ipykernel" not in sys.modules:  # a notebook is a __main__ too
+    main()
+
+# %% [markdown]
+r"""
+We ran that at the top of the chapter. Here is what the two ranks measured.
+"""
+
+# %%
+found = [json.loads(line) for line in lines if line.startswith("{")]
+fig, ax = figure(
+    "Small messages pay for the start, large ones for the wire",
+    "tensor (bytes)",
+    "bus bandwidth (GB/s)",
+    alt="Bandwidth against size, log-log: "
+    "a memory copy above three collectives, all rising with size.",
+)
+for name in ["copy", *BUS_FACTORS]:
+    points = [(line["bytes"], line["gb_per_s"]) for line in found if line["what"] == name]
+    ax.loglog(*zip(*points), marker="o", markersize=3, label=name)
+ax.legend(fontsize=7)
+plt.show()
+
+# %% [markdown]
+r"""
+The shape is what matters; it is the same for gloo on a laptop and for NCCL between GPUs. On the
+left the time does not depend on the size: it is all start-up. On the right it grows with the
+bytes. The same command on two H200s in one machine (torch 2.11, NVLink) measured for an
+all-reduce 46 microseconds for 1 kB, 0.02 GB/s, and 324 GB/s for 1 GB: a factor of 16,000 between
+the two ends. Gradients belong on the right, and that is why we bucket them.
+
+## 6.5 Data parallel by hand
+
+The loss of a batch is a mean over its tokens, so its gradient is the mean of the gradients of the
+two halves:
+
+$$ \nabla L = \tfrac{1}{2} \left( \nabla L_0 + \nabla L_1 \right) $$
+
+So let each rank hold the whole model, take half of the rows, run forward and backward, and
+average the gradients. If the ranks start from the same weights and apply the same update, they
+stay equal for ever, without sending a single weight.
+
+We write the program that each rank runs into a file. It knows four ways to train, which we compare.
+"""
+
+# %%
+worker = r"""
+import json, sys, torch
+from nanochat.distributed import ShardedMuonAdamW, setup
+from nanochat.model import GPT, GPTConfig
+from nanochat.optim import MuonAdamW, param_groups
+
+n_steps, depth, batch_size = map(int, sys.argv[1:4])
+world = setup("cpu")
+torch.set_num_threads(1)
+
+def train(ways):
+    config = GPTConfig.for_depth(depth, vocab_size=257, seq_len=32, head_dim=64)
+    model, losses = GPT(config), []
+    groups = param_groups(model)
+    sharded = ways in ("sharded", "alone")
+    optimizer = ShardedMuonAdamW(groups, world) if sharded else MuonAdamW(groups)
+    for step in range(n_steps):
+        generator = torch.Generator().manual_seed(step)  # the same batch on all ranks ...
+        jumps = torch.randint(1, 4, (batch_size, 33), generator=generator)
+        rows = jumps.cumsum(1) % 257  # a walk: the next token is one of three
+        if ways == "uneven":  # rank 0 gets one row, the last rank the rest
+            cut = [1, *range(batch_size - world.world_size + 2, batch_size + 1)]
+            rows = rows[([0] + cut)[world.rank] : cut[world.rank]]
+        else:
+            rows = rows[world.rank :: world.world_size]  # ... of which each takes its rows
+        loss = model(rows[:, :-1], rows[:, 1:])
+        loss.backward()
+        if ways != "no exchange":
+            world.average_gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(world.sum(loss.detach())) / world.world_size)
+    state = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    gap = float((weights - world.sum(weights) / world.world_size).abs().max())
+    return dict(ways=ways, rank=world.rank, losses=losses, gap=gap,
+                state=sum(v.nbytes for v in state), sample=weights[:: len(weights) // 500].tolist())
+
+for ways in sys.argv[4:]:
+    print(json.dumps(train(ways)), flush=True)
+"""
+
+# %% [markdown]
+r"""
+Before we can run it we need the last of the four ways, the sharded optimizer.
+
+## 6.6 The optimizer is the thing to shard
+
+Count the bytes of one parameter in training: 4 for the weight, 4 for its gradient, and then the
+optimizer. AdamW keeps a mean and a mean square, 8 bytes; Muon keeps a momentum, 4 bytes. With data
+parallelism each rank keeps *all* of that, and computes *all* of the update, which for Muon is real
+work. Every rank does exactly the same thing. That is waste, and it is easy to remove:
+
+1. Share out the parameters. Each rank owns about `1 / n` of them.
+2. Each rank keeps the state, and computes the update, of what it owns.
+3. An all-gather gives everybody the new weights.
+
+This is stage 1 of **ZeRO** (Rajbhandari et al. 2020). And if the ranks exchange gradients by a
+reduce-scatter, so that each gets the mean for its own part only, it is stage 2: the gradients'
+mean is not stored n times either, and the wire carries less.
+
+| | reduce-scatter | all-gather | bytes on the wire, in parameters |
+|---|---|---|---|
+| plain data parallel | of gradients | of gradients | 2 |
+| sharded, gradients averaged before (`"averaged"`) | of gradients | of gradients + weights | 3 |
+| sharded, reduces its own part (`"local"`) | of gradients | of weights | 2 |
+
+How to share out? AdamW treats every number by itself, so we can cut a tensor anywhere, and all
+ranks get equally much. Muon needs whole matrices; we deal them out, the largest first, to the
+rank that has least. A `Piece` is one rank's part of one parameter.
+"""
+
+
+# %%
+#| export
+class Piece(NamedTuple):
+    """The elements start..stop of a flattened parameter: what one rank updates."""
+
+    param: Tensor
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return this piece of a tensor shaped like the parameter, flat."""
+        return tensor.reshape(-1)[self.start : self.stop]
+
+
+def share_out(groups: list[dict[str, Any]], n_ranks: int) -> list[list[list[Piece]]]:
+    """Share the parameters of optimizer groups out; returns [group][rank] -> pieces.
+
+    AdamW's tensors are cut into n_ranks equal pieces. Muon's matrices stay whole and go, large
+    ones first, to the rank that has the fewest elements so far. The same on every rank.
+    """
+    loads, shares = [0] * n_ranks, []
+    for group in groups:
+        share: list[list[Piece]] = [[] for _ in range(n_ranks)]
+        for param in sorted(group["params"], key=lambda p: -p.numel()):
+            n = param.numel()
+            if group["kind"] == "muon":
+                owner = loads.index(min(loads))
+                share[owner].append(Piece(param, 0, n))
+                loads[owner] += n
+                continue
+            width = -(-n // n_ranks)  # rounded up; the last piece may be shorter, or empty
+            for rank in range(min(n_ranks, -(-n // width))):
+                share[rank].append(Piece(param, rank * width, min((rank + 1) * width, n)))
+        shares.append(share)
+    return shares
+
+
+# %%
+#| test
+sizes = [(7, 3), (4, 4), (4, 4), (4, 4)]
+some = [torch.zeros(s) for s in sizes]
+shares = share_out([dict(kind="adamw", params=some[:1]), dict(kind="muon", params=some[1:])], 4)
+assert [sum(p.stop - p.start for p in rank) for rank in shares[0]] == [6, 6, 6, 3]
+assert [len(rank) for rank in shares[1]] == [1, 1, 1, 0]
+
+# %% [markdown]
+r"""
+A collective wants one flat tensor in which the parts of all ranks have the same length. `Layout`
+lays the pieces of one group out in such a tensor, with some padding where a rank has less. The
+same layout serves both directions: gradients in, weights out.
+"""
+
+
+# %%
+#| export
+class Layout:
+    """Where the pieces of one group lie in a flat tensor of n_ranks equal parts."""
+
+    def __init__(self, share: list[list[Piece]]):
+        self.share = share
+        self.width = max(sum(p.stop - p.start for p in pieces) for pieces in share)
+        first = next(piece for pieces in share for piece in pieces).param
+        self.dtype, self.device = first.dtype, first.device
+
+    def empty(self) -> Tensor:
+        """Return a new flat tensor (n_ranks * width,)."""
+        return torch.zeros(len(self.share) * self.width, dtype=self.dtype, device=self.device)
+
+    def part(self, flat: Tensor, rank: int) -> Tensor:
+        """Return the part of one rank, (width,), a view."""
+        return flat[rank * self.width : (rank + 1) * self.width]
+
+    def slots(self, part: Tensor, rank: int) -> Iterator[tuple[Piece, Tensor]]:
+        """Yield each piece of a rank with its place in the rank's part, a view."""
+        at = 0
+        for piece in self.share[rank]:
+            yield piece, part[at : at + piece.stop - piece.start]
+            at += piece.stop - piece.start
+
+
+def start_reduce_scatter(layout: Layout, rank: int) -> tuple[Tensor, Any]:
+    """Start to sum a group's gradients; returns (the rank's own part, handle to wait for)."""
+    flat = layout.empty()
+    for owner in range(len(layout.share)):
+        for piece, place in layout.slots(layout.part(flat, owner), owner):
+            if piece.param.grad is not None:
+                place.copy_(piece.of(piece.param.grad))
+    own = torch.empty(layout.width, dtype=flat.dtype, device=flat.device)
+    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return own, call(own, flat, async_op=True)
+
+
+def start_all_gather(layout: Layout, rank: int) -> tuple[Tensor, Any]:
+    """Start to send the rank's weights to all; returns (flat, handle to wait for)."""
+    flat = layout.empty()
+    own = layout.part(layout.empty(), rank)
+    for piece, place in layout.slots(own, rank):
+        place.copy_(piece.of(piece.param))
+    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return flat, call(flat, own, async_op=True)
+
+
+# %% [markdown]
+r"""
+Now the optimizer is short. It is chapter 4's, with another `step`: all exchanges of gradients
+start at once; then, group by group, wait, update our pieces, and start to send the new weights
+while the next group is computed; at the end, wait for everybody's weights. With one process it is
+chapter 4's.
+"""
+
+
+# %%
+#| export
+def gather_state(optimizer: "ShardedMuonAdamW", model: nn.Module) -> dict[str, Tensor]:
+    """Put the state of all ranks together on rank 0, as MuonAdamW.named_state; {} elsewhere.
+
+    A collective. State of no dimension is a count, of one a slice of AdamW's, of two Muon's.
+    """
+    names = {param: name for name, param in model.named_parameters()}
+    world, mine, facts = optimizer.world, {}, {}
+    for piece in (p for layout in optimizer.layouts for p in layout.share[world.rank]):
+        for key, value in optimizer.state.get(piece.param, {}).items():
+            name, value = f"{names[piece.param]}.{key}", torch.as_tensor(value)
+            mine[name] = piece, value
+            shape = piece.param.shape if value.dim() == 1 else value.shape
+            facts[name] = int(value) if value.dim() == 0 else (shape, value.dtype)
+    everyone: list[Any] = [None] * world.world_size
+    dist.all_gather_object(everyone, facts)
+    full = {}
+    for name, fact in sorted({k: v for facts in everyone for k, v in facts.items()}.items()):
+        if isinstance(fact, int):
+            full[name] = torch.tensor(fact)
+            continue
+        whole = torch.zeros(fact[0], dtype=fact[1], device=world.device)
+        if name in mine:
+            piece, value = mine[name]
+            (piece.of(whole) if value.dim() == 1 else whole).copy_(value)
+        dist.reduce(whole, dst=0)  # the others hold zeros there, so the sum is exact
+        if world.is_main:
+            full[name] = whole.cpu()
+    return full if world.is_main else {}
+
+
+# %%
+#| export
+class ShardedMuonAdamW(MuonAdamW):
+    """MuonAdamW whose state and work are shared out over the ranks of a world; same results.
+
+    ZeRO, Rajbhandari et al. (2020). With `gradients="averaged"` (stage 1) the caller averages the
+    gradients first, as `fit` does; with "local" (stage 2) `step` reduces them itself, each rank
+    gets the mean of its own part, and nobody else may average them.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]], world: Any, gradients: str = "averaged"):
+        super().__init__(param_groups)
+        if gradients not in ("averaged", "local"):
+            raise ValueError(f"gradients is 'averaged' or 'local', not {gradients!r}.")
+        self.world, self.gradients = world, gradients
+        self.layouts = [Layout(s) for s in share_out(self.param_groups, world.world_size)]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update this rank's pieces and collect everybody's; all ranks call it together."""
+        rank, n_ranks = self.world.rank, self.world.world_size
+        if n_ranks == 1:
+            return super().step()
+        local = self.gradients == "local"
+        reducing = [
+            start_reduce_scatter(layout, rank) if local else None for layout in self.layouts
+        ]
+        gathering = []
+        for group, layout, reduction in zip(self.param_groups, self.layouts, reducing):
+            self.update_own(group, layout, reduction)
+            gathering.append((layout, *start_all_gather(layout, rank)))
+        for layout, flat, work in gathering:
+            work.wait()
+            for owner in (r for r in range(n_ranks) if r != rank):
+                for piece, place in layout.slots(layout.part(flat, owner), owner):
+                    piece.of(piece.param).copy_(place)
+
+    def update_own(self, group: dict[str, Any], layout: Layout, reduction: Any) -> None:
+        """Update this rank's pieces of one group, with the reduced or the averaged gradients."""
+        rank, pieces = self.world.rank, layout.share[self.world.rank]
+        if reduction:
+            part, work = reduction
+            work.wait()
+            part.div_(self.world.world_size)
+            grads = [place for _, place in layout.slots(part, rank)]
+        else:
+            pieces = [piece for piece in pieces if piece.param.grad is not None]
+            grads = [piece.of(piece.param.grad) for piece in pieces]
+        params, states = [p.param for p in pieces], [self.state[p.param] for p in pieces]
+        if group["kind"] == "muon" and pieces:
+            grads = [grad.view_as(param) for grad, param in zip(grads, params)]
+            muon_update(params, grads, states, group)
+        elif group["kind"] == "adamw":
+            for piece, grad, state in zip(pieces, grads, states):
+                adamw_update(piece.of(piece.param), grad, state, group)
+
+    def named_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the full state on rank 0 and {} elsewhere; a collective. See gather_state."""
+        return (
+            gather_state(self, model) if self.world.world_size > 1 else super().named_state(model)
+        )
+
+    def load_named_state(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Keep this rank's part of a full state, of a run with any number of ranks."""
+        own = own_state(self, model, tensors) if self.world.world_size > 1 else tensors
+        super().load_named_state(model, own)
+
+
+# %% [markdown]
+r"""
+A checkpoint must not depend on the number of ranks: a run that began on eight GPUs should resume
+on one. So what is saved is always the full state, under the names of the parameters.
+`gather_state` puts it together on rank 0, and `own_state` cuts a rank's part out of it.
+"""
+
+
+# %%
+#| export
+def own_state(
+    optimizer: ShardedMuonAdamW, model: nn.Module, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Cut this rank's part out of a full named state."""
+    names, own = {param: name for name, param in model.named_parameters()}, {}
+    for group, layout in zip(optimizer.param_groups, optimizer.layouts):
+        for piece in layout.share[optimizer.world.rank]:
+            own[names[piece.param]] = piece, group["kind"]
+    kept = {}
+    for name, tensor in tensors.items():
+        piece, kind = own.get(name.rsplit(".", 1)[0], (None, None))
+        if piece is not None:
+            kept[name] = piece.of(tensor) if kind == "adamw" and tensor.dim() else tensor
+    return kept
+
+
+def build_sharded_optimizer(model: GPT, world: Any, **rates: float) -> MuonAdamW:
+    """Return `build_optimizer(model, **rates)` of chapter 4, sharded if there are several ranks."""
+    return ShardedMuonAdamW(param_groups(model, **rates), world)
+
+
+def save_together(
+    world: Any, directory: str | Path, step: int, model: GPT, optimizer: Any, *args: Any, **kw: Any
+) -> None:
+    """Call `save_checkpoint` of chapter 5 from all ranks: rank 0 writes, the others send and wait.
+
+    Takes save_checkpoint's further arguments (meta, keep).
+    """
+    state = optimizer.named_state(model) if optimizer is not None else None
+    if world.is_main:
+        save_checkpoint(directory, step, model, state, *args, **kw)
+    world.barrier()
+
+
+# %% [markdown]
+r"""
+## 6.7 The proof
+
+Four ways to train on the same global batches, each in two processes: gradients averaged;
+the same with the sharded optimizer; no exchange at all, as a control; and uneven halves, a
+mistake that we come to below. And once more in one process, here in the notebook, with the whole
+batch: the baseline.
+"""
+
+# %%
+folder = tempfile.TemporaryDirectory()
+file = Path(folder.name) / "worker.py"
+file.write_text(worker)
+numbers = [str(n_steps), str(depth), str(batch_size)]
+runs = []
+launch(
+    str(file),
+    [*numbers, "averaged", "sharded", "no exchange", "uneven"],
+    nproc=2,
+    on_line=lambda line: runs.append(json.loads(line.removeprefix("[rank 1] "))),
+)
+captured = io.StringIO()
+argv, sys.argv = sys.argv, [str(file), *numbers, "alone"]
+with contextlib.redirect_stdout(captured):
+    runpy.run_path(str(file), run_name="__main__")
+sys.argv = argv
+alone = json.loads(captured.getvalue())
+print(len(runs), "records from two ranks, and one from one process")
+
+# %%
+by_way = {run["ways"]: run for run in runs if run["rank"] == 0}
+print(f"{'':13}  last loss   off one process   off other rank   state a rank (MB)")
+for way, run in {"one process": alone, **by_way}.items():
+    error = max(abs(a - b) for a, b in zip(run["sample"], alone["sample"]))
+    state = [f"{r['state'] / 1e6:.2f}" for r in [*runs, alone] if r["ways"] == run["ways"]]
+    row = f"{way:13}{run['losses'][-1]:11.4f}{error:18.1e}{2 * run['gap']:17.1e}"
+    print(row, "  ", " and ".join(state))
+
+# %%
+fig, ax = figure(
+    "Two processes train as one does; without exchange they drift apart",
+    "step",
+    "loss (nats a token)",
+    alt="Loss against step: the curves of one process, two "
+    "averaged and two sharded coincide; the one without exchange differs.",
+)
+ax.plot(alone["losses"], color=COLORS[6], linewidth=5, alpha=0.3, label="one process, whole batch")
+for color, (way, style) in zip(
+    COLORS, [("averaged", "-"), ("sharded", ":"), ("no exchange", "--")]
+):
+    ax.plot(by_way[way]["losses"], color=color, linestyle=style, label=f"two processes, {way}")
+ax.legend(fontsize=7)
+plt.show()
+
+
+# %%
+def distance(way):
+    return max(abs(a - b) for a, b in zip(by_way[way]["sample"], alone["sample"]))
+
+
+assert distance("averaged") < 1e-3 and distance("sharded") < 1e-3
+assert by_way["averaged"]["gap"] == 0 and by_way["sharded"]["gap"] == 0
+assert by_way["no exchange"]["gap"] > 1e-2 and distance("uneven") > 1e-2
+
+# %% [markdown]
+r"""
+The first two rows carry the promise of this chapter. The differences to one process are rounding: a
+sum in another order. Between the ranks there is no difference at all, not in the last bit, because
+both apply the same numbers. And the sharded optimizer holds half of the state on each rank. The
+control shows that the agreement is not free: without exchange the weights part at once.
+
+### How much memory is that?
+
+With `e` parameters in embedding and head and `m` in matrices, the state is `8 e + 4 m` bytes
+(Muon's row sizes are too few to count), and a rank holds one `n`-th. We check the formula against
+the run and let it speak about larger models.
+"""
+
+
+# %%
+def state_bytes(depth, n_ranks, vocab_size=32768, head_dim=128):
+    config = GPTConfig.for_depth(depth, vocab_size, 2048, head_dim=head_dim)
+    tables, matrices = 2 * vocab_size * config.n_embd, 12 * config.n_layer * config.n_embd**2
+    return (8 * tables + 4 * matrices) / n_ranks
+
+
+measured = [run["state"] for run in runs if run["ways"] == "sharded"]
+formula = state_bytes(depth, 2, vocab_size=257, head_dim=64)
+print(
+    f"formula {formula / 1e6:.2f} MB, measured",
+    " and ".join(f"{size / 1e6:.2f} MB" for size in measured),
+)
+
+# %%
+assert all(abs(size / formula - 1) < 0.1 for size in measured)
+
+# %%
+fig, ax = figure(
+    "Each rank holds one n-th of the optimizer's state",
+    "ranks",
+    "GB a rank",
+    alt="Optimizer state per rank against the number of ranks, for three depths, "
+    "sharded (falling) and not (flat).",
+)
+for color, d in zip(COLORS, (12, 20, 24)):
+    ranks = [1, 2, 4, 8]
+    ax.plot(ranks, [state_bytes(d, n) / 1e9 for n in ranks], "o-", color=color, label=f"depth {d}")
+    ax.axhline(state_bytes(d, 1) / 1e9, color=color, linestyle=":", linewidth=1)
+ax.set_xscale("log", base=2)
+ax.set_xticks(ranks, ranks)
+ax.legend(fontsize=7, title="dotted: not sharded", title_fontsize=7)
+plt.show()
+
+# %% [markdown]
+r"""
+**Play with it.** How many ranks of 24 GB would it take until the state of a model of depth 40 fills
+less than a tenth of each? Change the numbers.
+"""
+
+# %%
+for n_ranks in (1, 4, 16):
+    print(f"depth 40 on {n_ranks:2} ranks: {state_bytes(40, n_ranks) / 1e9:5.2f} GB of state each")
+
+# %% [markdown]
+r"""
+## 6.8 What goes wrong
+
+**Uneven batches.** In the row "uneven" above, rank 0 had one row of the batch and rank 1 the
+others. Each took the mean over its own rows, and then we took the mean of the two means. So the
+single row weighed as much as seven, and the weights are off by a thousand times more than
+rounding. Nothing crashed, which is what makes it a bad bug. The same happens with a fine-tuning
+batch of even size, where the number of *trained tokens* differs. The cure stands in chapter 5:
+sum the loss, and divide by the number of tokens of the *global* batch, which costs one all-reduce
+of one number.
+
+**A rank that dies.** Its partners wait in their next collective for a message that never comes;
+with NCCL's default, for ten minutes. torchrun notices the dead process and ends the others, and
+`launch` brings the reason home:
+"""
+
+# %%
+broken = Path(folder.name) / "broken.py"
+broken.write_text("""
+from nanochat.distributed import setup
+
+world = setup("cpu")
+rows = {0: "a good row", 1: "17 tokens"}[world.rank]
+if "tokens" in rows:
+    raise ValueError(f"a row with {rows} is shorter than seq_len")
+world.barrier()
+""")
+try:
+    launch(str(broken), [], nproc=2, on_line=lambda line: None)
+except LaunchError as error:
+    print(re.sub(r'".*broken.py"', '"broken.py"', str(error)))
+folder.cleanup()
+
+# %% [markdown]
+r"""
+The message names the rank and shows its own traceback, not the one of the launcher.
+
+**Ranks that disagree about what comes next.** If one rank calls `all_reduce` and the other
+`barrier`, or if one skips a collective because of an `if world.is_main`, the job hangs or adds up
+garbage. The rule: *no collective inside a branch that depends on the rank*. Saving a checkpoint
+is the usual trap: only rank 0 writes, but with a sharded optimizer all ranks must help to gather.
+That is why `save_together` is called by all.
+
+**A straggler.** A collective ends when the slowest rank arrives. One GPU that runs hot and slow
+makes all of them slow; measure each rank by itself before you measure the job.
+
+## Recap
+
+`nanochat` can now train in many processes. In `nanochat.distributed`:
+`setup` joins a job and returns its world; `ProcessGroup` is that world; `launch`, `LaunchError` and
+`available_processes` start a job from a notebook; `ShardedMuonAdamW` and `build_sharded_optimizer`
+share out the optimizer; `save_together` writes a checkpoint that any number of ranks can read;
+`python -m nanochat.distributed --check` tests a machine before you pay for it.
+
+**Pitfalls that real projects shipped**
+
+- Gradients clipped on each rank *before* they are averaged. The first nanochat did that: the ranks
+  clip by different factors, and the mean is not the clipped mean.
+- The optimizer's state saved by rank 0 only, while every rank held another part of it: such a
+  checkpoint cannot be resumed.
+- A parameter count that does not divide by the number of ranks. Ours need not: the last piece is
+  shorter, and padding is never read.
+- Threads: two ranks with eight threads each on eight cores. Set `OMP_NUM_THREADS`; `launch` does.
+- Results that depend on the number of ranks because each rank *draws* its own data. Draw globally,
+  then take your share, as `TokenBatches` of chapter 2 does.
+
+**Readings**
+
+- Rajbhandari et al., [ZeRO: Memory Optimizations Toward Training Trillion Parameter
+  Models](https://arxiv.org/abs/1910.02054), 2020.
+- Li et al., [PyTorch Distributed: Experiences on Accelerating Data Parallel
+  Training](https://arxiv.org/abs/2006.15704), 2020: buckets and overlap.
+- Patarasuk and Yuan, *Bandwidth optimal all-reduce algorithms for clusters of workstations*,
+  2009: why the ring is the best one can do.
+- NVIDIA, [nccl-tests:
+  Performance](https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md): what bus
+  bandwidth means.
+- PyTorch, [torchrun (Elastic Launch)](https://docs.pytorch.org/docs/stable/elastic/run.html): all
+  options of the launcher.
+"""

@@ -1,0 +1,1752 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+r"""
+# 8. Inference
+
+**By the end you have made a model write several times faster without changing a single token of
+what it writes, and let it use a calculator and run programs without being able to hurt you.**
+
+First the finished thing: an engine, a prompt, and tokens that arrive one by one. The model is
+untrained, so it babbles. Everything around it already works.
+"""
+
+# %%
+import nanochat.engine as finished
+from nanochat.model import GPT, GPTConfig
+from nanochat.tinyworld import World, arithmetic_problem, document
+from nanochat.tokenizer import Tokenizer
+
+world = World(0)
+tokenizer = Tokenizer.train((document(world, i) for i in range(2000)), vocab_size=1024)
+newborn = GPT(GPTConfig(tokenizer.vocab_size, 64, n_layer=2, n_head=2, n_kv_head=2, n_embd=64))
+stream = finished.Engine(newborn, tokenizer).generate([tokenizer.bos_id], max_tokens=12, seed=1)
+print([token.text for token in stream], stream.finish_reason)
+
+# %% [markdown]
+r"""
+**You will be able to**
+1. say from two numbers of a machine whether memory or arithmetic limits generation;
+2. build a key-value cache and prove that it changes nothing but the time;
+3. shape a distribution with temperature, top-k, top-p and min-p, and repeat any draw by its
+   seed;
+4. decode prompts of different lengths in one batch, with the results of one by one;
+5. let a model call a calculator, token by token, and refuse everything that is not arithmetic;
+6. run a program you do not trust, and say which walls stood around it.
+
+Prerequisites: chapters 1, 3 and 5. Reading: 30 minutes. Running: under 60 seconds on two CPU
+cores, no network, under 1 GB. Times below are from such a machine; yours will differ, the shapes
+of the curves will not.
+"""
+
+# %% tags=["parameters"]
+profile = "quick"
+seed = 0
+n_layer, n_embd, seq_len = 4, 256, 512
+train_steps, batch_size, train_len = 40, 8, 64
+naive_tokens = 160
+batch_sizes = (1, 2, 4, 8, 16, 32)
+
+# %%
+#| default_exp engine
+
+# %%
+import tempfile
+import time
+
+import matplotlib.pyplot as plt
+
+from nanochat.common import COLORS, figure
+from nanochat.data import TokenBatches, open_source, prepare_tokens
+from nanochat.optim import build_optimizer, lr_multiplier, muon_momentum
+
+# %% [markdown]
+r"""
+## A model to talk to
+
+We train a small GPT on the tiny world for some seconds, with the bare loop of chapter 5. It will
+know the sound of the language and little else. That is enough: this chapter is about *how*
+tokens come out, not about which.
+"""
+
+# %%
+source = open_source("tinyworld", seed=seed)
+folder = tempfile.TemporaryDirectory()
+n_tokens = train_steps * batch_size * train_len
+shards = prepare_tokens(source, tokenizer, folder.name, "train", n_tokens + train_len)
+batches = TokenBatches(shards, batch_size, train_len, seed=seed)
+config = GPTConfig(tokenizer.vocab_size, seq_len, n_layer, n_embd // 64, n_embd // 64, n_embd)
+model = GPT(config)
+optimizer = build_optimizer(model)
+for step_number in range(train_steps):
+    optimizer.set_schedule(lr_multiplier(step_number, train_steps), muon_momentum(step_number))
+    loss = model(*batches.next())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+print(f"{model.num_params()['total']:,} parameters, loss {loss.item():.2f} nats per token")
+
+# %% [markdown]
+r"""
+## Writing, the obvious way
+
+A GPT gives the probabilities of the next token. To write, we take one, append it, and ask again.
+The simplest program does exactly this, and reads the whole text again for every token.
+"""
+
+# %%
+import torch
+
+
+@torch.inference_mode()
+def naive_generate(model, ids, n_new):
+    """Greedy continuation of ids (list of int), and the seconds after each token."""
+    ids, seconds, start = list(ids), [], time.perf_counter()
+    for _ in range(n_new):
+        logits = model(torch.tensor([ids]))  # (1, T, V): all positions, for the sake of the last
+        ids.append(int(logits[0, -1].argmax()))
+        seconds.append(time.perf_counter() - start)
+    return ids, seconds
+
+
+prompt = tokenizer.encode("Mira lives in", bos=True)
+naive_ids, naive_seconds = naive_generate(model, prompt, naive_tokens)
+print(tokenizer.decode(naive_ids[1:60]))
+print(f"{naive_tokens} tokens in {naive_seconds[-1]:.2f} s")
+
+# %% [markdown]
+r"""
+Token number $t$ costs a forward pass over $t$ positions, so $n$ tokens cost $1 + 2 + \dots + n
+\approx n^2/2$ of them. Nearly all of that is work done before: the model is causal, position 5
+cannot see position 6, so nothing about position 5 changes when the text grows.
+
+## The key-value cache
+
+What does a new token need from the old ones? Look through the layers of chapter 3. Embedding,
+norms, projections and MLP work on each position alone. Only attention looks back, and of an old
+position it reads two things: its key and its value. So we keep those, and nothing else.
+
+The model of chapter 3 is ready for this. Its attention hands the new keys and values to an
+object with three duties: `update` stores them and returns all of them, `length` says how many
+there are, and `advance` counts on. Memory is taken once, for the longest text we allow, because
+growing a tensor copies it.
+
+$$\text{bytes per token} = 2 \cdot n_\text{layer} \cdot n_\text{kv\_head} \cdot d_\text{head}
+\cdot \text{bytes per number}$$
+"""
+
+# %%
+#| export engine
+import ast
+import copy
+import math
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+import torch
+from torch import Tensor
+
+from nanochat.common import UserError
+from nanochat.model import GPT, GPTConfig
+from nanochat.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
+
+
+# %%
+#| export engine
+class KVCache:
+    """Keys and values of every token read so far, for all layers, in memory taken once.
+
+    `keys` and `values` are (n_layer, B, n_kv_head, max_len, head_dim); the first `length` slots
+    are filled. Rows of different lengths stand flush right: row b begins at slot `starts[b]`, and
+    what lies before is padding that `mask` hides (see `prepare`).
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        max_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        starts: Sequence[int] | None = None,
+    ):
+        self.config, self.max_len, self.length = config, max_len, 0
+        shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        padded = starts is not None and any(starts)
+        self.starts = torch.tensor(starts, device=device) if padded else None  # (B,)
+        self.positions: Tensor | None = None  # (B, T): the model's rotary positions
+        self.mask: Tensor | None = None  # (B, 1, T, S): True where a query may look
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, n_kv_head, T, head_dim) of one layer; return all S of them."""
+        end = self.length + k.size(2)
+        if end > self.max_len:
+            raise ValueError(f"{end} tokens do not fit in a cache of {self.max_len}.")
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, n_new: int) -> None:
+        """Count n_new slots as filled; the model calls this once, after its last layer."""
+        self.length += n_new
+
+    def prepare(self, n_new: int) -> None:
+        """Set `positions` and `mask` for the next n_new tokens (None when no row is padded)."""
+        self.positions, self.mask = padded_view(self.starts, self.length, n_new)
+
+    def select(self, rows: Tensor, max_len: int | None = None) -> "KVCache":
+        """Return a cache of the chosen rows (int64, repeats allowed), with its own memory."""
+        size = max_len or self.max_len
+        device, dtype = self.keys.device, self.keys.dtype
+        other = KVCache(self.config, len(rows), size, device, dtype)
+        other.length, filled = self.length, slice(0, self.length)
+        other.keys[:, :, :, filled] = self.keys[:, :, :, filled].index_select(1, rows)
+        other.values[:, :, :, filled] = self.values[:, :, :, filled].index_select(1, rows)
+        other.starts = None if self.starts is None else self.starts[rows]
+        return other
+
+
+# %%
+#| export engine
+def padded_view(
+    starts: Tensor | None, length: int, n_new: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return positions (B, T) and mask (B, 1, T, S) of n_new slots after `length` filled ones.
+
+    `starts` (B,) is the slot at which each row begins; None means that no row is padded, and gives
+    (None, None). A padding slot sees itself alone: attention over nothing would be 0/0.
+    """
+    if starts is None:
+        return None, None
+    slots = torch.arange(length + n_new, device=starts.device)  # (S,)
+    new = slots[length:, None]  # (T, 1)
+    positions = (new.T - starts[:, None]).clamp(min=0)  # (B, T)
+    visible = (slots <= new) & (slots >= starts[:, None, None])  # (B, T, S)
+    return positions, (visible | (slots == new)).unsqueeze(1)
+
+
+# %% [markdown]
+r"""
+`padded_view` is for rows of different lengths; we come back to it. First the proof that the cache
+changes nothing. We feed a text whole, and again in chunks of any sizes; the logits must
+agree.
+"""
+
+# %%
+#| test
+_config = GPTConfig(50, 32, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+_model, _idx = GPT(_config), torch.arange(24).view(2, 12)
+for _i, _param in enumerate(_model.parameters()):  # no zero weights: every path carries signal
+    torch.nn.init.normal_(_param, std=0.3, generator=torch.Generator().manual_seed(_i))
+for _chunks in ([12], [1] * 12, [5, 1, 6]):
+    _cache = KVCache(_config, batch_size=2, max_len=12)
+    with torch.no_grad():
+        _parts = [_model(_piece, kv_cache=_cache) for _piece in _idx.split(_chunks, dim=1)]
+        assert torch.allclose(torch.cat(_parts, 1), _model(_idx), atol=1e-5)
+
+# %% [markdown]
+r"""
+Now the same greedy writer with a cache. The first pass reads the whole prompt (*prefill*); each
+later pass feeds one token (*decode*). `last_only` saves the logits that nobody asked for.
+"""
+
+
+# %%
+@torch.inference_mode()
+def cached_generate(model, ids, n_new):
+    """The same continuation as naive_generate, with a cache."""
+    cache = KVCache(model.config, 1, len(ids) + n_new)
+    ids, new, seconds, start = list(ids), list(ids), [], time.perf_counter()
+    for _ in range(n_new):
+        logits = model(torch.tensor([new]), kv_cache=cache, last_only=True)  # (1, 1, V)
+        new = [int(logits[0, -1].argmax())]
+        ids += new
+        seconds.append(time.perf_counter() - start)
+    return ids, seconds
+
+
+cached_ids, cached_seconds = cached_generate(model, prompt, naive_tokens)
+assert cached_ids == naive_ids
+print(f"{naive_tokens} tokens in {cached_seconds[-1]:.2f} s, the same tokens")
+
+# %%
+fig, ax = figure(
+    "Without a cache the time grows with the square of the length",
+    "tokens written", "seconds since the start",
+    alt="Seconds over tokens written: a parabola for naive generation, a line with a cache.",
+)  # fmt: skip
+ax.plot(naive_seconds, label="the whole text again", color=COLORS[1])
+ax.plot(cached_seconds, label="key-value cache", color=COLORS[0])
+ax.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+r"""
+## What limits the cached writer
+
+With the cache, one token needs two floating-point operations per weight, a multiplication and an
+addition. But it also needs the weight itself, fetched from memory: four bytes of it (two in
+bfloat16). The ratio of operations to bytes is the **arithmetic intensity**, here 0.5 to 1. A
+machine has such a ratio too: what it can compute in a second over what it can fetch. When ours
+is below the machine's, memory decides the speed and the arithmetic units wait. This picture of
+two ceilings is the *roofline*.
+
+$$t_\text{step} \ge \max\left(\frac{\text{bytes}}{\text{bandwidth}},
+\frac{\text{operations}}{\text{peak}}\right), \quad
+\text{bytes} = \underbrace{b\,P}_\text{weights} + B \cdot
+\underbrace{2 b\,L\,d_\text{kv}\,T}_\text{cache}, \quad
+\text{operations} = B\,(2P + 4 L\,d\,T)$$
+
+$P$ counts the weights that multiply (embeddings are only looked up), $b$ the bytes of a number,
+$B$ the rows of the batch, $T$ the tokens in the cache, $L$ the layers. The weights are fetched
+once for all rows: that is why batches pay. Let us measure the two ceilings of this machine and
+put a large model on a large GPU beside it.
+"""
+
+
+# %%
+def best_seconds(work, repeats=5):
+    """The fastest of several runs; the slower ones were disturbed."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+big, square = torch.ones(16_000_000), torch.ones(768, 768)
+bandwidth = big.numel() * 4 / best_seconds(lambda: big.sum())  # bytes read per second
+peak = 2 * 768**3 / best_seconds(lambda: square @ square)  # operations per second
+print(f"this machine: {bandwidth / 1e9:.0f} GB/s, {peak / 1e9:.0f} GFLOP/s, "
+      f"{peak / bandwidth:.0f} operations per byte")  # fmt: skip
+
+
+# %%
+def step_floor(config, batch, context, machine, itemsize):
+    """Least seconds for one decoding step (B rows), from bandwidth and from arithmetic."""
+    weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    kv = 2 * config.n_layer * config.n_kv_head * config.head_dim * context
+    operations = batch * (2 * weights + 4 * config.n_layer * config.n_embd * context)
+    return itemsize * (weights + batch * kv) / machine[0], operations / machine[1]
+
+
+d24 = GPTConfig.for_depth(24, vocab_size=32768, seq_len=2048)
+places = {
+    "our model, this machine": (config, 100, (bandwidth, peak), 4),
+    "d24, one H100": (d24, 1024, (3.35e12, 989e12), 2),  # NVIDIA's data sheet, SXM, dense bf16
+}
+print(f"{'':24} {'batch':>5} {'memory':>10} {'arithmetic':>10} {'tokens/s at most':>17}")
+for name, (size, context, machine, itemsize) in places.items():
+    for batch in (1, 8, 64, 512):
+        memory, compute = step_floor(size, batch, context, machine, itemsize)
+        print(f"{name:24} {batch:5} {memory * 1e3:7.2f} ms {compute * 1e3:7.2f} ms "
+              f"{batch / max(memory, compute):17,.0f}")  # fmt: skip
+
+# %% [markdown]
+r"""
+For one reader, a d24 on an H100 cannot write more than about two thousand tokens a second, and its
+arithmetic units are busy for less than a hundredth of that time. Eight readers cost less than twice
+as much as one. Then the cache takes over: from 64 rows of 1,024 tokens on, most of the bytes are
+keys and values, not weights, and larger batches gain little. That is the case for fewer key-value
+heads (grouped queries) and for windows.
+
+Our small model is far from its own floor when it writes alone: each token takes Python some
+milliseconds to say what is to be done. On a GPU that is the first thing to remove (CUDA graphs).
+
+*Try it:* set the context to 2,048 and the key-value heads of `d24` to 2, and watch batch 512.
+
+## Choosing the next token
+
+Greedy writing takes the likeliest token. It is repeatable and, for a small model, soon walks in
+circles. The other way is to draw from the distribution, which is honest and sometimes silly: a
+thousand unlikely tokens, each nearly impossible, are together not so unlikely. Four knobs move
+between the two.
+
+- **temperature** $\tau$: $p_i \propto e^{z_i / \tau}$. Below 1 sharpens, above 1 flattens, 0 is
+  greedy.
+- **top-k**: only the $k$ likeliest may be drawn.
+- **top-p** (nucleus): only the fewest tokens that together hold probability $p$. The number
+  adapts to how sure the model is.
+- **min-p**: only tokens at least $p$ times as likely as the likeliest.
+"""
+
+
+# %%
+#| export engine
+@dataclass(frozen=True)
+class Sampling:
+    """The knobs of sampling. temperature 0 is greedy; top_k None or 0, top_p 1, min_p 0 are off."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their ranges, with the value in the sentence."""
+        wrong = None
+        if not (0 <= self.temperature < math.inf):
+            wrong = f"temperature is {self.temperature}; use 0 (greedy) or a positive number"
+        elif self.top_k is not None and self.top_k < 0:
+            wrong = f"top_k is {self.top_k}; use a positive whole number, or None for no limit"
+        elif self.top_p is not None and not 0 < self.top_p <= 1:
+            wrong = f"top_p is {self.top_p}; use a number above 0 and at most 1"
+        elif self.min_p is not None and not 0 <= self.min_p <= 1:
+            wrong = f"min_p is {self.min_p}; use a number from 0 to 1"
+        if wrong:
+            raise UserError(wrong + ".")
+
+
+# %%
+#| export engine
+def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Turn logits (..., V) into the float32 probabilities (..., V) from which we draw.
+
+    In this order: divide by the temperature, keep the top_k largest, keep the fewest tokens that
+    hold top_p of the probability (Holtzman et al. 2019), drop those below min_p times the largest.
+    """
+    if sampling.temperature == 0:
+        best = logits.argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(logits).scatter(-1, best, 1.0)
+    logits = logits / sampling.temperature
+    if sampling.top_k and sampling.top_k < logits.size(-1):
+        values, where = logits.topk(sampling.top_k, dim=-1)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, where, values)
+    p = logits.softmax(dim=-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered, where = p.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # the mass of the likelier tokens
+        p = torch.zeros_like(p).scatter(-1, where, ordered * (before < sampling.top_p))
+    if sampling.min_p:
+        p = p * (p >= sampling.min_p * p.amax(dim=-1, keepdim=True))
+    return p / p.sum(dim=-1, keepdim=True)
+
+
+# %% [markdown]
+r"""
+Here they are on one real distribution: what our model expects after a few words.
+"""
+
+# %%
+with torch.no_grad():
+    logits = model(torch.tensor([prompt]), last_only=True)[0, -1]  # (V,)
+order = logits.argsort(descending=True)[:20]
+panels = [("temperature 1", {}), ("temperature 0.5", {"temperature": 0.5}),
+          ("temperature 2", {"temperature": 2.0}), ("top-k 5", {"top_k": 5}),
+          ("top-p 0.5", {"top_p": 0.5}), ("min-p 0.2", {"min_p": 0.2})]  # fmt: skip
+fig, axes = plt.subplots(2, 3, figsize=(8, 4), sharey=True, layout="constrained", dpi=110)
+for ax, (title, knobs), color in zip(axes.flat, panels, COLORS):
+    p = next_token_probabilities(logits, Sampling(**knobs))
+    ax.bar(range(len(order)), p[order], color=color)
+    ax.set_title(f"{title}: {int((p > 0).sum())} tokens left", fontsize=9, loc="left")
+    ax.tick_params(labelsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
+fig.supxlabel("the 20 likeliest tokens, in order", fontsize=9)
+fig.supylabel("probability", fontsize=9)
+fig.set_label("Six bar charts of one distribution under six settings of the sampling knobs.")
+plt.show()
+
+# %% [markdown]
+r"""
+Temperature keeps every token alive and moves mass; the other three cut the tail off.
+
+To draw, we stand the probabilities on one another like the rungs of a ladder from 0 to 1, and
+throw one uniform number: the rung it hits is the token. One number per row and token has a
+pleasant consequence. If each row brings its own numbers, made from its own seed, then what a row
+draws does not depend on who shares the batch with it.
+"""
+
+
+# %%
+#| export engine
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one id per row: the first whose cumulative probability exceeds uniform (B,) in [0, 1).
+
+    probabilities float (B, V), need not sum to one; returns int64 (B,). One number decides one
+    row, so a row's draw depends on no other row.
+    """
+    ladder = probabilities.double().cumsum(dim=-1)  # (B, V)
+    target = uniform.double()[:, None] * ladder[:, -1:]
+    last = probabilities.size(-1) - 1
+    return torch.searchsorted(ladder, target, right=True).squeeze(-1).clamp(max=last)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
+) -> Tensor:
+    """Choose the next id of each row from logits (B, V); returns int64 (B,).
+
+    Randomness comes from `uniform` (B,) when given, else from the generator. UserError for a knob
+    out of its range.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    if uniform is None:
+        device = generator.device if generator is not None else logits.device
+        kind = torch.float64 if device.type != "mps" else torch.float32
+        uniform = torch.rand(len(logits), generator=generator, device=device, dtype=kind)
+    probabilities = next_token_probabilities(logits, Sampling(temperature, top_k, top_p, min_p))
+    return draw(probabilities, uniform.to(logits.device))
+
+
+# %%
+#| test
+_p = torch.tensor([0.5, 0.0, 0.3, 0.2])
+assert [int(draw(_p[None], torch.tensor([u]))) for u in (0.0, 0.49, 0.5, 0.79, 0.99)] == [
+    0,
+    0,
+    2,
+    2,
+    3,
+]
+_ids = sample(_p.log().expand(5000, 4), generator=torch.Generator().manual_seed(0))
+assert torch.allclose(_ids.bincount(minlength=4) / 5000, _p, atol=0.03)
+assert int(sample(_p.log()[None], temperature=0)) == 0
+_sharp = next_token_probabilities(_p.log(), Sampling(temperature=0.5))
+assert torch.allclose(_sharp, _p**2 / (_p**2).sum())
+
+# %% [markdown]
+r"""
+## A calculator that cannot be talked into anything
+
+Small models are bad at sums and good at noticing that one is due. So we give them a tool.
+Between the special tokens `python_start` and `python_end` the model writes an expression. We
+compute it and *force* the next tokens: `output_start`, the result, `output_end`. The model reads
+the result as if it had written it, and goes on.
+
+The text comes from a model that anybody may talk to, so Python's `eval` is out of the question:
+with enough ingenuity, `eval` of a filtered string has always been broken. We parse the text into
+a syntax tree instead and compute the few kinds of node we know. What is not on the list has no
+meaning, hence no danger. Danger of the second kind is size: `9**9**9` is short and would run
+until the memory is full. So lengths, depths, exponents and values have limits, checked *before*
+the work.
+"""
+
+# %%
+#| export engine
+MAX_LENGTH, MAX_DEPTH, MAX_VALUE, MAX_EXPONENT = 500, 50, 1e30, 100
+QUOTED = re.compile(r"""("[^"\\\n]*"|'[^'\\\n]*')""")
+THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
+OPERATORS = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Div: lambda a, b: a / b,
+    ast.FloorDiv: lambda a, b: a // b,
+    ast.Mod: lambda a, b: a % b,
+    ast.Pow: lambda a, b: power(a, b),
+    ast.UAdd: lambda a: a,
+    ast.USub: lambda a: -a,
+}
+
+
+def power(base: float, exponent: float) -> float:
+    """Return base ** exponent; ValueError before the work when the result would be too large."""
+    if abs(exponent) > MAX_EXPONENT or (base and exponent * math.log10(abs(base)) > 30):
+        raise ValueError("the power is too large")
+    return base**exponent
+
+
+# %%
+#| export engine
+def evaluate(node: ast.AST, depth: int = 0) -> int | float:
+    """Compute a syntax tree of allowed nodes; ValueError for any other node or size."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        value = node.value
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        left, right = evaluate(node.left, depth + 1), evaluate(node.right, depth + 1)
+        value = OPERATORS[type(node.op)](left, right)
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        value = OPERATORS[type(node.op)](evaluate(node.operand, depth + 1))
+    else:
+        value = count_call(node)
+    if isinstance(value, complex) or not abs(value) <= MAX_VALUE:  # `not <=` is true for NaN
+        raise ValueError("the number is too large")
+    return value
+
+
+# %%
+#| export engine
+def count_call(node: ast.AST) -> int:
+    """Compute `"text".count("t")`, the one call there is; ValueError for any other node."""
+    match node:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
+            args=[ast.Constant(value=str(part))],
+            keywords=[],
+        ):
+            return text.count(part)
+    raise ValueError(f"{type(node).__name__} is not allowed")
+
+
+def format_number(value: int | float) -> str:
+    """Write a number as the training data do: 12 not 12.0, 0.3 not 0.30000000000000004."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int):
+        return str(value)
+    return format(Decimal(f"{value:.12g}"), "f")
+
+
+def calculate(expression: str) -> str | None:
+    """Return the value of a short expression as text, or None for whatever is not one.
+
+    Allowed: + - * / // % **, parentheses, decimal numbers (with thousands commas) and
+    `"text".count("t")`. Nothing is ever executed: the text is parsed, and the tree is computed
+    node by node with limits on length, depth, size and exponents.
+    """
+    if len(expression) > MAX_LENGTH:
+        return None
+    pieces = QUOTED.split(expression.strip())  # plain, quoted, plain, quoted, ..., plain
+    for i in range(0, len(pieces), 2):
+        plain = pieces[i] = THOUSANDS.sub(lambda m: m[0].replace(",", ""), pieces[i])
+        if not re.fullmatch(r"[0-9.+\-*/%() ]*", plain.replace(".count", "")):
+            return None
+        if plain.count("(") > MAX_DEPTH:
+            return None
+    try:
+        tree = ast.parse("".join(pieces), mode="eval")
+        return format_number(evaluate(tree.body))
+    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
+        return None
+
+
+# %%
+for expression in ("7/2", "0.1+0.2", "12/4", "1,234 * 2", "2**10", '"a, b, c".count(",")',
+                   "9**9**9", "__import__('os')", "'a' * 10**9", "50%", "1/0"):  # fmt: skip
+    print(f"{expression:24} -> {calculate(expression)}")
+
+# %% [markdown]
+r"""
+Results look as they do in the training data: 3.5, and 0.3 rather than 0.30000000000000004.
+Commas inside quotes survive, thousands commas go. A refusal is `None`: then no output is forced,
+and the model has to cope.
+
+*Try it:* find an expression that you think should be refused, and is not. The tests hold about
+ninety.
+
+## One request on its way
+
+Now the parts that make up an answer: tokens for those who stream, a completion for those who
+wait, and a transcript that tells text from tool talk. A token may be half of a character
+(chapter 1), so pieces of text come from the stream decoder, which holds back bytes until they
+make a character.
+"""
+
+
+# %%
+#| export engine
+@dataclass
+class Token:
+    """One generated token. `text` is whole characters; `kind` is text, python, output, special."""
+
+    id: int
+    text: str
+    logprob: float
+    forced: bool = False
+    kind: str = "text"
+
+
+@dataclass
+class Completion:
+    """All that one prompt led to. `mask` is 1 where the model chose the token, 0 where a tool did.
+
+    `ids` ends with the token that stopped it, if one did. `text` is the reply outside of tool calls
+    and outputs. `logprobs` are under the model's own distribution, at temperature 1 and unfiltered.
+    """
+
+    ids: list[int]
+    mask: list[int]
+    text: str
+    logprobs: list[float]
+    finish_reason: str = "length"  # or "stop", "cancelled"
+
+
+# %%
+#| export engine
+class Transcript:
+    """Reads ids one by one and tells, for each, its kind and the text it completes."""
+
+    INSIDE = {"python_start": "python", "output_start": "output"}
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.kind = tokenizer, "text"
+        self.decoder = StreamDecoder(tokenizer)
+        self.special = {tokenizer.special(n): n.strip("<|>") for n in SPECIAL_TOKENS}
+
+    def push(self, id: int) -> tuple[str, str]:
+        """Return (kind, text) of one id; bytes that never become a character are dropped."""
+        name = self.special.get(id)
+        if name is None:
+            return self.kind, self.decoder.push(id)
+        self.kind = self.INSIDE.get(name, "text")
+        self.decoder.flush()
+        return "special", ""
+
+
+# %% [markdown]
+r"""
+A `Row` is one request. It decides, after each token, what follows from it: a stop token ends the
+row, a closed tool call fills the queue of forced tokens, the last token of the budget ends it
+too. The mask remembers which tokens the model chose (1) and which were forced on it (0);
+reinforcement learning must praise and blame the model for the first kind only.
+"""
+
+
+# %%
+#| export engine
+class Row:
+    """One request on its way: its tokens, its own random numbers, and the calculator's state."""
+
+    def __init__(
+        self, prompt: Sequence[int], budget: int, seed: int, tokenizer: Tokenizer, tools: bool
+    ):
+        self.prompt, self.budget, self.tokenizer, self.tools = (
+            list(prompt),
+            budget,
+            tokenizer,
+            tools,
+        )
+        self.ids, self.mask, self.logprobs = [], [], []
+        self.queue: deque[int] = deque()  # tokens that must come next, whatever the model wants
+        self.expression: list[int] | None = None  # ids since python_start
+        self.special = {name.strip("<|>"): tokenizer.special(name) for name in SPECIAL_TOKENS}
+        self.stop_ids = {self.special["assistant_end"], self.special["bos"]}
+        self.finish_reason: str | None = None if budget else "length"
+        generator = torch.Generator().manual_seed(seed)
+        self.uniforms = torch.rand(max(budget, 1), generator=generator, dtype=torch.float64)
+
+    def take(self, id: int, logprob: float) -> None:
+        """Append the next token and decide what follows from it."""
+        forced = bool(self.queue)
+        if forced:
+            self.queue.popleft()
+        elif logprob != logprob:
+            raise UserError("the model's output is not a number (NaN); load an earlier checkpoint.")
+        self.ids.append(id)
+        self.mask.append(int(not forced))
+        self.logprobs.append(logprob)
+        if not forced and id in self.stop_ids:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self.budget:
+            self.finish_reason = "length"
+        elif self.tools and not forced:
+            self.watch(id)
+
+    def watch(self, id: int) -> None:
+        """Collect a tool call; when it closes and has a value, queue the tokens of that value."""
+        if id == self.special["python_start"]:
+            self.expression = []
+        elif id == self.special["python_end"] and self.expression is not None:
+            value = calculate(self.tokenizer.decode(self.expression))
+            self.expression = None
+            if value is not None:
+                start, end = self.special["output_start"], self.special["output_end"]
+                self.queue.extend([start, *self.tokenizer.encode(value), end])
+        elif self.expression is not None:
+            self.expression.append(id)
+
+    def completion(self) -> Completion:
+        """Return what the row has become."""
+        transcript = Transcript(self.tokenizer)
+        pieces = [transcript.push(id) for id in self.ids]
+        text = "".join(piece for kind, piece in pieces if kind == "text")
+        return Completion(self.ids, self.mask, text, self.logprobs, self.finish_reason or "length")
+
+
+# %% [markdown]
+r"""
+## Many rows at once
+
+A step for sixteen rows fetches the weights once, as a step for one row does. Three details make
+a batch out of requests that have nothing to do with one another.
+
+**Different lengths.** We push all prompts to the right, so that all rows write into the same
+slot next. The slots before a short prompt hold padding. Rotary positions are counted from where
+the row really begins, and a mask hides the padding: `padded_view` above. A padding slot may see
+itself, since a softmax over nothing is 0/0, and a NaN in the cache would spread.
+
+**Shared prompts.** Sixteen samples of one question need its prefill once; the cache is copied.
+
+**Rows that end early** would be carried along for nothing. When a quarter of the batch is idle
+we drop the idle rows from the cache.
+"""
+
+
+# %%
+#| export engine
+def group_rows(rows: Sequence[Row], seq_len: int, max_batch: int) -> list[list[Row]]:
+    """Split rows into batches that decode together: alike in length, at most max_batch rows.
+
+    The longest prompt plus the largest budget of a batch must fit in the window, unless all
+    prompts are equally long.
+    """
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: len(row.prompt)):
+        group = groups[-1] if groups else []
+        first = group[0] if group else row  # the shortest prompt has the largest budget
+        same = len(row.prompt) == len(first.prompt)
+        fits = same or len(row.prompt) + first.budget <= seq_len
+        if group and len(group) < max_batch and fits:
+            group.append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+# %%
+#| export engine
+@torch.inference_mode()
+def prefill(model: GPT, rows: Sequence[Row]) -> tuple[KVCache, Tensor]:
+    """Read the prompts of all rows at once; return the cache and the next logits (B, V).
+
+    A prompt that several rows share is read once and copied.
+    """
+    prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
+    longest = max(map(len, prompts))
+    starts = [longest - len(prompt) for prompt in prompts]
+    budget, shared = max(row.budget for row in rows), len(prompts) < len(rows)
+    size = longest if shared else longest + budget
+    cache = KVCache(model.config, len(prompts), size, model.device, model.compute_dtype, starts)
+    filled = [[0] * start + list(prompt) for start, prompt in zip(starts, prompts)]
+    cache.prepare(longest)
+    idx = torch.tensor(filled, device=model.device)  # (B, T)
+    logits = model(idx, kv_cache=cache, last_only=True)[:, -1]
+    if shared:
+        number = {prompt: i for i, prompt in enumerate(prompts)}
+        which = [number[tuple(row.prompt)] for row in rows]
+        which = torch.tensor(which, device=model.device)
+        cache, logits = cache.select(which, longest + budget), logits[which]
+    return cache, logits
+
+
+# %%
+#| export engine
+@torch.inference_mode()
+def choose(
+    logits: Tensor, rows: Sequence[Row], uniform: Tensor, sampling: Sampling
+) -> tuple[Tensor, list, list]:
+    """Choose the next id of every row: forced where a tool has spoken, else sampled.
+
+    Returns the ids as a tensor (B,) and, fetched from the device together, ids and logprobs.
+    """
+    known = rows[0].tokenizer.vocab_size  # a padded head has logits that stand for no token
+    ids = sample(logits[:, :known], **vars(sampling), uniform=uniform)
+    if any(row.queue for row in rows):
+        forced = torch.tensor([row.queue[0] if row.queue else -1 for row in rows])
+        forced = forced.to(ids.device)
+        ids = torch.where(forced >= 0, forced, ids)
+    chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
+    logprobs = chosen - logits.logsumexp(dim=-1)
+    both = torch.stack((ids.float(), logprobs)).tolist()  # ids below 2^24 are exact in float32
+    return ids, [int(id) for id in both[0]], both[1]
+
+
+@torch.inference_mode()
+def step(model: GPT, cache: KVCache, ids: Tensor) -> Tensor:
+    """Feed one token per row, ids (B,); return the logits (B, V) of the token after it."""
+    cache.prepare(1)
+    return model(ids[:, None], kv_cache=cache, last_only=True)[:, -1]
+
+
+# %%
+#| export engine
+def uniform_table(rows: Sequence[Row]) -> Tensor:
+    """Return the random numbers of all rows, float (B, longest budget), zero beyond a budget."""
+    table = torch.zeros(len(rows), max(row.budget for row in rows), dtype=torch.float64)
+    for line, row in zip(table, rows):
+        line[: row.budget] = row.uniforms
+    return table
+
+
+# %%
+#| export engine
+def decode(
+    model: GPT,
+    rows: Sequence[Row],
+    sampling: Sampling,
+    stop: threading.Event | None = None,
+) -> Iterator[None]:
+    """Generate for all rows in lockstep; yields after each token, with the rows brought forward.
+
+    Rows that have ended are dropped from the batch when a quarter of it is idle.
+    """
+    live = [row for row in rows if row.finish_reason is None]
+    if not live:
+        return
+    cache, logits = prefill(model, live)
+    longest = max(row.budget for row in live)
+    uniforms = uniform_table(live).to(model.device)  # (B, longest)
+    for number in range(longest):
+        if stop is not None and stop.is_set():
+            for row in live:
+                row.finish_reason = row.finish_reason or "cancelled"
+            return
+        ids, chosen, logprobs = choose(logits, live, uniforms[:, number], sampling)
+        for row, id, logprob in zip(live, chosen, logprobs):
+            if row.finish_reason is None:
+                row.take(id, logprob)
+        yield
+        going = [i for i, row in enumerate(live) if row.finish_reason is None]
+        if not going:
+            return
+        if len(going) <= 0.75 * len(live):
+            live, keep = [live[i] for i in going], torch.tensor(going, device=ids.device)
+            cache, ids, uniforms = cache.select(keep), ids[keep], uniforms[keep]
+        logits = step(model, cache, ids)
+
+
+# %% [markdown]
+r"""
+## The engine
+
+What remains is a front: check the request, make its rows, and stream one or return many. The
+engine holds the caller's model, not a copy, so a model that is being trained speaks with its
+newest weights. On a GPU a copy in bfloat16, made once, halves the bytes of every step.
+"""
+
+
+# %%
+#| export engine
+class Stream:
+    """The tokens of one request as they come; afterwards `finish_reason` and `completion()`."""
+
+    def __init__(self, row: Row, steps: Iterator[None]):
+        self.row, self.steps, self.transcript = row, steps, Transcript(row.tokenizer)
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Token:
+        next(self.steps)
+        kind, text = self.transcript.push(self.row.ids[-1])
+        forced = not self.row.mask[-1]
+        return Token(self.row.ids[-1], text, self.row.logprobs[-1], forced, kind)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None while running; then "stop", "length" or "cancelled"."""
+        return self.row.finish_reason
+
+    def completion(self) -> Completion:
+        """Return what has been generated so far."""
+        return self.row.completion()
+
+
+# %%
+#| export engine
+def prepared_copy(model: GPT, dtype: torch.dtype) -> GPT:
+    """Return a copy of the model for inference whose weights and activations have `dtype`."""
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    for weight in twin.parameters():
+        weight.grad, weight.data = None, weight.data.to(dtype)
+    twin.compute_dtype = dtype
+    return twin
+
+
+# %%
+#| export engine
+class EngineBase:
+    """What an Engine holds: the model, its tokenizer, and checks of what it is asked."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype | None = None):
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
+                f"{model.config.vocab_size:,}; use the tokenizer that it was trained with."
+            )
+        self.source, self.model, self.tokenizer, self.dtype = model, model, tokenizer, dtype
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Copy the weights again (only when a dtype was given)."""
+        if self.dtype is not None:
+            self.model = prepared_copy(self.source, self.dtype)
+
+    def row(self, ids: Sequence[int], max_tokens: int, seed: int, tools: bool) -> Row:
+        """Check one request and return its Row. UserError for a bad prompt."""
+        config = self.model.config
+        if not len(ids):
+            raise UserError("the prompt is empty; begin it with the token bos.")
+        if len(ids) > config.seq_len:
+            raise UserError(
+                f"the prompt has {len(ids):,} tokens and the model's context window holds "
+                f"{config.seq_len:,}; shorten the prompt or start a new conversation."
+            )
+        if not 0 <= min(ids) <= max(ids) < self.tokenizer.vocab_size:
+            last = self.tokenizer.vocab_size - 1
+            raise UserError(f"the prompt has an id outside 0 .. {last}, the tokens there are.")
+        if max_tokens < 0:
+            raise UserError(f"max_tokens is {max_tokens}; use 0 or more.")
+        budget = min(max_tokens, config.seq_len - len(ids))
+        return Row(ids, budget, seed, self.tokenizer, tools)
+
+    @torch.inference_mode()
+    def token_probabilities(self, ids: Sequence[int], top: int = 5) -> list[dict]:
+        """Tell for each id of a sequence how likely the model found it, and what else it expected.
+
+        One dict per id: id, text, probability (None for the first id, before which nothing was
+        read) and top, the `top` likeliest (text, probability) at that place.
+        """
+        row = self.row(ids, 0, 0, False)
+        idx = torch.tensor([row.prompt], device=self.model.device)
+        p = self.model(idx)[0, :-1].softmax(dim=-1)  # (T - 1, V)
+        known = self.tokenizer.vocab_size
+        values, where = p[:, :known].topk(min(top, known), dim=-1)
+        own = p.gather(-1, idx[0, 1:, None]).squeeze(-1).tolist()
+        texts = [[self.tokenizer.decode([i]) for i in line] for line in where.tolist()]
+        tops = [list(zip(*pair)) for pair in zip(texts, values.tolist())]
+        return [
+            {"id": id, "text": self.tokenizer.decode([id]), "probability": own, "top": tops}
+            for id, own, tops in zip(row.prompt, [None, *own], [[], *tops])
+        ]
+
+
+# %%
+#| export engine
+class Engine(EngineBase):
+    """Generates text with a model and its tokenizer: `generate` streams, `generate_batch` returns.
+
+    By default the engine uses the caller's model itself and so sees every change of its weights.
+    `dtype` makes a copy of the weights in that dtype instead, prepared once (bfloat16 is best on
+    a GPU); `refresh()` copies them again.
+    """
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        stop: threading.Event | None = None,
+        tools: bool = True,
+    ) -> Stream:
+        """Stream the Tokens that follow the prompt `ids`, the stopping token (text "") included.
+
+        Ends at assistant_end or bos ("stop"), after max_tokens or at the end of the context window
+        ("length"), or when another thread sets `stop` ("cancelled"). UserError for a bad prompt.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        row = self.row(ids, max_tokens, seed, tools)
+        return Stream(row, decode(self.model, [row], sampling, stop))
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | Sequence[int] = 0,
+        stop: threading.Event | None = None,
+        tools: bool = True,
+        max_batch: int = 128,
+    ) -> list[Completion]:
+        """Complete many prompts, of any lengths, together; the results come in their order.
+
+        `seed` is one number (row i then draws with seed + 1,000,003 i) or one per prompt. What a
+        row becomes does not depend on the other rows, up to rounding.
+        """
+        sampling, n = Sampling(temperature, top_k, top_p, min_p), len(prompts)
+        seeds = [seed + 1_000_003 * i for i in range(n)] if isinstance(seed, int) else list(seed)
+        if len(seeds) != n:
+            raise UserError(f"there are {n} prompts and {len(seeds)} seeds; give one for each.")
+        rows = [self.row(ids, max_tokens, s, tools) for ids, s in zip(prompts, seeds)]
+        for group in group_rows(rows, self.model.config.seq_len, max_batch):
+            for _ in decode(self.model, group, sampling, stop):
+                pass
+        return [row.completion() for row in rows]
+
+
+# %%
+engine = Engine(model, tokenizer)
+beginnings = ("Mira lives in", "The market of", "Once upon a time there was", "A cat")
+prompts = [tokenizer.encode(text, bos=True) for text in beginnings]
+for number, completion in enumerate(engine.generate_batch(prompts, 24, temperature=0.8, seed=seed)):
+    print(repr(beginnings[number] + completion.text))
+
+# %%
+#| test
+_texts = ["the cat sat on the mat"] * 3
+_tokenizer = Tokenizer.train(_texts, 270)
+_model = GPT(GPTConfig(_tokenizer.vocab_size, 32, n_layer=2, n_head=2, n_kv_head=1, n_embd=16))
+for _i, _param in enumerate(_model.parameters()):
+    torch.nn.init.normal_(_param, std=0.3, generator=torch.Generator().manual_seed(_i))
+_engine, _prompts = Engine(_model, _tokenizer), [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [4]]
+for _temperature in (0.0, 1.0):
+    _together = _engine.generate_batch(_prompts, 10, _temperature, seed=[1, 2, 3, 4])
+    for _i, _done in enumerate(_together):
+        _alone = _engine.generate(_prompts[_i], 10, _temperature, seed=_i + 1)
+        assert [_token.id for _token in _alone] == _done.ids
+
+# %% [markdown]
+r"""
+### What a batch buys
+
+The same prompt and twenty tokens for more and more rows. Time per step grows slowly at first, so
+the tokens per second of all rows together climb, until arithmetic becomes the limit.
+"""
+
+
+# %%
+def tokens_per_second(batch, n_new=20):
+    """Greedy tokens of all rows together per second, prefill included; best of two runs."""
+    rows = [prompt] * batch
+    done = engine.generate_batch(rows, n_new, temperature=0.0, tools=False)
+    made = sum(len(completion.ids) for completion in done)
+    return made / best_seconds(lambda: engine.generate_batch(rows, n_new, 0.0, tools=False), 2)
+
+
+speeds = [tokens_per_second(batch) for batch in batch_sizes]
+fig, ax = figure(
+    f"{batch_sizes[-1]} rows together are {speeds[-1] / speeds[0]:.0f} times as fast as one",
+    "rows in the batch", "tokens per second, all rows",
+    alt="Tokens per second over batch size, climbing less than in proportion.",
+)  # fmt: skip
+ax.plot(batch_sizes, speeds, "o-", label="measured")
+ax.plot(batch_sizes, [speeds[0] * b for b in batch_sizes], ":", label="in proportion")
+ax.set(xscale="log", yscale="log", xticks=batch_sizes, xticklabels=batch_sizes)
+ax.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+r"""
+## Streaming and stopping
+
+A puppet helps us look at the machinery: a "model" whose next token is written in a script. First
+a text of characters that take up to four bytes, one byte per token. No piece is ever broken.
+"""
+
+
+# %%
+class Puppet(torch.nn.Module):
+    """Says the ids of a script, one after another, whatever it reads."""
+
+    def __init__(self, script):
+        super().__init__()
+        self.config = GPTConfig(tokenizer.vocab_size, 256, 1, 1, 1, 2)
+        self.script, self.device, self.compute_dtype = script, torch.device("cpu"), torch.float32
+
+    def forward(self, idx, kv_cache, last_only):
+        kv_cache.advance(idx.size(1))
+        logits = torch.zeros(len(idx), 1, tokenizer.vocab_size)
+        logits[:, :, self.script[min(kv_cache.length, len(self.script)) - 1]] = 30.0
+        return logits
+
+
+end = tokenizer.special("assistant_end")
+single_bytes = [tokenizer.encoding.encode_single_token(bytes([b])) for b in "é, 🐈!".encode()]
+stream = Engine(Puppet([*single_bytes, end]), tokenizer).generate([1])
+print([token.text for token in stream], stream.finish_reason)
+
+# %% [markdown]
+r"""
+A person who has read enough presses Stop. The button sets an event; the engine looks at it
+between two tokens. Every way to end has a name.
+"""
+
+# %%
+pressed = threading.Event()
+stream = engine.generate(prompt, max_tokens=200, seed=seed, stop=pressed)
+for count, _ in enumerate(stream, start=1):
+    if count == 5:
+        pressed.set()
+print("stopped:", count, stream.finish_reason)
+print("budget: ", engine.generate_batch([prompt], 5, seed=seed)[0].finish_reason)
+print("window: ", [len(c.ids) for c in engine.generate_batch([[7] * (seq_len - 3)], 50)])
+try:
+    engine.generate([7] * (seq_len + 1))
+except UserError as error:
+    print("refused:", error)
+
+# %% [markdown]
+r"""
+## The calculator at work
+
+The puppet now plays a well-trained assistant on a problem of the tiny world. It opens a call,
+writes the expression, closes it, and would then say "0000". Watch the forced tokens take that
+place.
+"""
+
+# %%
+problem = arithmetic_problem(world, 3)
+call, answer = problem["parts"][0]["text"], problem["parts"][2]["text"]
+result = tokenizer.encode(calculate(call))
+script = [tokenizer.special("python_start"), *tokenizer.encode(call)]
+script += [tokenizer.special("python_end"), *tokenizer.encode("0") * (len(result) + 2)]
+script += [*tokenizer.encode(answer), end]
+stream = Engine(Puppet(script), tokenizer).generate([1], temperature=0.0)
+print(problem["question"])
+for token in list(stream)[: len(script) - len(tokenizer.encode(answer)) + 1]:
+    shown = tokenizer.decode([token.id])
+    print(f"{shown:18} {token.kind:8} {'forced' if token.forced else ''} {token.logprob:8.2f}")
+print("text for the reader:", repr(stream.completion().text))
+
+# %% [markdown]
+r"""
+The log-probability tells the story from the model's side: it was sure of what it said, and never
+would have said what was forced. It is always the model's own, at temperature 1 and before any
+filter, because that is what reinforcement learning needs.
+
+`token_probabilities` turns the question round: how likely does the model find a text that is
+already there?
+"""
+
+# %%
+for entry in engine.token_probabilities(tokenizer.encode("The cat lives in", bos=True), top=3)[1:]:
+    others = ", ".join(f"{text!r} {p:.2f}" for text, p in entry["top"])
+    print(f"{entry['text']!r:10} {entry['probability']:.3f}   likeliest: {others}")
+
+# %% [markdown]
+r"""
+## Programs we did not write
+
+Some benchmarks ask for a Python function and run it (HumanEval, chapter 9). Then text from a
+model becomes a program on your machine. A filter on the text is hopeless here; the program needs
+walls *around* it, made by the operating system. So we run it in a child process, and let the
+child wall itself in before it looks at the program.
+
+| danger | wall | where |
+|---|---|---|
+| runs forever | the parent kills it and all it started, after a time limit | everywhere |
+| reads your keys from the environment | an environment without your variables | everywhere |
+| prints without end | output is cut, the program killed | everywhere |
+| eats memory, CPU, disk | resource limits | Linux, partly macOS |
+| talks to the network | no network: namespace, no sockets: seccomp | Linux |
+| fills the disk, file by file | a private file system of 64 MB | Linux, mostly |
+| reads or changes your files | Landlock: Python and its own folder only | Linux 5.13 or later |
+| fork bombs, signals to others | seccomp refuses those system calls | Linux, x86-64 and ARM |
+
+On macOS and Windows the lower half of the table is missing. There, run only programs that you
+would run yourself, or use a container. `Result.protections` says what was there; we never
+promise more.
+
+The limits first. They are one-way doors: a process can lower them and never raise them again.
+"""
+
+# %%
+#| export sandbox
+import contextlib
+import ctypes
+import json
+import math
+import os
+import platform
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+FILE_MB, FILE_SYSTEM_MB, MAX_PROCESSES, MAX_OPEN_FILES = 16, 64, 64, 64
+
+
+@dataclass
+class Result:
+    """What a program did. `protections` names the walls that stood on this machine (see text)."""
+
+    ok: bool  # ended by itself, with exit code 0, within all limits
+    stdout: str
+    stderr: str
+    timed_out: bool = False
+    truncated: bool = False  # printed more than the output limit, and was stopped for it
+    exit_code: int | None = None
+    protections: tuple[str, ...] = ()
+
+
+# %%
+#| export sandbox
+def set_limits(timeout: float, memory_mb: int) -> list[str]:
+    """Limit this process for good; return the names of the limits that the system took."""
+    try:
+        import resource
+    except ImportError:  # Windows has none of these
+        return []
+    cpu, file_size = math.ceil(timeout) + 1, FILE_MB * 2**20
+    wanted = {
+        "cpu limit": ("RLIMIT_CPU", cpu),
+        "memory limit": ("RLIMIT_AS", memory_mb * 2**20),
+        "file-size limit": ("RLIMIT_FSIZE", file_size),
+        "open-files limit": ("RLIMIT_NOFILE", MAX_OPEN_FILES),
+        "process limit": ("RLIMIT_NPROC", MAX_PROCESSES),
+        "no core dumps": ("RLIMIT_CORE", 0),
+    }
+    done = []
+    for name, (constant, value) in wanted.items():
+        try:
+            resource.setrlimit(getattr(resource, constant), (value, value))
+            done.append(name)
+        except (AttributeError, ValueError, OSError):
+            continue
+    if os.getuid() == 0 and "process limit" in done:
+        done.remove("process limit")  # the kernel does not count root's processes
+    return done
+
+
+# %% [markdown]
+r"""
+On Linux a process may step into a *namespace* of its own: a world with its own network, which
+has no cables, and its own file systems. *Landlock* is a list of folders that may be read or
+written from now on.
+"""
+
+
+# %%
+#| export sandbox
+def enter_namespaces(folder: str) -> list[str]:
+    """Linux: leave the network and give `folder` its own small memory file system.
+
+    Needs unprivileged user namespaces; raises OSError where they are switched off.
+    """
+    user, network, mounts = 0x10000000, 0x40000000, 0x00020000  # CLONE_NEWUSER, _NEWNET, _NEWNS
+    libc = ctypes.CDLL(None, use_errno=True)
+    uid, gid = os.getuid(), os.getgid()
+    if libc.unshare(user | network | mounts) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{uid} {uid} 1"),
+        ("gid_map", f"{gid} {gid} 1"),
+    ):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    options = f"size={FILE_SYSTEM_MB}m,mode=700".encode()
+    if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4, options) != 0:  # nosuid, nodev
+        return ["network namespace"]
+    os.chdir(folder)
+    return ["network namespace", "private file system"]
+
+
+# %%
+#| export sandbox
+def enter_namespaces_if_possible(folder: str) -> list[str]:
+    """Try in a forked child first: a namespace that is entered by half cannot be left again."""
+    child_id = os.fork()
+    if child_id == 0:
+        try:
+            enter_namespaces(folder)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    works = os.waitpid(child_id, 0)[1] == 0
+    return enter_namespaces(folder) if works else []
+
+
+# %%
+#| export sandbox
+def readable_paths() -> list[str]:
+    """Return what a Python program must be able to read: Python itself and shared libraries."""
+    paths = {sys.prefix, sys.base_prefix, *filter(os.path.isabs, sys.path)}
+    paths |= {"/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"}
+    return sorted(path for path in paths if os.path.exists(path) and path != "/")
+
+
+def restrict_files(folder: str) -> list[str]:
+    """Linux 5.13 and later: Landlock. Read Python, read and write `folder`, touch nothing else.
+
+    From version 6 of its interface on, signals and sockets to processes outside are cut as well.
+    """
+    syscall = ctypes.CDLL(None, use_errno=True).syscall
+    create, add, restrict = 444, 445, 446
+    version = syscall(create, None, ctypes.c_size_t(0), 1)
+    if version < 1:
+        return []
+    rights = (1 << (13 + sum(version >= v for v in (2, 3, 5)))) - 1  # all the kernel knows
+    network, scopes = (3 if version >= 4 else 0), (3 if version >= 6 else 0)
+    size = 8 if version < 4 else 16 if version < 6 else 24
+    ruleset = struct.pack("QQQ", rights, network, scopes)[:size]
+    handle = syscall(create, ruleset, ctypes.c_size_t(size), 0)
+    read, read_folder, write = 1 << 2, 1 << 3, 1 << 1
+    allowed = {path: read | read_folder for path in readable_paths()}
+    allowed |= {"/dev/null": read | write, "/dev/urandom": read, folder: rights & ~1}
+    for path, access in allowed.items():
+        descriptor = os.open(path, os.O_RDONLY)
+        access &= rights if os.path.isdir(path) else read | write
+        rule = struct.pack("=Qi", access, descriptor)
+        failed = syscall(add, handle, 1, rule, 0)
+        os.close(descriptor)
+        if failed:
+            return []
+    done = syscall(restrict, handle, 0) == 0
+    os.close(handle)
+    return ["landlock"] if done else []
+
+
+# %% [markdown]
+r"""
+The last wall stands at the kernel's door. Every effect a program has on the world goes through a
+system call, and *seccomp* lets us hand the kernel a little program, in a machine language of its
+own, that judges each call. Ours refuses new processes, sockets, signals to others and all
+administration. Threads stay allowed: they are `clone` with a flag. Changes of permissions get a
+polite lie ("done"), because copying a file in Python ends with one.
+"""
+
+# %%
+#| export sandbox
+# Each line: what to answer, then name, number on x86-64, number on 64-bit ARM ("-": has none).
+SYSTEM_CALLS = """
+refuse fork 57 - vfork 58 - execve 59 221 execveat 322 281 socket 41 198 ptrace 101 117
+refuse tkill 200 130 rt_sigqueueinfo 129 138 rt_tgsigqueueinfo 297 240 pidfd_send_signal 424 424
+refuse pidfd_open 434 434 pidfd_getfd 438 438 process_vm_readv 310 270 process_vm_writev 311 271
+refuse process_madvise 440 440 setns 308 268 unshare 272 97 mount 165 40 umount2 166 39
+refuse pivot_root 155 41 chroot 161 51 fsopen 430 430 fsmount 432 432 move_mount 429 429
+refuse open_tree 428 428 mount_setattr 442 442 open_by_handle_at 304 265 io_uring_setup 425 425
+refuse io_uring_enter 426 426 bpf 321 280 perf_event_open 298 241 userfaultfd 323 282
+refuse keyctl 250 219 add_key 248 217 request_key 249 218 memfd_create 319 279 shmget 29 194
+refuse msgget 68 186 semget 64 190 mq_open 240 180 personality 135 92 setpriority 141 140
+refuse sched_setscheduler 144 119 sched_setaffinity 203 122 sched_setattr 314 274 ioprio_set 251 30
+refuse init_module 175 105 finit_module 313 273 delete_module 176 106 kexec_load 246 104
+refuse kexec_file_load 320 294 reboot 169 142 swapon 167 224 swapoff 168 225 acct 163 89
+refuse settimeofday 164 170 clock_settime 227 112 adjtimex 159 171 clock_adjtime 305 266
+refuse sethostname 170 161 setdomainname 171 162 quotactl 179 60 syslog 103 116 setxattr 188 5
+refuse lsetxattr 189 6 fsetxattr 190 7 removexattr 197 14 lremovexattr 198 15 fremovexattr 199 16
+pretend chmod 90 - fchmod 91 52 fchmodat 268 53 fchmodat2 452 452 chown 92 - fchown 93 55
+pretend lchown 94 - fchownat 260 54 utime 132 - utimes 235 - futimesat 261 - utimensat 280 88
+absent clone3 435 435
+threads clone 56 220
+self kill 62 129 tgkill 234 131
+selfzero prlimit64 302 261
+"""
+
+
+# %%
+#| export sandbox
+def filter_program(machine: str, pid: int) -> bytes | None:
+    """Return the seccomp filter (classic BPF, 8 bytes an instruction) for this machine, or None."""
+    column, arch = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}.get(machine, (0, 0))
+    if not arch:
+        return None
+    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, error = 0x7FFF0000, 0x00050000
+    refuse, absent = error | 1, error | 38  # EPERM, ENOSYS
+
+    def op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+        return struct.pack("=HBBI", code, if_true, if_false, value)
+
+    program = op(load, 4) + op(equal, arch, 1, 0) + op(answer, refuse)  # a foreign call table
+    program += op(load, 0) + op(at_least, 0x40000000, 0, 1) + op(answer, refuse)  # x32
+    for line in SYSTEM_CALLS.strip().splitlines():
+        action, *words = line.split()
+        for number in (n for n in words[1 + column :: 3] if n != "-"):
+            match = {  # the first argument of a call is at byte 16
+                "refuse": op(answer, refuse),
+                "pretend": op(answer, error),  # error number 0: "done", though nothing was
+                "absent": op(answer, absent),
+                "threads": op(load, 16) + op(any_bit, 0x10000, 0, 1) + op(answer, allow),
+                "self": op(load, 16) + op(equal, pid, 0, 1) + op(answer, allow),
+                "selfzero": op(load, 16) + op(equal, 0, 0, 1) + op(answer, allow),
+            }[action]
+            if action in ("threads", "self", "selfzero"):
+                match += op(answer, refuse)
+            program += op(equal, int(number), 0, len(match) // 8) + match
+    return program + op(answer, allow)
+
+
+# %%
+#| export sandbox
+def restrict_system_calls() -> list[str]:
+    """Linux: refuse new processes, sockets, signals to others and all administration."""
+    program = filter_program(platform.machine(), os.getpid()) if sys.maxsize > 2**32 else None
+    libc = ctypes.CDLL(None, use_errno=True)
+    if program is None:
+        return []
+    code = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
+    zero = ctypes.c_ulong(0)
+    done = libc.prctl(22, ctypes.c_ulong(2), header, zero, zero) == 0  # seccomp, filter
+    return ["seccomp"] if done else []
+
+
+# %% [markdown]
+r"""
+The child puts up all walls the system has and then runs the program. The parent holds the clock
+and the knife.
+"""
+
+
+# %%
+#| export sandbox
+def protect(folder: str, timeout: float, memory_mb: int) -> list[str]:
+    """Put up every wall this system offers around the current process; return their names."""
+    done = ["scrubbed environment"]
+    linux = sys.platform.startswith("linux")
+    if hasattr(os, "nice"):
+        os.nice(5)
+    walls = [lambda: set_limits(timeout, memory_mb)]
+    if linux:
+        walls = [
+            lambda: enter_namespaces_if_possible(folder),
+            lambda: restrict_files(folder),
+            *walls,
+        ]
+        walls += [restrict_system_calls]
+    if linux:  # the promise never to gain privileges, which Landlock and seccomp ask for
+        ctypes.CDLL(None).prctl(38, *map(ctypes.c_ulong, (1, 0, 0, 0)))
+    for wall in walls:
+        try:
+            done += wall()
+        except (OSError, AttributeError):
+            continue
+    return done
+
+
+# %%
+#| export sandbox
+def child() -> None:
+    """Be the sandboxed process: read the request, put up the walls, run the code."""
+    request = json.loads(sys.stdin.buffer.read())
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    walls = protect(os.getcwd(), request["timeout"], request["memory_mb"])
+    print(json.dumps(walls), file=sys.stderr, flush=True)
+    sys.argv, sys.path = ["program"], [*sys.path, os.getcwd()]
+    try:
+        exec(compile(request["code"], "<program>", "exec"), {"__name__": "__main__"})
+    except Exception as error:
+        trace = error.__traceback__.tb_next  # without our own frame
+        traceback.print_exception(type(error), error, trace)
+        sys.exit(1)
+
+
+if __name__ == "__main__" and sys.argv[0].endswith("sandbox.py"):
+    child()
+
+
+# %%
+#| export sandbox
+def kill_tree(process: subprocess.Popen) -> None:
+    """Kill a process and all that it started."""
+    if os.name == "posix":
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        command = ["taskkill", "/F", "/T", "/PID", str(process.pid)]
+        subprocess.run(command, capture_output=True, check=False)
+    process.kill()
+
+
+# %%
+#| export sandbox
+class Capture(threading.Thread):
+    """Reads a pipe to its end, keeps the first `limit` bytes and calls `on_flood` beyond them."""
+
+    def __init__(self, pipe, limit: int, on_flood):
+        super().__init__(daemon=True)
+        self.pipe, self.limit, self.on_flood = pipe, limit, on_flood
+        self.data, self.flooded = bytearray(), False
+        self.start()
+
+    def run(self) -> None:
+        while piece := self.pipe.read1(65536):
+            self.data += piece[: self.limit - len(self.data)]
+            if len(piece) and len(self.data) >= self.limit and not self.flooded:
+                self.flooded = True
+                self.on_flood()
+
+
+def environment(folder: str) -> dict[str, str]:
+    """Return the few variables a program sees: none of the caller's, HOME among the missing."""
+    kept = {k: os.environ[k] for k in ("SYSTEMROOT", "SYSTEMDRIVE") if k in os.environ}
+    threads = {k: "1" for k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    return {"PATH": os.defpath, "TMPDIR": folder, "TEMP": folder, "TMP": folder, **threads, **kept}
+
+
+# %%
+#| export sandbox
+def run_python(
+    code: str, timeout: float = 5.0, memory_mb: int = 256, output_limit: int = 65536
+) -> Result:
+    """Run a Python program in a limited child process and return its Result.
+
+    `timeout` is in seconds of wall-clock time, `memory_mb` counts address space, `output_limit` is
+    in bytes for each of stdout and stderr. The program starts in an empty folder that is deleted
+    afterwards; it has no input, no environment, no children and, where the system allows, no
+    network and no other files. See `Result.protections`; without "landlock" and "seccomp" among
+    them, run only code that you would run yourself.
+    """
+    script = find_spec("nanochat.sandbox").origin
+    detach = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
+    pipe, timed_out = subprocess.PIPE, False
+    with tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True) as folder:
+        folder = os.path.realpath(folder)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-X", "utf8", script], stdin=pipe, stdout=pipe, stderr=pipe,
+            cwd=folder, env=environment(folder), **detach,
+        )  # fmt: skip
+        captures = [
+            Capture(stream, output_limit + extra, lambda: kill_tree(process))
+            for stream, extra in ((process.stdout, 0), (process.stderr, 1024))
+        ]
+        request = {"code": code, "timeout": timeout, "memory_mb": memory_mb}
+        try:
+            process.stdin.write(json.dumps(request).encode())
+            process.stdin.close()
+        except OSError:  # the child died early; its stderr says why
+            pass
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            kill_tree(process)
+            exit_code = process.wait()
+        for capture in captures:
+            capture.join(1.0)
+            capture.pipe.close()
+    return make_result(exit_code, timed_out, *captures)
+
+
+# %%
+#| export sandbox
+def make_result(exit_code: int, timed_out: bool, out: Capture, err: Capture) -> Result:
+    """Put a Result together; the first line of stderr is the child's list of its walls."""
+    first, _, stderr = err.data.decode("utf-8", "replace").partition("\n")
+    walls = tuple(json.loads(first)) if first.startswith("[") else ()
+    stderr = stderr if walls else err.data.decode("utf-8", "replace")
+    flooded = out.flooded or err.flooded
+    ok = exit_code == 0 and not timed_out and not flooded
+    stdout = out.data.decode("utf-8", "replace")
+    return Result(ok, stdout, stderr, timed_out, flooded, exit_code, walls)
+
+
+# %%
+print("walls here:", ", ".join(run_python("pass").protections))
+
+# %%
+programs = {
+    "good": "import numpy as np; print(np.arange(5).sum())",
+    "own files": "open('a.txt', 'w').write('mine'); print(open('a.txt').read())",
+    "endless loop": "while True: pass",
+    "memory bomb": "x = 'a' * 10**11",
+    "output flood": "while True: print('spam' * 100)",
+    "fork bomb": "import os\nwhile True: os.fork()",
+    "network": "import socket; socket.create_connection(('127.0.0.1', 80), 1)",
+    "your files": "print(open('/etc/passwd').read())",
+    "kill its parent": "import os; os.kill(os.getppid(), 9)",
+    "your secrets": "import os; print(os.environ.get('HOME'))",
+}
+for name, code in programs.items():
+    done = run_python(code, timeout=1.5)
+    last = (done.stderr.strip().splitlines() or [done.stdout[:20].strip()])[-1]
+    how = "time is up" if done.timed_out else "output cut" if done.truncated else last
+    print(f"{name:16} ok={done.ok!s:6} {how[:70]}")
+
+# %%
+#| test
+assert run_python("print(6 * 7)").stdout == "42\n"
+assert run_python("while True: pass", timeout=0.5).timed_out
+assert "ZeroDivisionError" in run_python("1/0").stderr
+
+# %% [markdown]
+r"""
+## The signature result
+
+Eight prompts of different lengths, 40 tokens each, greedy. The same model, the same machine,
+three ways. The baseline is the naive writer; the control is that all three write *exactly* the
+same tokens.
+"""
+
+# %%
+texts = [document(world, 100 + i) for i in range(8)]
+prompts = [tokenizer.encode(text, bos=True)[: 8 + 5 * i] for i, text in enumerate(texts)]
+options = dict(max_tokens=40, temperature=0.0, tools=False)
+
+
+def ended(ids):
+    """ids up to the token that ends a text, as the engine cuts them."""
+    stops = [i for i, id in enumerate(ids) if id in (tokenizer.bos_id, end)]
+    return ids[: stops[0] + 1] if stops else ids
+
+
+ways = {
+    "naive, one by one": lambda: [
+        ended(naive_generate(model, p, 40)[0][len(p) :]) for p in prompts
+    ],
+    "cache, one by one": lambda: [[t.id for t in engine.generate(p, **options)] for p in prompts],
+    "cache, one batch": lambda: [c.ids for c in engine.generate_batch(prompts, **options)],
+}
+outputs, rates = {}, {}
+for name, way in ways.items():
+    start = time.perf_counter()
+    outputs[name] = way()
+    rates[name] = sum(map(len, outputs[name])) / (time.perf_counter() - start)
+assert outputs["naive, one by one"] == outputs["cache, one by one"] == outputs["cache, one batch"]
+for name, rate in rates.items():
+    print(f"{name:18} {rate:7.0f} tokens/s   {rate / rates['naive, one by one']:5.1f} x")
+
+# %%
+fig, ax = figure(
+    "Same tokens, three speeds", "tokens per second", "", size=(5, 2),
+    alt="Bars of tokens per second: naive, with cache, and with cache in a batch.",
+)  # fmt: skip
+ax.barh(list(rates)[::-1], list(rates.values())[::-1], color=COLORS[:3])
+plt.show()
+folder.cleanup()
+
+# %% [markdown]
+r"""
+## Recap
+
+`nanochat` can write now:
+- `Engine(model, tokenizer)` with `generate` (a `Stream` of `Token`), `generate_batch` (a list of
+  `Completion`) and `token_probabilities`; `Sampling` holds the knobs;
+- `KVCache`, `sample`, `next_token_probabilities` and `calculate` for those who build their own
+  loop;
+- `nanochat.sandbox.run_python` with `Result` for programs of strangers.
+
+`benchmarks/inference.py` measures time to the first token, time per token, tokens per second and
+the share of the bandwidth for any depth on your device.
+
+**Pitfalls, all of them met in real projects**
+- A calculator behind a time limit made of signals works in the main thread of a POSIX system
+  only. Limits on the *input* work everywhere.
+- Removing all commas before computing breaks `"a,b".count(",")`: the tool then lies with
+  confidence.
+- Printing each token's own text breaks every character that spans tokens.
+- One random generator for a batch: all rows change when one row is added. Give each row its
+  seed.
+- A head padded to a round size has logits for tokens that do not exist. They must not be drawn.
+- Weights kept in float32 and cast in each step are read at four bytes and written at two, for
+  every token.
+- A sandbox that removes functions from modules is not a wall: the program can import them anew.
+
+**Readings**
+- Pope et al. (2022), *Efficiently Scaling Transformer Inference*: the roofline of decoding, in
+  full.
+- Williams, Waterman, Patterson (2009), *Roofline: an insightful visual performance model*.
+- Holtzman et al. (2019), *The Curious Case of Neural Text Degeneration*: why greedy text is
+  dull, and top-p.
+- Kwon et al. (2023), *Efficient Memory Management for LLM Serving with PagedAttention*: caches
+  for many users.
+- The Linux kernel's documentation of Landlock and of seccomp filters.
+"""

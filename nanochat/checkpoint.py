@@ -1,0 +1,130 @@
+"""Checkpoints as safetensors and JSON: atomic, resumable, never pickled.
+
+Exported from chapters/05_pretraining.py (chapter 05, Pretraining); edit there, not here.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanochat.common import UserError, read_json, write_json
+from nanochat.model import GPT, GPTConfig
+
+__all__ = [
+    "Checkpoint",
+    "latest_step",
+    "load_checkpoint",
+    "put_aside",
+    "save_checkpoint",
+    "saved_steps",
+]
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint folder holds: the model on its device, optimizer tensors, and the meta."""
+
+    model: GPT
+    optimizer_state: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def saved_steps(directory: str | Path) -> list[int]:
+    """Return the steps that have a complete checkpoint in a folder, in ascending order."""
+    folders = Path(directory).glob("step_[0-9]*")
+    return sorted(int(f.name[5:]) for f in folders if (f / "meta.json").exists())
+
+
+def latest_step(directory: str | Path) -> int | None:
+    """Return the newest complete checkpoint's step, None when there is none."""
+    return max(saved_steps(directory), default=None)
+
+
+def put_aside(folder: Path) -> Path:
+    """Rename a checkpoint out of sight, if it is there; return its new name, to be deleted."""
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, aside)
+    return aside
+
+
+def save_checkpoint(
+    directory: str | Path,
+    step: int,
+    model: GPT,
+    optimizer_state: dict[str, Tensor] | None,
+    meta: dict[str, Any],
+    keep: int = 1,
+) -> Path:
+    """Write `step_NNNNNN/` with model, optimizer and meta; the newest `keep` stay.
+
+    `optimizer_state` is what `optimizer.named_state(model)` gives; None saves the model alone.
+
+    All files are written under a temporary name, synced, then renamed at once: a process killed at
+    any moment leaves the old checkpoint or the new one. A full disk raises UserError and leaves
+    nothing behind.
+    """
+    directory = Path(directory)
+    final, temporary = directory / f"step_{step:06d}", directory / f".step_{step:06d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        save_file(weights, temporary / "model.safetensors")
+        if optimizer_state is not None:
+            state = {k: v.detach().cpu().contiguous() for k, v in optimizer_state.items()}
+            save_file(state, temporary / "optimizer.safetensors")
+        versions = {"torch": torch.__version__}
+        facts = {"step": step, "config": model.config.to_dict(), "versions": versions, **meta}
+        write_json(temporary / "meta.json", facts)
+        for file in temporary.glob("*.safetensors"):
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        old = put_aside(final)
+        os.replace(temporary, final)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"cannot save the checkpoint of step {step} in {directory}: {reason}; "
+            f"free some space or choose another folder, then run again: training resumes."
+        ) from error
+    for past in saved_steps(directory)[:-keep]:
+        shutil.rmtree(put_aside(directory / f"step_{past:06d}"), ignore_errors=True)
+    return final
+
+
+def load_checkpoint(
+    directory: str | Path, step: int | None = None, device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """Read a checkpoint (the newest, unless a step is named) and build its model on `device`.
+
+    Raises UserError when there is none or a file is broken. Only tensors and JSON are read:
+    nothing in a checkpoint is executed.
+    """
+    directory = Path(directory)
+    step = latest_step(directory) if step is None else step
+    folder = directory / f"step_{step or 0:06d}"
+    if step is None or not (folder / "meta.json").exists():
+        found = ", ".join(map(str, saved_steps(directory))) or "none"
+        raise UserError(f"no checkpoint {step or ''} in {directory} (steps there: {found}).")
+    meta = read_json(folder / "meta.json")
+    try:
+        model = GPT(GPTConfig(**meta["config"]))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        optimizer_file = folder / "optimizer.safetensors"
+        state = load_file(optimizer_file) if optimizer_file.exists() else {}
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the checkpoint {folder} is broken ({error}); delete this folder and run again."
+        ) from error
+    return Checkpoint(model.to(device), state, meta)

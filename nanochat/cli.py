@@ -1,0 +1,262 @@
+"""The command line: every stage as a command with the same flags everywhere.
+
+Exported from chapters/A4_recipe.py (chapter A4, The recipe of a run); edit there, not here.
+"""
+
+import argparse
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from nanochat.common import UserError, doctor
+from nanochat.distributed import LaunchError, setup
+from nanochat.engine import Engine
+from nanochat.recipe import MODELS, Recipe, Run, exchange, run_stage, run_stage_here, runs_directory
+from nanochat.report import write_report
+from nanochat.serve import run_server
+from nanochat.ui import ChatSettings, terminal_chat
+
+__all__ = [
+    "DISK_ERRORS",
+    "build_parser",
+    "capstone_notebook",
+    "do_capstone",
+    "do_chat",
+    "do_doctor",
+    "do_eval",
+    "do_report",
+    "do_serve",
+    "do_stage",
+    "main",
+    "newest_model",
+    "open_run",
+]
+
+
+def open_run(args: argparse.Namespace, start: bool = False) -> Run:
+    """Return the run that the command line names: `--folder FOLDER`, or a profile with changes.
+
+    `start` makes a new one; without it a run that is not there is a UserError.
+    """
+    if args.folder:
+        if args.set:
+            raise UserError(
+                "--folder takes the recipe of that run; leave --set out, or leave --folder."
+            )
+        return Run(args.folder)
+    changes = {}
+    for setting in args.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set needs FIELD=VALUE, got {setting!r}; try --set depth=4.")
+        changes[name] = value
+    recipe = Recipe.for_profile(args.profile, **changes)
+    if start:
+        return Run.open(recipe)
+    folder = runs_directory() / recipe.name
+    if not (folder / "recipe.json").exists():
+        raise UserError(
+            f"there is no run in {folder} yet; start one with `python -m nanochat capstone`, or "
+            f"name the folder of another with --folder."
+        )
+    return Run(folder)
+
+
+def newest_model(run: Run) -> str:
+    """Return the last stage of a run that has a trained model."""
+    stages = [stage for stage in MODELS if run.done(stage)]
+    if not stages:
+        raise UserError(
+            f"the run in {run.directory} has no trained model yet; "
+            f"train one with `python -m nanochat capstone --folder {run.directory}`."
+        )
+    return stages[-1]
+
+
+def do_stage(args: argparse.Namespace, stage: str) -> None:
+    """Run a stage, or this rank's part of it under torchrun."""
+    run = open_run(args, start=True)
+    if "RANK" not in os.environ:
+        prepared = ["tokenizer", "data"] if stage == "base" else []
+        for each in [*prepared, stage]:
+            if each == stage or not run.done(each):
+                run_stage(run, each)
+    elif not (run.directory / stage / "trained.json").exists():
+        world = setup(run.recipe.device)
+        run_stage_here(run, stage, world)
+        if world.world_size > 1:
+            world.close()
+
+
+def capstone_notebook() -> Path:
+    """Return the capstone notebook of this copy of the book; UserError without one."""
+    path = Path(__file__).resolve().parent.parent / "chapters" / "12_capstone.ipynb"
+    if not path.exists():
+        raise UserError(
+            f"the capstone notebook is not at {path}; run this from a clone of the book."
+        )
+    return path
+
+
+def do_capstone(args: argparse.Namespace) -> None:
+    """Run the capstone notebook with papermill; print where everything is and an exchange."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from traitlets.config import Config
+
+    # a socket file in place of a port: out of reach of other users of the machine
+    transport = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})
+    run = open_run(args, start=True)  # refuses a bad profile or setting before a kernel starts
+    executed = run.directory / "capstone.ipynb"
+    try:
+        papermill.execute_notebook(
+            str(capstone_notebook()),
+            str(executed),
+            parameters={"run_directory": str(run.directory.resolve())},
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            request_save_on_cell_execute=False,
+            config=transport,
+        )
+    except papermill.PapermillExecutionError as error:
+        raise UserError(
+            f"the capstone stopped in cell {error.exec_count} ({error.ename}: {error.evalue}); "
+            f"the notebook up to there is {executed}; the same command goes on from there."
+        ) from None
+    except DeadKernelError:
+        raise UserError(
+            "the notebook's process died, most often because memory ran out; close other programs "
+            "or set a smaller micro_batch, then run again: finished stages are skipped."
+        ) from None
+    print(f"\nexecuted notebook  {executed}")
+    for path in write_report(run):
+        print(f"report             {path}")
+    for answer in exchange(run, newest_model(run)):
+        print(f"\n> {answer['question']}")
+        for call in answer["calculator"]:
+            print(f"  [calculator: {call}]")
+        print(f"{answer['reply']}")
+
+
+def do_chat(args: argparse.Namespace) -> None:
+    """Chat in the terminal, or answer one prompt."""
+    run = open_run(args)
+    settings = ChatSettings(temperature=args.temperature, max_tokens=args.max_tokens)
+    engine: Engine = run.engine(args.stage or newest_model(run))
+    terminal_chat(engine, prompt=args.prompt, settings=settings)
+
+
+def do_serve(args: argparse.Namespace) -> None:
+    """Serve the web page and the OpenAI-compatible endpoint."""
+    run = open_run(args)
+    stages = [args.stage] if args.stage else [s for s in MODELS if run.done(s)][::-1]
+    engines = {stage: run.engine(stage) for stage in stages or [newest_model(run)]}
+    run_server(engines, host=args.host, port=args.port, token=args.token)
+
+
+def do_eval(args: argparse.Namespace) -> None:
+    """Judge a stage's model again and print its scores."""
+    from nanochat.recipe import judge
+
+    run = open_run(args)
+    for name, value in judge(run, args.stage or newest_model(run)).items():
+        print(f"{name:24s} {value:.4f}" if isinstance(value, float) else f"{name:24s} {value}")
+
+
+def do_report(args: argparse.Namespace) -> None:
+    """Write the report card of a run."""
+    for path in write_report(open_run(args)):
+        print(path)
+
+
+def do_doctor(args: argparse.Namespace) -> None:
+    """Check the environment; exit with 1 when something is missing."""
+    facts = doctor()
+    for name, found, fine, fix in facts:
+        print(f"{'ok ' if fine else 'BAD'} {name:12s} {found}" + ("" if fine else f": {fix}"))
+    if not all(fine for _, _, fine, _ in facts):
+        raise SystemExit(1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line: one subcommand a stage, and the tools around a run."""
+    about = "Train a small ChatGPT, stage by stage, and talk to it."
+    parser = argparse.ArgumentParser(prog="python -m nanochat", description=about)
+    commands = parser.add_subparsers(dest="command", metavar="command")
+
+    def add(name: str, about: str, action: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(action=action)
+        return command
+
+    def with_run(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        command.add_argument("--profile", default="laptop", help="a ready recipe (chapter A4)")
+        command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+        command.add_argument("--folder", help="folder of a run, in place of a profile")
+        return command
+
+    for command, stage, about in (
+        ("tokenizer", "tokenizer", "train the tokenizer"),
+        ("data", "data", "turn the text into tokens on disk"),
+        ("pretrain", "base", "train the base model"),
+        ("midtrain", "mid", "teach the base model the form of a conversation"),
+        ("sft", "sft", "teach it to answer"),
+        ("rl", "rl", "improve its sums by reinforcement learning"),
+    ):
+        with_run(add(command, about, lambda a, s=stage: do_stage(a, s)))
+    with_run(add("capstone", "run every stage as a notebook", do_capstone))
+    for name, about, action in (
+        ("eval", "judge a model", do_eval),
+        ("chat", "chat in the terminal", do_chat),
+        ("serve", "serve a web chat and an OpenAI-compatible endpoint", do_serve),
+    ):
+        command = with_run(add(name, about, action))
+        command.add_argument("--stage", choices=MODELS, help="default: the last one trained")
+        if name == "chat":
+            command.add_argument("-p", "--prompt", help="answer this and leave")
+            command.add_argument("-t", "--temperature", type=float, default=0.0)
+            command.add_argument("--max-tokens", type=int, default=128)
+        if name == "serve":
+            command.add_argument("--host", default="127.0.0.1")
+            command.add_argument("--port", type=int, default=8000)
+            command.add_argument("--token", help="asked of every visitor; made up off loopback")
+    with_run(add("report", "write the report card of a run", do_report))
+    add("doctor", "check the environment", do_doctor)
+    return parser
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; a mistake a user can mend is one sentence and exit code 2."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.command:
+        parser.print_help()
+        return 0
+    try:
+        args.action(args)
+    except UserError as error:
+        if "RANK" in os.environ:
+            raise  # a rank of several: its hook passes the sentence on to the launcher
+        print(f"nanochat: {error}", file=sys.stderr)
+        return 2
+    except LaunchError as error:
+        print(f"nanochat: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        what, where = error.strerror, error.filename or "the folder of the run"
+        advice = "free some space or choose another folder ($NANOCHAT_RUNS), then run again"
+        print(f"nanochat: cannot write to {where}: {what}; {advice}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,717 @@
+"""Evaluation of base models: bits per byte, the CORE tasks and error bars.
+
+Exported from chapters/07_evaluation.py (chapter 07, Evaluation); edit there, not here.
+"""
+
+import gzip
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.common import COLORS, UserError, figure, read_json
+from nanochat.tinyworld import World, arithmetic_problem, choices_prompt, exam, validation_document
+
+__all__ = [
+    "KINDS",
+    "OPTIONS",
+    "Row",
+    "Task",
+    "bits_per_byte",
+    "bootstrap_interval",
+    "bundle_entries",
+    "centered",
+    "common_length",
+    "completed",
+    "context_length",
+    "controls",
+    "core_table",
+    "crop",
+    "decide",
+    "draw_shots",
+    "evaluate_core",
+    "evaluate_task",
+    "fact_tasks",
+    "length_batches",
+    "load_core",
+    "longest_answer",
+    "majority_class",
+    "plot_core",
+    "read_items",
+    "remove_question",
+    "render",
+    "score_rows",
+    "score_task",
+    "shuffle_labels",
+    "spaced",
+    "spans",
+    "sum_over",
+    "summarize",
+    "text_tasks",
+    "tinyworld_core",
+    "topic",
+    "unseen_texts",
+    "who_fits",
+]
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: Any, batches: Any, n_batches: int, token_bytes: Tensor, world: Any = None
+) -> float:
+    """Return the bits a model needs per byte of text, over `n_batches` batches.
+
+    `batches` has `.next()` (or is an iterator) giving (inputs, targets), each (B, T) int64.
+    `token_bytes` (V,) is the length of each token, 0 for specials: those and targets -1 do not
+    count. `world` adds the sums of all its processes. No bytes at all gives infinity.
+    """
+    device = next(model.parameters()).device
+    token_bytes = token_bytes.to(device).long()
+    nats = torch.zeros((), dtype=torch.float64)
+    n_bytes = torch.zeros((), dtype=torch.float64)
+    for _ in range(n_batches):
+        inputs, targets = batches.next() if hasattr(batches, "next") else next(batches)
+        inputs, targets = inputs.to(device), targets.to(device)
+        losses = model(inputs, targets, reduction="none")  # (B, T) nats
+        length = token_bytes[targets.clamp(min=0)] * (targets >= 0)  # (B, T)
+        nats += losses[length > 0].cpu().double().sum()
+        n_bytes += length.sum().cpu()
+    if world is not None:
+        nats, n_bytes = sum_over(world, torch.stack([nats, n_bytes]))
+    return float(nats / (math.log(2) * n_bytes)) if n_bytes > 0 else math.inf
+
+
+def sum_over(world: Any, values: Tensor) -> Tensor:
+    """Add float64 values over the processes of a world; the result is on the CPU."""
+    values = values.to(world.device)
+    added = world.sum(values)
+    return (values if added is None else added).cpu()
+
+
+KINDS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("context_options", "continuation", "gold"),
+    "language_modeling": ("context", "continuation"),
+}
+OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One test: items of one kind and how to ask them.
+
+    `items` are dicts with the fields of `KINDS[kind]`; `shots` solved examples stand before
+    each; `baseline` is the accuracy of blind guessing, between 0 and 1.
+    """
+
+    name: str
+    kind: str
+    items: list[dict]
+    shots: int = 0
+    delimiter: str = " "
+    baseline: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown kind, no items, a missing field or an impossible answer."""
+        if self.kind not in KINDS:
+            raise UserError(
+                f"task {self.name}: kind {self.kind!r} is unknown; use one of {', '.join(KINDS)}."
+            )
+        if not self.items:
+            raise UserError(f"task {self.name} has no items; check its file or leave it out.")
+        for number, item in enumerate(self.items):
+            missing = [name for name in KINDS[self.kind] if name not in item]
+            options = item.get(OPTIONS.get(self.kind))
+            if missing or (options is not None and not 0 <= item["gold"] < len(options)):
+                problem = f"lacks {', '.join(missing)}" if missing else "has no choice number gold"
+                raise UserError(f"task {self.name}: item {number} {problem}; mend its file.")
+
+
+def completed(task: Task, item: dict, option: int | None = None) -> str:
+    """Return an item as text with one option filled in; by default the right one."""
+    option = item.get("gold") if option is None else option
+    if task.kind == "multiple_choice":
+        return item["query"] + task.delimiter + item["choices"][option]
+    if task.kind == "schema":
+        return item["context_options"][option] + task.delimiter + item["continuation"]
+    return item["context"].strip() + task.delimiter + item["continuation"]
+
+
+def draw_shots(task: Task, index: int) -> list[dict]:
+    """Draw the solved examples for item `index`: seed 1234 + index, never the item itself."""
+    others = range(len(task.items) - 1)
+    drawn = random.Random(1234 + index).sample(others, min(task.shots, len(others)))
+    return [task.items[j + (j >= index)] for j in drawn]  # step over the item
+
+
+def render(task: Task, index: int) -> list[str]:
+    """Return the texts to score for item `index`: one for each option.
+
+    For language modelling: the prompt alone, stripped so that its tokens begin the second text,
+    and the prompt with its continuation. Rules of CORE (DCLM, Li et al. 2024).
+    """
+    item = task.items[index]
+    shots = "".join(completed(task, shot) + "\n\n" for shot in draw_shots(task, index))
+    if task.kind == "language_modeling":
+        prompt = shots + item["context"].strip() + task.delimiter
+        return [prompt.strip(), shots + completed(task, item)]
+    n_options = len(item[OPTIONS[task.kind]])
+    return [shots + completed(task, item, option) for option in range(n_options)]
+
+
+@dataclass
+class Row:
+    """One text as tokens; the span ids[start:end] is what gets scored."""
+
+    ids: list[int]
+    start: int
+    end: int
+
+
+def common_length(texts: list[list[int]]) -> int:
+    """Return how many leading tokens all texts share."""
+    n = 0
+    for column in zip(*texts):
+        if len(set(column)) > 1:
+            break
+        n += 1
+    return n
+
+
+def spans(kind: str, texts: list[list[int]]) -> list[Row]:
+    """Locate the scored span in the token lists of one item; each span has a token or more."""
+    if kind == "schema":
+        shared = common_length([ids[::-1] for ids in texts])
+        shared = max(1, min(shared, *(len(ids) - 1 for ids in texts)))
+        return [Row(ids, len(ids) - shared, len(ids)) for ids in texts]
+    start = common_length(texts)
+    if kind == "language_modeling":
+        texts = texts[1:]
+    start = max(1, min(start, *(len(ids) - 1 for ids in texts), len(texts[0]) - 1))
+    return [Row(ids, start, len(ids)) for ids in texts]
+
+
+def crop(row: Row, seq_len: int) -> Row:
+    """Cut a row from the left so that seq_len tokens remain: the question is at the end."""
+    cut = max(0, len(row.ids) - seq_len)
+    return Row(row.ids[cut:], max(1, row.start - cut), row.end - cut)
+
+
+def length_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield row numbers grouped by length, longest first, about `batch_tokens` a batch."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    while order:
+        n = max(1, batch_tokens // len(rows[order[0]].ids))
+        yield order[:n]
+        order = order[n:]
+
+
+@torch.no_grad()
+def score_rows(
+    model: Any, rows: list[Row], pad_id: int = 0, batch_tokens: int = 8192
+) -> list[tuple[float, bool]]:
+    """Return (mean loss in nats, greedy decoding would write it) of each row's span, in order.
+
+    `model(ids)` gives logits (B, T, V), or an object that has them as `.logits`. Padding and
+    batching change the losses by float rounding at most. Equal rows are scored once, so that they
+    tie exactly.
+    """
+    device = next(model.parameters()).device
+    keys = [(tuple(row.ids), row.start, row.end) for row in rows]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    owners = [first[key] for key in keys]
+    kept = sorted(first.values())
+    results: dict[int, tuple[float, bool]] = {}
+    for batch in length_batches([rows[i] for i in kept], batch_tokens):
+        numbers = [kept[i] for i in batch]
+        longest = len(rows[numbers[0]].ids)
+        ids = torch.full((len(numbers), longest), pad_id)
+        scored = torch.zeros(len(numbers), longest - 1, dtype=torch.bool)
+        for b, i in enumerate(numbers):
+            ids[b, : len(rows[i].ids)] = torch.tensor(rows[i].ids)
+            scored[b, rows[i].start - 1 : rows[i].end - 1] = True
+        ids, scored = ids.to(device), scored.to(device)
+        out = model(ids[:, :-1])  # (B, T, V)
+        logits = getattr(out, "logits", out)[scored].float()  # (n, V), row after row
+        target = ids[:, 1:][scored]  # (n,)
+        losses = F.cross_entropy(logits, target, reduction="none").cpu().double()
+        hits = (logits.argmax(-1) == target).cpu()
+        lengths = [rows[i].end - rows[i].start for i in numbers]
+        for i, loss, hit in zip(numbers, losses.split(lengths), hits.split(lengths)):
+            results[i] = (loss.mean().item(), bool(hit.all()))
+    return [results[i] for i in owners]
+
+
+def score_task(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    limit: int | None = None,
+    seed: int = 1337,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_tokens: int = 8192,
+    chunk: int = 256,
+) -> Iterator[dict]:
+    """Yield one decision for each item: index, correct, choice, losses (one an option).
+
+    The items are shuffled with `seed` and cut to `limit` before shots are drawn, as in nanochat.
+    A process of rank r takes items r, r + world_size, ... `chunk` items are batched together.
+    """
+    items = list(task.items)
+    random.Random(seed).shuffle(items)
+    task = replace(task, items=items[:limit])
+    seq_len = context_length(model)
+    mine = range(rank, len(task.items), world_size)
+    for first in range(0, len(mine), chunk):
+        groups = []
+        for index in mine[first : first + chunk]:
+            texts = tokenizer.encode_batch(render(task, index), bos=True)
+            groups.append([crop(row, seq_len) for row in spans(task.kind, texts)])
+        rows = [row for group in groups for row in group]
+        scores = iter(score_rows(model, rows, tokenizer.bos_id, batch_tokens))
+        for index, group in zip(mine[first : first + chunk], groups):
+            yield decide(task, index, [next(scores) for _ in group])
+
+
+def decide(task: Task, index: int, scores: list[tuple[float, bool]]) -> dict:
+    """Turn the scores of one item's rows into a decision."""
+    losses = [loss for loss, _ in scores]
+    if task.kind == "language_modeling":
+        return {"index": index, "correct": scores[0][1], "choice": None, "losses": losses}
+    choice = losses.index(min(losses))
+    correct = choice == task.items[index]["gold"]
+    return {"index": index, "correct": correct, "choice": choice, "losses": losses}
+
+
+def context_length(model: Any) -> int:
+    """Return how many tokens a model reads at once, ours or a Hugging Face one."""
+    for name in ("seq_len", "n_positions", "max_position_embeddings"):
+        if hasattr(model.config, name):
+            return getattr(model.config, name)
+    return 2048
+
+
+def centered(accuracy: float, baseline: float) -> float:
+    """Return the accuracy on a scale where guessing is 0 and perfect is 1."""
+    return (accuracy - baseline) / (1 - baseline)
+
+
+def bootstrap_interval(
+    values: Iterable[float], seed: int = 0, level: float = 0.95, draws: int = 2000
+) -> tuple[float, float]:
+    """Return the (low, high) percentile bootstrap interval of the mean. Efron (1979).
+
+    When 0/1 values are all equal, resampling shows no spread; the exact binomial bound is used
+    instead, so that 0 right of 20 does not claim to be certain.
+    """
+    values = np.asarray(list(values), dtype=np.float64)
+    tail, n = (1 - level) / 2, len(values)
+    if n == 0:
+        return math.nan, math.nan
+    if np.all(values == 0):
+        return 0.0, 1 - tail ** (1 / n)
+    if np.all(values == 1):
+        return tail ** (1 / n), 1.0
+    rng = np.random.default_rng(seed)
+    if np.isin(values, (0, 1)).all():  # the mean of a resample is binomial
+        means = rng.binomial(n, values.mean(), draws) / n
+    else:
+        means = np.array([values[rng.integers(0, n, n)].mean() for _ in range(draws)])
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return float(low), float(high)
+
+
+def evaluate_task(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    limit: int | None = None,
+    seed: int = 1337,
+    world: Any = None,
+    batch_tokens: int = 8192,
+) -> dict:
+    """Return accuracy, centered, n, the accuracy's 95 % interval (low, high) and the baseline.
+
+    With a `world`, its processes share the items and all get the same result.
+    """
+    n = len(task.items[:limit])
+    correct = torch.zeros(n, dtype=torch.float64)
+    rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
+    for decision in score_task(model, tokenizer, task, limit, seed, rank, world_size, batch_tokens):
+        correct[decision["index"]] = float(decision["correct"])
+    if world is not None:
+        correct = sum_over(world, correct)
+    accuracy = correct.mean().item()
+    low, high = bootstrap_interval(correct.tolist())
+    return {
+        "kind": task.kind,
+        "shots": min(task.shots, n - 1),
+        "n": n,
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+        "baseline": task.baseline,
+        "centered": centered(accuracy, task.baseline),
+    }
+
+
+def evaluate_core(
+    model: Any,
+    tokenizer: Any,
+    tasks: list[Task],
+    limit: int | None = None,
+    progress: Any = None,
+    world: Any = None,
+    done: dict[str, dict] | None = None,
+    on_task: Callable[[str, dict], None] | None = None,
+) -> dict:
+    """Score a list of tasks: {"core", "low", "high", "n_tasks", "tasks": {name: result}}.
+
+    `core` is the mean centred accuracy. `progress.update(1, task=..., centered=...)` is called
+    after each task, and `on_task(name, result)`; `done` holds results to keep (a resumed run).
+    """
+    results: dict[str, dict] = {}
+    for task in tasks:
+        if done and task.name in done:
+            results[task.name] = done[task.name]
+        else:
+            results[task.name] = evaluate_task(model, tokenizer, task, limit, world=world)
+            if on_task is not None:
+                on_task(task.name, results[task.name])
+        if progress is not None:
+            progress.update(1, task=task.name, centered=results[task.name]["centered"])
+    return summarize(results)
+
+
+def summarize(results: dict[str, dict], seed: int = 0, draws: int = 2000) -> dict:
+    """Return the mean of the centred accuracies with its bootstrap interval, and the results."""
+    if not results:
+        raise UserError("no tasks to score; give evaluate_core at least one task.")
+    rng, total = np.random.default_rng(seed), np.zeros(draws)
+    for result in results.values():
+        n = result["n"]
+        total += centered(rng.binomial(n, result["accuracy"], draws) / n, result["baseline"])
+    low, high = np.quantile(total / len(results), (0.025, 0.975))
+    mean = sum(result["centered"] for result in results.values()) / len(results)
+    return {
+        "core": mean,
+        "low": float(low),
+        "high": float(high),
+        "n_tasks": len(results),
+        "tasks": results,
+    }
+
+
+def majority_class(task: Task) -> float:
+    """Return the accuracy of always giving the commonest answer (position or continuation)."""
+    name = "continuation" if task.kind == "language_modeling" else "gold"
+    counts = Counter(item[name] for item in task.items)
+    return counts.most_common(1)[0][1] / len(task.items)
+
+
+def longest_answer(task: Task) -> float:
+    """Return the accuracy of always picking the option with the most characters.
+
+    Ties are shared out evenly. Without options (language modelling) it is 0.
+    """
+    if task.kind == "language_modeling":
+        return 0.0
+    right = 0.0
+    for item in task.items:
+        lengths = [len(option) for option in item[OPTIONS[task.kind]]]
+        winners = [i for i, length in enumerate(lengths) if length == max(lengths)]
+        right += (item["gold"] in winners) / len(winners)
+    return right / len(task.items)
+
+
+def shuffle_labels(task: Task, seed: int = 0) -> Task:
+    """Return the task with its answers dealt out again at random among the items.
+
+    Items with the same number of options exchange answers, so each key is still a legal one.
+    """
+    rng, groups = random.Random(seed), {}
+    name = "continuation" if task.kind == "language_modeling" else "gold"
+    for number, item in enumerate(task.items):
+        size = 0 if name == "continuation" else len(item[OPTIONS[task.kind]])
+        groups.setdefault(size, []).append(number)
+    items = list(task.items)
+    for numbers in groups.values():
+        answers = [task.items[number][name] for number in numbers]
+        rng.shuffle(answers)
+        for number, answer in zip(numbers, answers):
+            items[number] = {**items[number], name: answer}
+    return replace(task, name=task.name + ", labels shuffled", items=items)
+
+
+def remove_question(task: Task) -> Task:
+    """Return the task without what is asked: only the options (or the answer's form) remain.
+
+    Multiple choice loses its query, language modelling its context. In a schema item the
+    contexts are compared as texts on their own, without the continuation they should fit.
+    """
+    name, kind = task.name + ", question removed", task.kind
+    if kind == "multiple_choice":
+        return replace(task, name=name, items=[{**item, "query": ""} for item in task.items])
+    if kind == "language_modeling":
+        return replace(task, name=name, items=[{**item, "context": ""} for item in task.items])
+    items = [
+        {"query": "", "choices": item["context_options"], "gold": item["gold"]}
+        for item in task.items
+    ]
+    return replace(task, name=name, kind="multiple_choice", items=items)
+
+
+def controls(
+    model: Any, tokenizer: Any, task: Task, limit: int | None = None, world: Any = None
+) -> dict[str, float]:
+    """Return the accuracies that need no understanding: four controls beside a score."""
+    shuffled = evaluate_task(model, tokenizer, shuffle_labels(task), limit, world=world)
+    removed = evaluate_task(model, tokenizer, remove_question(task), limit, world=world)
+    return {
+        "majority_class": majority_class(task),
+        "longest_answer": longest_answer(task),
+        "shuffled_labels": shuffled["accuracy"],
+        "question_removed": removed["accuracy"],
+    }
+
+
+def read_items(path: Path) -> list[dict]:
+    """Read the items of a JSON-lines file, gzipped or not; UserError names a broken file."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; get the whole folder of tasks again.") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); get the file again.") from None
+
+
+def bundle_entries(folder: Path) -> list[dict]:
+    """Read the task list of the DCLM bundle: core.yaml and eval_meta_data.csv."""
+    import csv
+
+    try:
+        import yaml
+    except ImportError:
+        raise UserError("core.yaml needs the package pyyaml: pip install pyyaml.") from None
+    with open(folder / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in table}
+    listed = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+    return [
+        {
+            "label": task["label"],
+            "file": str(Path("eval_data") / task["dataset_uri"]),
+            "task_type": task["icl_task_type"],
+            "num_fewshot": task["num_fewshot"][0],
+            "continuation_delimiter": task.get("continuation_delimiter", " "),
+            "random_baseline": baselines[task["label"]],
+        }
+        for task in listed
+    ]
+
+
+def load_core(folder: str | Path) -> list[Task]:
+    """Load the CORE tasks of a folder with manifest.json, or of the DCLM bundle (core.yaml).
+
+    Baselines are percents in the files and shares in `Task`. A listed task without a file is
+    left out; a missing or broken file raises UserError.
+    """
+    folder = Path(folder)
+    if (folder / "manifest.json").is_file():
+        entries = read_json(folder / "manifest.json")["tasks"]
+    elif (folder / "core.yaml").is_file():
+        entries = bundle_entries(folder)
+    else:
+        raise UserError(
+            f"{folder} holds no CORE tasks: neither manifest.json nor core.yaml was found; "
+            f"give the folder that holds one of them."
+        )
+    return [
+        Task(
+            entry["label"],
+            entry["task_type"],
+            read_items(folder / entry["file"]),
+            entry["num_fewshot"],
+            entry.get("continuation_delimiter", " "),
+            entry["random_baseline"] / 100,
+        )
+        for entry in entries
+        if entry.get("file")
+    ]
+
+
+def core_table(result: dict) -> str:
+    """Return a result of `evaluate_core` as a Markdown table, one row a task and the mean last."""
+    lines = [
+        "| task | kind | shots | items | accuracy | 95 % interval | guessing | centred |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in result["tasks"].items():
+        lines.append(
+            f"| {name} | {r['kind'].replace('_', ' ')} | {r['shots']} | {r['n']} "
+            f"| {r['accuracy']:.3f} | {r['low']:.3f} to {r['high']:.3f} "
+            f"| {r['baseline']:.3f} | {r['centered']:+.3f} |"
+        )
+    interval = f"{result['low']:+.3f} to {result['high']:+.3f}"
+    lines.append(f"| **mean** | | | | | centred {interval} | | **{result['core']:+.3f}** |")
+    return "\n".join(lines)
+
+
+def plot_core(
+    results: dict[str, dict], controls: dict[str, dict[str, float]] | None = None, title: str = ""
+) -> tuple[Any, Any]:
+    """Draw the accuracies of several results, {label: result}, with intervals and baselines.
+
+    `controls` is {task name: {control: accuracy}}; the best control of a task is marked.
+    """
+    names = list(next(iter(results.values()))["tasks"])
+    size = (7, 0.35 * len(names) + 1.3)
+    fig, ax = figure(title or "Accuracy", "accuracy", "", size, alt=title or "Accuracy by task")
+    for k, (label, result) in enumerate(results.items()):
+        rows = [result["tasks"][name] for name in names]
+        y = np.arange(len(names)) + 0.12 * (k - (len(results) - 1) / 2)
+        x = np.array([r["accuracy"] for r in rows])
+        spread = np.array([[r["accuracy"] - r["low"], r["high"] - r["accuracy"]] for r in rows])
+        ax.errorbar(x, y, xerr=spread.clip(0).T, fmt="o", ms=4, color=COLORS[k], label=label)
+    guess = [next(iter(results.values()))["tasks"][name]["baseline"] for name in names]
+    ax.plot(guess, range(len(names)), "|", ms=14, color=COLORS[6], label="guessing")
+    if controls:
+        best = [max(controls.get(name, {"": math.nan}).values()) for name in names]
+        ax.plot(best, range(len(names)), "x", ms=6, color=COLORS[3], label="best control")
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.invert_yaxis()
+    ax.legend(fontsize=8, loc="lower right")
+    return fig, ax
+
+
+def topic(world: World, item: dict) -> str:
+    """Return what an exam item is about: people, places or things (its id names the subject)."""
+    _, relation, subject, _ = item["id"].split("/")
+    if subject in world.people:
+        return "people"
+    places = ("market", "landmark", "festival", "north", "south", "east", "west", "road")
+    return "places" if relation in places else "things"
+
+
+def fact_tasks(world: World, n: int) -> list[Task]:
+    """Return the tasks that ask for facts by likelihood, n items each at most."""
+    tasks, asked = [], exam(world, "multiple_choice", seed=7)
+    unfinished = exam(world, "cloze", seed=7)
+    for name in ("people", "places", "things"):
+        items = [
+            {**item, "query": f"Question: {item['query']}"}
+            for item in asked
+            if topic(world, item) == name
+        ]
+        tasks.append(
+            Task(f"{name}: questions", "multiple_choice", items[:n], 3, "\nAnswer: ", 0.25)
+        )
+        items = [item for item in unfinished if topic(world, item) == name]
+        tasks.append(Task(f"{name}: sentences", "multiple_choice", items[:n], 0, " ", 0.25))
+    letters = [
+        {
+            "query": choices_prompt(item["query"], item["choices"]),
+            "choices": list("ABCD"),
+            "gold": item["gold"],
+        }
+        for item in asked[-n:]
+    ]
+    return [*tasks, Task("letters", "multiple_choice", letters, 0, "\n", 0.25)]
+
+
+def who_fits(world: World, n: int) -> Task:
+    """Return the schema task: two subjects in one sentence, and an ending true of one of them."""
+    items, rng = [], random.Random(7)
+    for item in exam(world, "cloze", seed=8)[:n]:
+        _, relation, subject, k = item["id"].split("/")
+        others = [
+            fact
+            for fact in world.facts
+            if fact.relation == relation and fact.object != item["answer"]
+        ]
+        other = world.wordings[rng.choice(others)].exam_stems[int(k)]
+        gold = rng.randrange(2)
+        contexts = [other, item["query"]] if gold else [item["query"], other]
+        items.append({"context_options": contexts, "continuation": item["answer"], "gold": gold})
+    return Task("who fits", "schema", items, 0, " ", 0.5)
+
+
+def unseen_texts(world: World, n: int) -> list[list[str]]:
+    """Return n validation documents of one paragraph and four sentences or more, as sentences."""
+    texts, index = [], 0
+    while len(texts) < n:
+        text = validation_document(world, index)
+        index += 1
+        sentences = text.replace(". ", ".\n").split("\n")
+        plain = "\n" not in text and not any(c.isdigit() for c in text)
+        if plain and len(sentences) >= 4 and sentences[-1][-2:-1].isalpha():
+            texts.append(sentences)
+    return texts
+
+
+def text_tasks(world: World, n: int) -> list[Task]:
+    """Return the tasks made from unseen text, people and sums, n items each at most."""
+    rng, texts = random.Random(7), unseen_texts(world, n)
+    endings, words = [], []
+    for number, sentences in enumerate(texts):
+        others = [t[-1] for i, t in enumerate(texts) if i != number and t[-1] != sentences[-1]]
+        choices = [sentences[-1], *rng.sample(sorted(set(others)), 3)]
+        rng.shuffle(choices)
+        context = " ".join(sentences[:-1])
+        gold = choices.index(sentences[-1])
+        endings.append({"query": context, "choices": choices, "gold": gold})
+        before, _, last = " ".join(sentences).rstrip(".!?").rpartition(" ")
+        words.append({"context": before, "continuation": last})
+    pronouns = [
+        {"query": start.format(n=p.name, j=p.job), "choices": ["he", "she"], "gold": int(p.woman)}
+        for start in ("{n} the {j} is tired. Then", "In the evening {n} goes home. Then")
+        for p in world.people.values()
+    ]
+    rng.shuffle(pronouns)
+    problems = [arithmetic_problem(world, i, "test") for i in range(n)]
+    sums = [
+        {
+            "context": f"{p['question']} {spaced(p['parts'][0]['text'])} =",
+            "continuation": p["answer"],
+        }
+        for p in problems
+    ]
+    return [
+        Task("he or she", "multiple_choice", pronouns[:n], 0, " ", 0.5),
+        Task("endings", "multiple_choice", endings, 0, " ", 0.25),
+        Task("last word", "language_modeling", words),
+        Task("sums", "language_modeling", sums),
+    ]
+
+
+def spaced(expression: str) -> str:
+    """Write "3*7" as the training text does: "3 * 7"."""
+    return "".join(f" {c} " if c in "+-*/" else c for c in expression)
+
+
+def tinyworld_core(world: World, n: int = 200) -> list[Task]:
+    """Return thirteen small tasks of the three kinds over the tiny world, n items each at most.
+
+    Facts are asked in wordings that no training document uses; texts come from the validation
+    split. The same world and n give the same items.
+    """
+    stems = exam(world, "cloze", seed=9)[:n]
+    recall = [{"context": item["query"], "continuation": item["answer"]} for item in stems]
+    return [
+        *fact_tasks(world, n),
+        who_fits(world, n),
+        Task("recall", "language_modeling", recall),
+        *text_tasks(world, n),
+    ]

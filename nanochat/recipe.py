@@ -1,0 +1,962 @@
+"""One dial, every stage: recipes, profiles and the stages that they run.
+
+Exported from chapters/A4_recipe.py (chapter A4, The recipe of a run); edit there, not here.
+"""
+
+import difflib
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import torch
+
+from nanochat.chat import parse, render_prompt, reply_text
+from nanochat.checkpoint import Checkpoint, latest_step, load_checkpoint, save_checkpoint
+from nanochat.common import (
+    MetricsLog,
+    Progress,
+    UserError,
+    pick_device,
+    pick_dtype,
+    read_json,
+    read_metrics,
+    seed_everything,
+    write_json,
+)
+from nanochat.data import TokenBatches, TokenShards, open_source, prepare_tokens
+from nanochat.distributed import LaunchError, ShardedMuonAdamW, launch
+from nanochat.engine import Engine
+from nanochat.evaluation import bits_per_byte, evaluate_core, tinyworld_core
+from nanochat.finetune import ConversationBatches
+from nanochat.kernels import peak_flops
+from nanochat.model import GPT, GPTConfig
+from nanochat.optim import MuonAdamW, lr_multiplier, param_groups
+from nanochat.rl import evaluate_pass, task_problems, train_rl
+from nanochat.tasks import (
+    ARC,
+    GSM8K,
+    MMLU,
+    ExamTask,
+    Messages,
+    Mixture,
+    TinyWorldTask,
+    chat_exam,
+    evaluate_chat,
+    names_answer,
+    tinyworld_mixture,
+)
+from nanochat.tinyworld import World
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import SingleProcess, fit
+
+__all__ = [
+    "COMMANDS",
+    "GPU_SETTINGS",
+    "HUB_TASKS",
+    "MACHINE_FIELDS",
+    "MODELS",
+    "PRICE_PER_HOUR",
+    "PROFILES",
+    "QUESTIONS",
+    "Recipe",
+    "Run",
+    "STAGES",
+    "Settings",
+    "Training",
+    "chance_levels",
+    "chat_mixture",
+    "check_recipe",
+    "compute_dtype",
+    "estimate",
+    "exchange",
+    "exchange_questions",
+    "finetune",
+    "judge",
+    "launch_stage",
+    "machine_facts",
+    "memory_estimate",
+    "peak_memory",
+    "pick_micro_batch",
+    "prepare_data",
+    "pretrain",
+    "price_of",
+    "process_count",
+    "real_task",
+    "reinforce",
+    "run_stage",
+    "run_stage_here",
+    "runs_directory",
+    "scaled_settings",
+    "train_stage",
+    "train_tokenizer",
+    "utilisation",
+]
+
+
+STAGES = ("tokenizer", "data", "base", "mid", "sft", "rl")
+MODELS = ("base", "mid", "sft", "rl")
+
+
+@dataclass
+class Settings:
+    """Every number of a run.
+
+    Rates are the optimizer's initial rates at width 768 (chapter 4); `*_lr` of later stages are
+    factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes.
+    `micro_batch` 0 means as many rows as fit, `processes` 0 one for each GPU.
+    """
+
+    name: str = "laptop"
+    data: str = "tinyworld"
+    chat: str = "tinyworld"
+    seed: int = 0
+    depth: int = 4
+    aspect: int = 64
+    head_dim: int = 64
+    seq_len: int = 256
+    vocab_size: int = 2048
+    tokenizer_chars: int = 2_000_000
+    batch_tokens: int = 4096
+    micro_batch: int = 16
+    pretrain_steps: int = 600
+    mid_steps: int = 120
+    sft_steps: int = 120
+    rl_steps: int = 30
+    matrix_lr: float = 0.02
+    embedding_lr: float = 0.3
+    head_lr: float = 0.008
+    weight_decay: float = 0.0
+    warmdown: float = 0.5
+    mid_lr: float = 0.5
+    sft_lr: float = 0.3
+    rl_lr: float = 0.05
+    rl_questions: int = 16
+    rl_samples: int = 8
+    max_tokens: int = 96
+    exam_items: int = 120
+    val_tokens: int = 65_536
+    evals: int = 4
+    saves: int = 4
+    processes: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def scaled_settings(depth: int, ratio: float = 12.0) -> dict[str, Any]:
+    """Return the settings that follow from a depth: nanochat's scaling rules.
+
+    `ratio` is training tokens per parameter of the matrices and the head. Fitted around depth 12
+    with batches of 2^19 tokens; see chapter 5 and appendix A2.
+    """
+
+    def scaling_params(d: int) -> int:
+        config = GPTConfig.for_depth(d, 32768, 2048)
+        return 12 * d * config.n_embd**2 + 32768 * config.n_embd
+
+    growth = scaling_params(depth) / scaling_params(12)  # of the tokens, too
+    tokens = ratio * scaling_params(depth)
+    batch = 2 ** round(math.log2(2**19 * growth**0.383))
+    rate = math.sqrt(batch / 2**19)
+    return {
+        "batch_tokens": batch,
+        "pretrain_steps": int(tokens // batch),
+        "matrix_lr": 0.02 * rate,
+        "embedding_lr": 0.3 * rate,
+        "head_lr": 0.008 * rate,
+        "weight_decay": 0.28 * rate / growth,
+    }
+
+
+@dataclass
+class Recipe(Settings):
+    """The settings of a run: `for_profile` names a ready set, `for_depth` derives one."""
+
+    @classmethod
+    def for_profile(cls, profile: str, **changes: Any) -> "Recipe":
+        """Return the recipe of a profile (smoke, laptop, gpu1, speedrun, classic), with changes.
+
+        Raises UserError for an unknown profile or an unknown field.
+        """
+        if profile not in PROFILES:
+            raise UserError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}.")
+        settings = dict(PROFILES[profile])
+        depth = settings.pop("derive_from", None)
+        base = cls.for_depth(depth) if depth else cls()
+        return base.changed(**{"name": profile, **settings}).changed(**changes)
+
+    @classmethod
+    def for_depth(cls, depth: int, ratio: float = 12.0) -> "Recipe":
+        """Derive a recipe for GPUs and the hub's data from the depth alone."""
+        if depth < 1:
+            raise UserError(f"depth must be a number from 1 up, got {depth}.")
+        recipe = cls(name=f"d{depth}", depth=depth, **GPU_SETTINGS)
+        return recipe.changed(**scaled_settings(depth, ratio))
+
+    def changed(self, **changes: Any) -> "Recipe":
+        """Return a copy with some fields changed; UserError for one that does not exist.
+
+        Text is read as the field's type ("12" is 12), so that the command line can pass it on.
+        """
+        kinds = {field.name: type(getattr(self, field.name)) for field in fields(self)}
+        for name, value in changes.items():
+            if name not in kinds:
+                near = difflib.get_close_matches(name, kinds, 1)
+                raise UserError(
+                    f"a recipe has no {name!r}; "
+                    + (f"perhaps you mean {near[0]!r}." if near else f"it has {', '.join(kinds)}.")
+                )
+            try:
+                changes[name] = kinds[name](value)
+                if kinds[name] is int and float(value) != changes[name]:
+                    raise ValueError(value)
+            except (TypeError, ValueError, OverflowError):
+                wanted = kinds[name].__name__
+                raise UserError(f"{name} must be {wanted}, got {value!r}.") from None
+        return replace(self, **changes)
+
+    def config(self, vocab_size: int) -> GPTConfig:
+        """Return the model's sizes; the vocabulary is what the tokenizer reached."""
+        return GPTConfig.for_depth(
+            self.depth, vocab_size, self.seq_len, aspect=self.aspect, head_dim=self.head_dim
+        )
+
+
+GPU_SETTINGS: dict[str, Any] = dict(
+    data="hub:karpathy/climbmix-400b-shuffle",
+    chat="hub",
+    head_dim=128,
+    seq_len=2048,
+    vocab_size=32768,
+    tokenizer_chars=2_000_000_000,
+    micro_batch=0,
+    mid_steps=800,
+    sft_steps=700,
+    rl_steps=400,
+    warmdown=0.65,
+    max_tokens=256,
+    exam_items=500,
+    val_tokens=20 * 2**19,
+    evals=10,
+    processes=0,
+)
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        depth=2,
+        seq_len=128,
+        vocab_size=1024,
+        tokenizer_chars=300_000,
+        batch_tokens=1024,
+        micro_batch=8,
+        pretrain_steps=60,
+        mid_steps=10,
+        sft_steps=10,
+        rl_steps=2,
+        rl_questions=4,
+        rl_samples=4,
+        max_tokens=32,
+        exam_items=12,
+        val_tokens=8192,
+        evals=2,
+        saves=2,
+    ),
+    "laptop": dict(
+        aspect=32,
+        pretrain_steps=600,
+        mid_steps=130,
+        sft_steps=130,
+        rl_steps=100,
+        rl_lr=0.1,
+        max_tokens=64,
+        exam_items=100,
+        val_tokens=16_384,
+    ),
+    "gpu1": dict(derive_from=12, processes=1, tokenizer_chars=400_000_000),
+    "speedrun": dict(derive_from=24),
+    "classic": dict(
+        derive_from=20,
+        data="hub:karpathy/fineweb-edu-100b-shuffle",
+        vocab_size=65536,
+        batch_tokens=524_288,
+        pretrain_steps=21_400,
+        embedding_lr=0.2,
+        head_lr=0.004,
+        matrix_lr=0.02,
+        weight_decay=0.0,
+        warmdown=0.2,
+    ),
+}
+
+
+def runs_directory() -> Path:
+    """Return where runs are kept: $NANOCHAT_RUNS, else `runs/` beside book.toml, else here."""
+    if os.environ.get("NANOCHAT_RUNS"):
+        return Path(os.environ["NANOCHAT_RUNS"])
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "book.toml").exists():
+            return folder / "runs"
+    return here / "runs"
+
+
+def process_count(recipe: Recipe) -> int:
+    """Return how many processes train: the recipe's number, 0 meaning one per GPU."""
+    if recipe.processes:
+        return recipe.processes
+    return max(1, torch.cuda.device_count()) if pick_device(recipe.device).type == "cuda" else 1
+
+
+def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Return the dtype of the matrix products: the recipe's, "auto" being the device's best."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if recipe.dtype not in ("auto", *named):
+        raise UserError(f"dtype must be auto, {' or '.join(named)}, got {recipe.dtype!r}.")
+    return named.get(recipe.dtype) or pick_dtype(device)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise UserError for numbers that cannot work, before any work is done."""
+    may_be_zero = ("seed", "micro_batch", "processes", "evals", "saves")
+    for field in fields(recipe):
+        value = getattr(recipe, field.name)
+        lowest = int(isinstance(value, int) and field.name not in may_be_zero)
+        if not isinstance(value, str) and not lowest <= value < math.inf:
+            raise UserError(f"{field.name} must be a number from {lowest} up, got {value}.")
+    if not recipe.name or recipe.name != Path(recipe.name).name or "\\" in recipe.name:
+        raise UserError(f"name must be a plain folder name, got {recipe.name!r}.")
+    if recipe.head_dim % 2 or recipe.rl_samples < 2:
+        raise UserError(
+            f"head_dim must be even and rl_samples at least 2; got head_dim {recipe.head_dim} "
+            f"and rl_samples {recipe.rl_samples}."
+        )
+    compute_dtype(recipe, pick_device(recipe.device))
+    ranks = process_count(recipe)
+    for name, unit in (("batch_tokens", recipe.seq_len * ranks), ("rl_questions", ranks)):
+        value = getattr(recipe, name)
+        if value % unit:
+            why = f"seq_len {recipe.seq_len} x {ranks} processes" if unit > ranks else "processes"
+            near = max(round(value / unit), 1) * unit
+            raise UserError(f"{name} {value} is no multiple of {unit} ({why}); try {near}.")
+
+
+MACHINE_FIELDS = ("micro_batch", "processes", "device", "dtype")  # where, not what, is learnt
+
+
+class Run:
+    """A run on disk: its recipe, its artifacts, its log (the folder is drawn in appendix A4)."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        settings = read_json(self.directory / "recipe.json")
+        strange = set(settings) - {field.name for field in fields(Recipe)}
+        if strange:
+            raise UserError(
+                f"{self.directory / 'recipe.json'} has settings that this version does not know "
+                f"({', '.join(sorted(strange))}); use the version that started the run."
+            )
+        self.recipe = Recipe(**settings)
+        self.log = MetricsLog(self.directory / "metrics.jsonl")
+
+    @classmethod
+    def open(cls, recipe: Recipe, directory: str | Path | None = None) -> "Run":
+        """Start a run or take up one that was started with the same recipe.
+
+        It may go on with other MACHINE_FIELDS. Raises UserError when a run of that name has
+        another recipe, and names what differs; also for a recipe that cannot work.
+        """
+        check_recipe(recipe)
+        directory = Path(directory or runs_directory() / recipe.name)
+        path = directory / "recipe.json"
+        if path.exists():
+            old, new = asdict(cls(directory).recipe), asdict(recipe)
+            names = [k for k in new if old[k] != new[k] and k not in MACHINE_FIELDS]
+            differ = [f"{k} is {old[k]!r}, asked {new[k]!r}" for k in names]
+            if differ:
+                raise UserError(
+                    f"run {recipe.name!r} in {directory} was started with another recipe "
+                    f"({'; '.join(differ[:3])}); choose another name or delete that folder."
+                )
+        write_json(path, asdict(recipe))
+        return cls(directory)
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """Return a finished stage's results, None while it is not finished."""
+        path = self.directory / stage / "done.json"
+        return read_json(path) if path.exists() else None
+
+    def tokenizer(self) -> Tokenizer:
+        """Load the run's tokenizer."""
+        return Tokenizer.load(self.directory / "tokenizer")
+
+    def checkpoint(self, stage: str, device: str | torch.device = "cpu") -> Checkpoint:
+        """Load a stage's newest checkpoint; UserError when it belongs to another vocabulary."""
+        found = load_checkpoint(self.directory / stage, device=device)
+        ours, theirs = self.tokenizer().fingerprint(), found.meta.get("tokenizer")
+        if ours != theirs:
+            raise UserError(
+                f"the {stage} checkpoint was trained with another tokenizer "
+                f"({str(theirs)[:12]}, the run has {ours[:12]}); delete {self.directory / stage}."
+            )
+        return found
+
+    def engine(self, stage: str) -> Engine:
+        """Load a stage's model, ready to chat."""
+        device = pick_device(self.recipe.device)
+        model = self.checkpoint(stage, device).model.eval()
+        model.compute_dtype = compute_dtype(self.recipe, device)
+        return Engine(model, self.tokenizer())
+
+
+def train_tokenizer(run: Run) -> dict[str, Any]:
+    """Train the run's tokenizer on the first `tokenizer_chars` characters of its source."""
+    recipe = run.recipe
+    source = open_source(recipe.data)
+
+    def texts(bar: Progress):
+        for text in source.documents("train"):
+            yield text[:10_000]
+            bar.update(min(len(text), 10_000, bar.total - bar.done))
+            if bar.done >= recipe.tokenizer_chars:
+                return
+
+    with Progress(recipe.tokenizer_chars, "tokenizer", "character") as bar:
+        tokenizer = Tokenizer.train(texts(bar), recipe.vocab_size)
+    tokenizer.save(run.directory / "tokenizer")
+    sample = "".join(t for t, _ in zip(source.documents("val"), range(200)))
+    n_tokens = len(tokenizer.encode(sample))
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "bytes_per_token": len(sample.encode("utf-8")) / max(n_tokens, 1),
+    }
+
+
+def prepare_data(run: Run) -> dict[str, Any]:
+    """Turn the source into memory-mapped tokens: what pretraining reads, and validation."""
+    recipe, tokenizer, source = run.recipe, run.tokenizer(), open_source(run.recipe.data)
+    wanted = {"train": recipe.pretrain_steps * recipe.batch_tokens + recipe.seq_len + 1}
+    wanted["val"] = recipe.val_tokens + recipe.seq_len + 1
+    sizes = {}
+    for split, n in wanted.items():
+        with Progress(n, f"data {split}", "token") as bar:
+            shown = SimpleNamespace(update=lambda k: bar.update(min(k, bar.total - bar.done)))
+            shards = prepare_tokens(source, tokenizer, run.directory / "tokens", split, n, shown)
+        sizes[f"{split}_tokens"] = len(shards)
+    return sizes
+
+
+def memory_estimate(config: GPTConfig, micro_batch: int) -> dict[str, int]:
+    """Return the bytes training takes: weights, gradients, optimizer, activations, logits.
+
+    Float32 weights and gradients; one moment for matrices (Muon), two for the tables (AdamW);
+    about 34 two-byte values kept per token, channel and layer; 14 bytes per logit.
+    """
+    matrix = 12 * config.n_layer * config.n_embd**2
+    tables = 2 * config.vocab_size * config.n_embd
+    tokens = micro_batch * config.seq_len
+    return {
+        "weights": 4 * (matrix + tables),
+        "gradients": 4 * (matrix + tables),
+        "optimizer": 4 * matrix + 8 * tables,
+        "activations": 34 * 2 * tokens * config.n_layer * config.n_embd,
+        "logits": 14 * tokens * config.vocab_size,
+    }
+
+
+def pick_micro_batch(recipe: Recipe, config: GPTConfig, device: torch.device, ranks: int) -> int:
+    """Return the rows per forward pass: the recipe's, or the most that fit into the memory.
+
+    The result divides this rank's part of the batch, so that accumulation comes out even. Raises
+    UserError when the batch is no whole number of rows per process, or not even a row fits.
+    """
+    rows, rest = divmod(recipe.batch_tokens, recipe.seq_len * ranks)
+    if rest or not rows:
+        raise UserError(
+            f"batch_tokens {recipe.batch_tokens} is no multiple of seq_len {recipe.seq_len} x "
+            f"{ranks} processes = {recipe.seq_len * ranks}; choose a multiple of that."
+        )
+    fixed = sum(memory_estimate(config, 0).values())
+    per_row = sum(memory_estimate(config, 1).values()) - fixed
+    if device.type == "cuda":  # the model is there already: what it takes counts as free
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+    else:
+        free = psutil.virtual_memory().available // ranks
+    fits = int((0.8 * free - fixed) / per_row)
+    if fits < 1 and not recipe.micro_batch:
+        need = (fixed + per_row) / 2**30
+        raise UserError(
+            f"depth {config.n_layer} with seq_len {config.seq_len} needs about {need:.1f} GiB of "
+            f"memory, {free / 2**30:.1f} GiB are free; choose a smaller depth or seq_len."
+        )
+    limit = recipe.micro_batch or fits
+    return max(n for n in range(1, min(limit, rows) + 1) if rows % n == 0)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes this process has held: on the GPU, or in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def utilisation(config: GPTConfig, flops: int, speed: float, world: Any) -> float | None:
+    """Return the share of the devices' peak that training uses (MFU), None where unknown."""
+    if world.device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(world.device), torch.bfloat16)
+    return flops * speed / (peak * world.world_size) if peak else None
+
+
+class Training:
+    """What the four training stages share: a model, its optimizer, where they start and save.
+
+    A stage with a checkpoint of its own resumes it; a fresh one starts from the stage before,
+    with a fresh optimizer.
+    """
+
+    def __init__(self, run: Run, stage: str, world: Any = None):
+        self.run, self.stage, self.recipe = run, stage, run.recipe
+        self.world = world or SingleProcess(pick_device(run.recipe.device))
+        self.device, self.tokenizer = self.world.device, run.tokenizer()
+        self.log = run.log.bind(stage=stage) if self.world.is_main else MetricsLog(None)
+        self.folder = run.directory / stage
+        seed_everything(run.recipe.seed)
+        resumed = latest_step(self.folder) is not None
+        before = MODELS[MODELS.index(stage) - 1] if stage != "base" else None
+        if resumed or before:
+            found = run.checkpoint(stage if resumed else before, self.device)
+            self.model = found.model
+        else:
+            self.model = GPT(run.recipe.config(self.tokenizer.vocab_size), seed=run.recipe.seed)
+            self.model.to(self.device)
+        self.model.compute_dtype = compute_dtype(run.recipe, self.device)
+        self.optimizer = self.build_optimizer()
+        self.began, self.start_step, self.kept = time.perf_counter(), 0, {}
+        if resumed:
+            self.optimizer.load_named_state(self.model, found.optimizer_state)
+            self.start_step, self.kept = found.meta["step"], found.meta
+
+    def build_optimizer(self) -> MuonAdamW:
+        """Return the optimizer, sharded over the processes when there are several."""
+        r = self.recipe
+        groups = param_groups(self.model, r.matrix_lr, r.embedding_lr, r.head_lr, r.weight_decay)
+        several = self.world.world_size > 1
+        return ShardedMuonAdamW(groups, self.world) if several else MuonAdamW(groups)
+
+    def seconds(self) -> float:
+        """Return the time this stage has taken, with that before an interruption."""
+        return self.kept.get("seconds", 0.0) + time.perf_counter() - self.began
+
+    def save(self, step: int, batches: Any = None, result: dict | None = None) -> None:
+        """Keep a checkpoint from which the stage can go on, and the result when it has ended."""
+        meta = {
+            "stage": self.stage,
+            "tokenizer": self.tokenizer.fingerprint(),
+            "data": batches.state_dict() if batches else None,
+            "seconds": self.seconds(),
+            "result": result,
+        }
+        state = self.optimizer.named_state(self.model)  # every rank takes part
+        if self.world.is_main:
+            save_checkpoint(self.folder, step, self.model, state, meta)
+        self.world.barrier()
+
+
+def train_stage(
+    stage: Training,
+    batches: Any,
+    n_steps: int,
+    accumulation: int,
+    schedule: Callable[[int, int], float],
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Run `train.fit` from where the stage stands, save at the end, return its results."""
+    if stage.kept.get("result"):  # killed between its last checkpoint and its mark
+        return stage.kept["result"]
+    if stage.kept:
+        batches.load_state_dict(stage.kept["data"])
+    recipe = stage.recipe
+    try:
+        result = fit(
+            stage.model,
+            stage.optimizer,
+            batches,
+            n_steps,
+            accumulation=accumulation,
+            schedule=schedule,
+            world=stage.world,
+            log=stage.log,
+            label=stage.stage,
+            evaluate=evaluate,
+            eval_every=max(1, n_steps // max(recipe.evals, 1)),
+            save=lambda step: stage.save(step, batches),
+            save_every=max(1, n_steps // max(recipe.saves, 1)),
+            start_step=stage.start_step,
+            compile_model=stage.device.type == "cuda",
+        )
+    except torch.OutOfMemoryError:
+        rows = batches.batch_size
+        raise UserError(
+            f"the memory of {stage.device} is too small for a micro-batch of {rows} rows; set "
+            f"micro_batch to {max(rows // 2, 1)} or less and run again: the stage goes on."
+        ) from None
+    flops, speed = stage.model.flops_per_token(), result["tokens_per_second"]
+    every_token = stage.stage == "base"  # later stages mask some; their speed says less
+    mfu = utilisation(stage.model.config, flops, speed, stage.world) if every_token else None
+    result.update(steps=n_steps, flops_per_token=flops, mfu=mfu, seconds=stage.seconds())
+    stage.save(n_steps, batches, result)
+    return result
+
+
+def pretrain(run: Run, world: Any = None) -> dict[str, Any]:
+    """Train the base model on the prepared tokens (chapter 5)."""
+    recipe, stage = run.recipe, Training(run, "base", world)
+    world, config = stage.world, stage.model.config
+    rows = recipe.batch_tokens // recipe.seq_len // world.world_size
+    micro = pick_micro_batch(recipe, config, stage.device, world.world_size)
+    train, val = (TokenShards.load(run.directory / "tokens", s) for s in ("train", "val"))
+    place = dict(rank=world.rank, world_size=world.world_size)
+    batches = TokenBatches(train, micro, recipe.seq_len, **place, seed=recipe.seed)
+    token_bytes = stage.tokenizer.token_bytes().to(stage.device)
+
+    def evaluate(step: int) -> dict[str, float]:
+        fixed = TokenBatches(val, micro, recipe.seq_len, **place, seed=0)
+        n_batches = max(1, recipe.val_tokens // (micro * recipe.seq_len * world.world_size))
+        score = bits_per_byte(stage.model, fixed, n_batches, token_bytes, world)
+        return {"bits_per_byte": score}
+
+    def schedule(step: int, n_steps: int) -> float:
+        return lr_multiplier(
+            step, n_steps, warmup=min(0.02, 40 / n_steps), warmdown=recipe.warmdown
+        )
+
+    steps, accumulation = recipe.pretrain_steps, rows // micro
+    result = train_stage(stage, batches, steps, accumulation, schedule, evaluate)
+    return {**result, "tokens": recipe.pretrain_steps * recipe.batch_tokens}
+
+
+def chat_mixture(recipe: Recipe, stage: str) -> Mixture:
+    """Return the conversations that a stage ("mid" or "sft") learns from, shuffled by the seed.
+
+    "tinyworld" generates them; "folder:PATH" reads PATH/sft and PATH/chat_eval (columns as on the
+    hub); "hub" downloads SmolTalk, MMLU, ARC and GSM8K. The generated identity, arithmetic and
+    spelling are part of each: they teach who the model is and how to use the calculator.
+    """
+    world, size = World(), 30_000
+    seed = 2 * recipe.seed + (stage == "sft")
+    if recipe.chat == "tinyworld":
+        return tinyworld_mixture(world, stage, size, seed)
+    own = {"identity": 20, "arithmetic": 50, "spelling": 30}
+    generated = tinyworld_mixture(world, stage, size // 3, seed, own)
+    real = [Messages, MMLU, GSM8K, ARC] if stage == "mid" else [Messages, GSM8K, ARC]
+    tasks = [(real_task(recipe, kind, "train"), 1.0) for kind in real]
+    return Mixture([(task, 1.0) for task in generated.tasks] + tasks, seed)
+
+
+HUB_TASKS = {  # class: (hub name, subset, split to train on, split to be judged on, local folder)
+    Messages: ("hub:HuggingFaceTB/smol-smoltalk", "", "train", "test", "sft"),
+    MMLU: ("hub:cais/mmlu", "all", "auxiliary_train", "test", "chat_eval/mmlu"),
+    GSM8K: ("hub:openai/gsm8k", "main", "train", "test", "chat_eval/gsm8k"),
+    ARC: ("hub:allenai/ai2_arc", "ARC-Easy", "train", "test", "chat_eval/arc"),
+}
+
+
+def real_task(recipe: Recipe, kind: Any, split: str) -> Any:
+    """Return a task over real data, from the hub or from the recipe's folder.
+
+    Raises UserError when `chat` names neither, or the folder does not exist.
+    """
+    hub, subset, train, test, local = HUB_TASKS[kind]
+    split = train if split == "train" else test
+    if recipe.chat == "hub":
+        return kind(hub, split, subset)
+    scheme, _, path = recipe.chat.partition(":")
+    if scheme != "folder" or not Path(path).is_dir():
+        raise UserError(
+            f"chat must be tinyworld, hub or folder:PATH with an existing folder; "
+            f"got {recipe.chat!r}."
+        )
+    return kind(Path(path) / local, split, subset if kind is ARC else "")
+
+
+def finetune(run: Run, stage_name: str, world: Any = None) -> dict[str, Any]:
+    """Midtrain ("mid", loss on every token) or fine-tune ("sft", on the assistant's) on chats."""
+    recipe, stage = run.recipe, Training(run, stage_name, world)
+    world, midtraining = stage.world, stage_name == "mid"
+    rows = recipe.batch_tokens // recipe.seq_len // world.world_size
+    micro = pick_micro_batch(recipe, stage.model.config, stage.device, world.world_size)
+    batches = ConversationBatches(
+        chat_mixture(recipe, stage_name),
+        stage.tokenizer,
+        micro,
+        recipe.seq_len,
+        train_on="all" if midtraining else "assistant",
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=recipe.seed + midtraining,
+    )
+    n_steps, rate = (
+        (recipe.mid_steps, recipe.mid_lr) if midtraining else (recipe.sft_steps, recipe.sft_lr)
+    )
+
+    def schedule(step: int, n_steps: int) -> float:
+        return rate * lr_multiplier(step, n_steps, warmdown=0.8, final=0.02)
+
+    return train_stage(stage, batches, n_steps, rows // micro, schedule)
+
+
+def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
+    """Improve the SFT model on arithmetic by reinforcement learning (chapter 10)."""
+    recipe, stage = run.recipe, Training(run, "rl", world)
+    if stage.kept.get("result"):
+        return stage.kept["result"]
+    task = TinyWorldTask(World(), "arithmetic", "train", start=20_000_000)
+    history = train_rl(
+        stage.model,
+        stage.optimizer,
+        Engine(stage.model, stage.tokenizer),
+        task_problems(task),
+        n_steps=recipe.rl_steps,
+        questions_per_step=recipe.rl_questions,
+        samples=recipe.rl_samples,
+        max_tokens=recipe.max_tokens,
+        lr=recipe.rl_lr,
+        reference=run.checkpoint("sft", stage.device).model,
+        seed=recipe.seed,
+        start_step=stage.start_step,
+        world=stage.world,
+        log=stage.log,
+        save=stage.save,
+        save_every=max(1, recipe.rl_steps // max(recipe.saves, 1)),
+    )
+    result = {
+        "steps": recipe.rl_steps,
+        "reward": history[-1]["reward"],
+        "seconds": stage.seconds(),
+    }
+    stage.save(recipe.rl_steps, result=result)
+    return result
+
+
+def chance_levels(run: Run) -> dict[str, float]:
+    """Return what guessing scores on each metric of `judge`."""
+    exams = [e for e in read_metrics(run.log.path, "judged") if "exam_chance" in e]
+    chance = {
+        "bits_per_byte": 8.0,
+        "core": 0.0,
+        "arithmetic": 0.0,
+        "spelling": 0.0,
+        "identity": 0.0,
+    }
+    return {**chance, **(exams[0]["exam_chance"] if exams else {}), "mmlu": 0.25, "arc_easy": 0.25}
+
+
+@torch.no_grad()
+def judge(run: Run, stage: str) -> dict[str, Any]:
+    """Measure a stage's model: bits per byte, exams, sums, spelling, identity (chapters 7, 9).
+
+    The same items are put to every stage. Scores are shares of right answers in [0, 1];
+    `arithmetic` is pass@1 at temperature 1, with its interval beside it.
+    """
+    recipe, engine, world = run.recipe, run.engine(stage), World()
+    tokenizer, n, scores = engine.tokenizer, recipe.exam_items, {}
+    val = TokenShards.load(run.directory / "tokens", "val")
+    batches = TokenBatches(val, 8, recipe.seq_len, seed=0)
+    n_batches = max(1, recipe.val_tokens // (8 * recipe.seq_len))
+    token_bytes = tokenizer.token_bytes().to(engine.model.device)
+    scores["bits_per_byte"] = bits_per_byte(engine.model, batches, n_batches, token_bytes)
+    if recipe.data == "tinyworld":
+        tasks = tinyworld_core(world, n)
+        scores["core"] = evaluate_core(engine.model, tokenizer, tasks)["core"]
+    if recipe.chat == "tinyworld":
+        exam = chat_exam(engine, tokenizer, world, n)
+        kinds = [kind for kind, result in exam.items() if isinstance(result, dict)]
+        scores.update({f"exam_{kind}": exam[kind]["accuracy"] for kind in kinds})
+        scores["exam"] = exam["accuracy"]
+        scores["exam_chance"] = {f"exam_{kind}": exam[kind]["chance"] for kind in kinds}
+        scores["exam_chance"]["exam"] = exam["chance"]
+        letters = ExamTask(world, "multiple_choice", n, letters=True)
+        result = evaluate_chat(engine, tokenizer, letters)
+        scores["exam_letters"] = result["accuracy"]
+        scores["exam_chance"]["exam_letters"] = result["chance"]
+    elif stage != "base":
+        for name, kind in (("mmlu", MMLU), ("arc_easy", ARC), ("gsm8k", GSM8K)):
+            task = real_task(recipe, kind, "test")
+            result = evaluate_chat(engine, tokenizer, task, n, max_tokens=recipe.max_tokens)
+            scores[name] = result["accuracy"]
+    sums = task_problems(TinyWorldTask(world, "arithmetic", "test", size=n))
+    passed = evaluate_pass(engine, sums, samples=4, max_tokens=recipe.max_tokens, seed=1)
+    scores["arithmetic"], scores["arithmetic_low"] = passed["pass_at_1"], passed["low"]
+    scores["arithmetic_high"], scores["arithmetic_pass_at_4"] = passed["high"], passed["pass_at_k"]
+    for name, split in (("spelling", "test"), ("identity", "train")):
+        task = TinyWorldTask(world, name, split, size=min(n, 60), start=30_000_000)
+        result = evaluate_chat(engine, tokenizer, task, max_tokens=recipe.max_tokens)
+        scores[name] = result["accuracy"]
+    run.log.write("judged", stage=stage, **scores)
+    return scores
+
+
+QUESTIONS = (  # (question, a word that the right reply holds, words that it must not hold)
+    ("Who are you?", "Nano"),
+    ("What is 17 plus 25?", "42"),
+)
+
+
+def exchange_questions(run: Run) -> list[tuple[str, str]]:
+    """Return three questions and the word a right reply holds: identity, a fact, a sum."""
+    (who, name), (what, total) = QUESTIONS
+    if run.recipe.chat != "tinyworld":
+        return [(who, name), ("What is the capital of France?", "Paris"), (what, total)]
+    world = World()
+    fact = next(fact for fact in world.facts if fact.relation == "job")
+    return [(who, name), (f"What is the job of {fact.subject}?", fact.object), (what, total)]
+
+
+def exchange(run: Run, stage: str) -> list[dict[str, Any]]:
+    """Put the three questions to a stage's model, greedily; log and return what it says."""
+    engine, answers = run.engine(stage), []
+    for question, word in exchange_questions(run):
+        prompt = {"messages": [{"role": "user", "content": question}]}
+        ids = render_prompt(prompt, engine.tokenizer)
+        found = engine.generate_batch([ids], max_tokens=run.recipe.max_tokens, temperature=0.0)
+        parts = parse(found[0].ids, engine.tokenizer)
+        tools = [part["text"] for part in parts if part["type"] == "python"]
+        reply = reply_text(parts).strip()
+        answers.append(
+            {
+                "question": question,
+                "reply": reply,
+                "calculator": tools,
+                "expected": word,
+                "right": names_answer(reply, word),
+            }
+        )
+        run.log.write("exchange", stage=stage, **answers[-1])
+    return answers
+
+
+def run_stage_here(run: Run, stage: str, world: Any = None) -> dict[str, Any]:
+    """Do a stage's work in this process (or as this rank of several)."""
+    work = {
+        "tokenizer": lambda: train_tokenizer(run),
+        "data": lambda: prepare_data(run),
+        "base": lambda: pretrain(run, world),
+        "mid": lambda: finetune(run, "mid", world),
+        "sft": lambda: finetune(run, "sft", world),
+        "rl": lambda: reinforce(run, world),
+    }[stage]
+    began, device = time.perf_counter(), world.device if world else pick_device(run.recipe.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    result = work()
+    result = {"seconds": time.perf_counter() - began, **result, "peak_bytes": peak_memory(device)}
+    result["processes"] = world.world_size if world else 1
+    if world is None or world.is_main:
+        write_json(run.directory / stage / "trained.json", result)
+    return result
+
+
+def machine_facts() -> dict[str, str]:
+    """Say what this machine is: processor, cores, memory, GPUs, versions."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "GPUs": ", ".join(gpus) or "none",
+        "CPU cores": str(psutil.cpu_count()),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "system": f"{platform.system()} {platform.machine()}",
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def launch_stage(run: Run, stage: str, ranks: int) -> None:
+    """Train a stage in several processes on this machine; their mistake is raised here."""
+    try:
+        launch("nanochat", [COMMANDS[stage], "--folder", str(run.directory)], ranks)
+    except LaunchError as error:
+        _, found, sentence = str(error).splitlines()[0].partition("UserError: ")
+        if found:
+            raise UserError(sentence) from None
+        raise
+
+
+def run_stage(run: Run, stage: str) -> dict[str, Any]:
+    """Run a stage unless it is finished, then judge its model; return its results.
+
+    Training stages of more than one process are started under torchrun's launcher. A stage that
+    was interrupted goes on from its last checkpoint.
+    """
+    if stage not in STAGES:
+        raise UserError(f"unknown stage {stage!r}; choose one of {', '.join(STAGES)}.")
+    finished = run.done(stage)
+    if finished:
+        print(f"{stage}: finished before, skipped", flush=True)
+        return finished
+    for before in STAGES[: STAGES.index(stage)]:
+        if not run.done(before):
+            raise UserError(f"stage {stage!r} needs {before!r} first; run that stage, then again.")
+    trained = run.directory / stage / "trained.json"
+    if not trained.exists():
+        ranks = process_count(run.recipe)
+        if stage in MODELS and ranks > 1:
+            launch_stage(run, stage, ranks)
+        else:
+            run_stage_here(run, stage)
+    result = {"stage": stage, **read_json(trained)}
+    if stage in MODELS:
+        began = time.perf_counter()
+        result["scores"] = judge(run, stage)
+        result["judge_seconds"] = time.perf_counter() - began
+    told = {k: v for k, v in result.items() if k != "scores"}
+    run.log.write("stage", machine=machine_facts(), **told)
+    write_json(run.directory / stage / "done.json", result)
+    return result
+
+
+COMMANDS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "rl"}
+
+
+PRICE_PER_HOUR = {"H100": 3.00, "H200": 3.50, "A100": 1.79, "V100": 0.55}  # dollars, typical 2026
+
+
+def price_of(device_name: str) -> float | None:
+    """Return a typical rent in dollars per hour of a GPU, None for one not in the table."""
+    return next((p for name, p in PRICE_PER_HOUR.items() if name in device_name), None)
+
+
+def estimate(recipe: Recipe, utilisation: float = 0.4) -> dict[str, float | None]:
+    """Estimate pretraining before it starts: tokens, parameters, FLOPs, hours and dollars.
+
+    Hours assume `utilisation` of the GPU's peak on each process; on a CPU, and on a GPU whose peak
+    is not known, they are None.
+    """
+    device = pick_device(recipe.device)
+    config, ranks = recipe.config(recipe.vocab_size), process_count(recipe)
+    matrix = 12 * config.n_layer * config.n_embd**2
+    table = config.vocab_size * config.n_embd
+    flops = 6 * (matrix + table) + 12 * config.n_layer * config.n_embd * config.seq_len
+    tokens = recipe.pretrain_steps * recipe.batch_tokens
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = peak_flops(name, torch.bfloat16) if device.type == "cuda" else None
+    hours = flops * tokens / (peak * ranks * utilisation) / 3600 if peak else None
+    price = price_of(name)
+    return {
+        "tokens": tokens,
+        "parameters": matrix + 2 * table,
+        "flops": flops * tokens,
+        "hours": hours,
+        "dollars": hours * ranks * price if hours and price else None,
+    }

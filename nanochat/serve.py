@@ -1,0 +1,1241 @@
+"""The web page and the OpenAI-compatible endpoint.
+
+Exported from chapters/11_chat_ui.py (chapter 11, Talking to it); edit there, not here.
+"""
+
+import asyncio
+import hmac
+import json
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from nanochat.common import UserError
+from nanochat.tokenizer import Tokenizer
+from nanochat.ui import (
+    ChatSettings,
+    Piece,
+    add_piece,
+    check_messages,
+    fit_context,
+    generate_pieces,
+    name_engines,
+)
+
+__all__ = [
+    "ApiError",
+    "ChatServer",
+    "EngineThread",
+    "FIELDS",
+    "Guard",
+    "Job",
+    "Limits",
+    "Metrics",
+    "PAGE_CSS",
+    "PAGE_HTML",
+    "PAGE_JS_ACTIONS",
+    "PAGE_JS_BUTTONS",
+    "PAGE_JS_EVENTS",
+    "PAGE_JS_START",
+    "PAGE_JS_STREAM",
+    "PAGE_JS_TALK",
+    "PAGE_JS_TEXT",
+    "Slots",
+    "StopStrings",
+    "background_server",
+    "check_fields",
+    "create_app",
+    "event",
+    "make_prompt",
+    "page",
+    "parse_json",
+    "read_events",
+    "read_messages",
+    "read_prompt",
+    "read_settings",
+    "read_stops",
+    "request_schema",
+    "run_server",
+    "stream_answer",
+    "stream_response",
+    "whole_answer",
+]
+
+
+def event(data: Any) -> str:
+    """One server-sent event that carries JSON (or the word [DONE])."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    return f"data: {text}\n\n"
+
+
+def read_events(lines: Iterator[str]) -> Iterator[Any]:
+    """The JSON of each server-sent event in a stream of lines, up to [DONE]."""
+    for line in lines:
+        data = line.removeprefix("data:").strip()
+        if line.startswith("data:") and data == "[DONE]":
+            return
+        if line.startswith("data:"):
+            yield json.loads(data)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, and all of them together, may use."""
+
+    body_bytes: int = 262_144
+    messages: int = 500
+    message_characters: int = 8_000
+    characters: int = 32_000  # of all messages together
+    max_tokens: int = 4_096  # of one answer
+    concurrent: int = 16  # answers being written at the same time
+    waiting: int = 64  # requests that may wait for their turn
+    seconds: float = 120.0  # of one request, waiting included
+
+
+class ApiError(Exception):
+    """An answer that is an error: HTTP status and a sentence for the person at the other end."""
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+
+    def body(self) -> dict[str, Any]:
+        """The error in the shape that OpenAI's clients expect."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        server = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = kinds.get(self.status, server)
+        error = {"message": self.message, "type": kind, "param": self.param, "code": None}
+        return {"error": error}
+
+
+FIELDS = {
+    "model": ("string", None, None),
+    "temperature": ("number", 0, 2),
+    "top_p": ("number", 0, 1),
+    "top_k": ("integer", 1, 100_000),
+    "max_tokens": ("integer", 1, None),
+    "max_completion_tokens": ("integer", 1, None),
+    "seed": ("integer", -(2**63), 2**63 - 1),
+    "n": ("integer", 1, 1),
+    "stream": ("boolean", None, None),
+    "stream_options": ("object", None, None),
+}
+_TYPES = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list}
+
+
+def check_fields(body: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """The known fields of a request that are not null, checked against FIELDS."""
+    values = {}
+    for name, (kind, low, high) in FIELDS.items():
+        value = body.get(name)
+        if value is None:
+            continue
+        high = limits.max_tokens if name.endswith("_tokens") else high
+        fine = isinstance(value, _TYPES.get(kind, (int, float)))
+        fine = fine and isinstance(value, bool) == (kind == "boolean")
+        if not fine:
+            raise ApiError(400, f"{name} must be of type {kind}.", name)
+        if low is not None and not low <= value <= high:
+            raise ApiError(400, f"{name} must be from {low} to {high}.", name)
+        values[name] = value
+    return values
+
+
+def request_schema(chat: bool, limits: Limits) -> dict[str, Any]:
+    """The same table as an OpenAPI request body."""
+    properties: dict[str, Any] = {}
+    for name, (kind, low, high) in FIELDS.items():
+        high = limits.max_tokens if name.endswith("_tokens") else high
+        bounds = {} if low is None else {"minimum": low, "maximum": high}
+        properties[name] = {"type": [kind, "null"], **bounds}
+    stop = {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 4}
+    properties["stop"] = {"anyOf": [{"type": "string", "minLength": 1}, stop, {"type": "null"}]}
+    main = "messages" if chat else "prompt"
+    properties[main] = {"type": "array" if chat else "string"}
+    schema = {"type": "object", "required": [main], "properties": properties}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """A JSON object from a request's body; NaN, other types and broken bytes are refused."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
+    try:
+        body = json.loads(data.decode("utf-8"), parse_constant=refuse)
+        json.dumps(body, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+    except (ValueError, RecursionError):
+        raise ApiError(400, "The body is not valid JSON in UTF-8.") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "The body must be a JSON object.")
+    return body
+
+
+def read_messages(body: dict[str, Any], limits: Limits) -> list[dict[str, Any]]:
+    """The checked conversation of a chat request; it must end with a question."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(400, "messages must be a list with at least one message.", "messages")
+    if len(messages) > limits.messages:
+        raise ApiError(400, f"At most {limits.messages} messages are allowed.", "messages")
+    messages = check_messages(messages)
+    if messages[-1]["role"] != "user":
+        raise ApiError(400, "The last message must have the role user.", "messages")
+    sizes = [len(json.dumps(message["content"], ensure_ascii=False)) for message in messages]
+    if max(sizes) > limits.message_characters + 2 or sum(sizes) > limits.characters:
+        raise ApiError(
+            400,
+            f"A message may have {limits.message_characters} characters and a conversation "
+            f"{limits.characters}.",
+            "messages",
+        )
+    return messages
+
+
+def read_settings(values: dict[str, Any], limits: Limits) -> ChatSettings:
+    """Settings of a request; without a seed, a random one."""
+    length = values.get("max_completion_tokens", values.get("max_tokens", limits.max_tokens))
+    seed = values.get("seed", secrets.randbelow(2**31))
+    return ChatSettings(
+        temperature=values.get("temperature", 0.8),
+        top_k=values.get("top_k", 50),
+        top_p=max(values["top_p"], 1e-6) if "top_p" in values else None,
+        max_tokens=length,
+        seed=seed % 2**31,
+    ).check()
+
+
+def read_stops(body: dict[str, Any]) -> list[str]:
+    """The stop strings of a request: none, one, or up to four."""
+    stops = body.get("stop") or []
+    stops = [stops] if isinstance(stops, str) else stops
+    fine = isinstance(stops, list) and len(stops) <= 4
+    if not fine or not all(isinstance(s, str) and 0 < len(s) <= 100 for s in stops):
+        raise ApiError(400, "stop must be up to four texts of 1 to 100 characters.", "stop")
+    return stops
+
+
+class StopStrings:
+    """Cut a stream of text at the first stop string; `push` returns (text to show, found)."""
+
+    def __init__(self, stops: list[str]) -> None:
+        self.stops, self.held = stops, ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Take more text; hold back an end that may be the beginning of a stop string."""
+        text = self.held + text
+        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            self.held = ""
+            return text[: min(found)], True
+        longest = max((len(stop) for stop in self.stops), default=1) - 1
+        keep = 0
+        for size in range(1, min(longest, len(text)) + 1):
+            if any(stop.startswith(text[-size:]) for stop in self.stops):
+                keep = size
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """What was held back, when the stream ends without a stop string."""
+        text, self.held = self.held, ""
+        return text
+
+
+class EngineThread:
+    """The one thread that computes. `steps` pulls an iterator there, one item at a time."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="engine")
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in the engine thread and wait for it without blocking the server."""
+
+        def step() -> Any:
+            with torch.inference_mode():
+                return function()
+
+        return await asyncio.get_running_loop().run_in_executor(self.pool, step)
+
+    async def steps(self, iterator: Iterator[Any]) -> AsyncIterator[Any]:
+        """The items of an iterator; each is a new entry at the end of the queue."""
+        while (item := await self.call(lambda: next(iterator, None))) is not None:
+            yield item
+
+    def close(self, iterator: Iterator[Any]) -> None:
+        """Close an iterator after the step that may be running now."""
+        self.pool.submit(iterator.close)
+
+
+class Metrics:
+    """Counters for /metrics, in Prometheus' text format. Used from the event loop only."""
+
+    def __init__(self) -> None:
+        self.requests: dict[tuple[str, int], int] = {}
+        self.prompt_tokens = self.generated_tokens = self.replies = 0
+        self.active = self.waiting = self.disconnects = 0
+        self.first_token_seconds = 0.0
+
+    def text(self) -> str:
+        """All counters as Prometheus reads them."""
+        lines = ["# TYPE nanochat_requests_total counter"]
+        for (path, status), count in sorted(self.requests.items()):
+            lines.append(f'nanochat_requests_total{{path="{path}",status="{status}"}} {count}')
+        kinds = {"prompt_tokens": "counter", "generated_tokens": "counter", "replies": "counter"}
+        kinds.update(disconnects="counter", active="gauge", waiting="gauge")
+        for name, kind in kinds.items():
+            full = f"nanochat_{name}" + ("_total" if kind == "counter" else "")
+            lines += [f"# TYPE {full} {kind}", f"{full} {getattr(self, name)}"]
+        lines += ["# TYPE nanochat_first_token_seconds summary"]
+        lines += [f"nanochat_first_token_seconds_sum {self.first_token_seconds:.6f}"]
+        lines += [f"nanochat_first_token_seconds_count {self.replies}"]
+        return "\n".join(lines) + "\n"
+
+
+class Slots:
+    """Admit `concurrent` jobs; let `waiting` more queue; turn the rest away with 429."""
+
+    def __init__(self, limits: Limits, metrics: Metrics) -> None:
+        self.limits, self.metrics = limits, metrics
+        self.free = asyncio.Semaphore(limits.concurrent)
+
+    async def take(self) -> Callable[[], None]:
+        """Wait for a slot; returns the function that gives it back (calling twice is harmless)."""
+        metrics = self.metrics
+        if self.free.locked() and metrics.waiting >= self.limits.waiting:
+            raise ApiError(429, "The server is busy: too many requests wait. Try again later.")
+        metrics.waiting += 1
+        try:
+            await asyncio.wait_for(self.free.acquire(), self.limits.seconds)
+        except asyncio.TimeoutError:
+            raise ApiError(503, "The server is busy: no free slot in time. Try again.") from None
+        finally:
+            metrics.waiting -= 1
+        metrics.active += 1
+        held = [True]
+
+        def give_back() -> None:
+            if held:
+                held.clear()
+                metrics.active -= 1
+                self.free.release()
+
+        return give_back
+
+
+@dataclass
+class Job:
+    """One admitted request: where its pieces come from, and what to give back at the end."""
+
+    id: str
+    model: str
+    kind: str  # "chat.completion" or "text_completion"
+    ids: list[int]
+    pieces: Iterator[Piece]
+    stop: threading.Event
+    stops: StopStrings
+    release: Callable[[], None]
+    engine: EngineThread
+    metrics: Metrics
+    deadline: float
+    note: str = ""
+    logprobs: bool = False
+    usage: bool = False
+    tokens: int = 0
+    finished: bool = False
+
+    def close(self) -> None:
+        """Stop computing and free the slot; harmless when called again."""
+        self.stop.set()
+        self.engine.close(self.pieces)
+        self.release()
+
+    async def run(self) -> AsyncIterator[Piece]:
+        """The pieces, cut at stop strings and at the deadline, counted; the last one is "end"."""
+        started, end = time.perf_counter(), Piece("end", "stop")
+        async for piece in self.engine.steps(self.pieces):
+            if piece.kind == "end":
+                end = piece
+                break
+            self.tokens += 1
+            self.metrics.generated_tokens += 1
+            if self.tokens == 1:
+                self.metrics.replies += 1
+                self.metrics.first_token_seconds += time.perf_counter() - started
+            if piece.kind == "text":
+                shown, found = self.stops.push(piece.text)
+                yield replace(piece, text=shown)
+                if found:
+                    break
+            else:
+                if held := self.stops.flush():
+                    yield Piece("text", held)
+                yield piece
+            if time.perf_counter() > self.deadline:
+                end = Piece("end", "length")
+                break
+        if held := self.stops.flush():
+            yield Piece("text", held)
+        yield end
+
+
+def _logprobs(job: Job, pieces: list[Piece]) -> dict[str, Any] | None:
+    """Log probabilities in the shape of the endpoint, or None when nobody asked."""
+    if not job.logprobs:
+        return None
+    real = [piece for piece in pieces if piece.id >= 0]
+    texts, values = [piece.text for piece in real], [piece.logprob for piece in real]
+    if job.kind == "text_completion":
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": None}
+    rows = zip(texts, values)
+    return {
+        "content": [
+            {"token": t, "logprob": v, "bytes": list(t.encode()), "top_logprobs": []}
+            for t, v in rows
+        ],
+        "refusal": None,
+    }
+
+
+def _frame(job: Job, chunk: bool, **more: Any) -> dict[str, Any]:
+    chat = job.kind == "chat.completion"
+    kind = "chat.completion.chunk" if chat and chunk else job.kind
+    frame = {"id": job.id, "object": kind, "created": int(time.time()), "model": job.model}
+    return {**frame, **more, **({"note": job.note} if job.note else {})}
+
+
+def _usage(job: Job) -> dict[str, int]:
+    prompt, answer = len(job.ids), job.tokens
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+async def stream_answer(job: Job) -> AsyncIterator[str]:
+    """Server-sent events of one answer."""
+    chat = job.kind == "chat.completion"
+
+    def chunk(piece: Piece | None, reason: str | None, text: str = "") -> str:
+        logprobs = _logprobs(job, [piece]) if piece else None
+        choice = {"index": 0, "finish_reason": reason, "logprobs": logprobs}
+        if not chat:
+            return event(_frame(job, True, choices=[{**choice, "text": text}]))
+        delta: dict[str, Any] = {} if reason else {"content": text}
+        if piece is None and not reason:
+            delta["role"] = "assistant"
+        elif piece is not None and piece.kind != "text":
+            delta["part"] = {"type": piece.kind, "text": piece.text, "opens": piece.opens}
+        return event(_frame(job, True, choices=[{**choice, "delta": delta}]))
+
+    if chat:
+        yield chunk(None, None)
+    async for piece in job.run():
+        if piece.kind == "end":
+            yield chunk(None, piece.text if piece.text != "cancelled" else "stop")
+        elif piece.text or piece.kind != "text" or job.logprobs:
+            yield chunk(piece, None, piece.text if piece.kind == "text" else "")
+    if job.usage:
+        yield event(_frame(job, True, choices=[], usage=_usage(job)))
+    job.finished = True
+    yield event("[DONE]")
+
+
+async def whole_answer(job: Job, gone: Callable[[], Any]) -> dict[str, Any]:
+    """The complete answer as one object; stops early when `gone()` says the client has left."""
+    pieces, parts, reason = [], [], "stop"
+    async for piece in job.run():
+        if piece.kind == "end":
+            reason = piece.text if piece.text != "cancelled" else "stop"
+        else:
+            pieces.append(piece)
+            add_piece(parts, piece)
+        if job.tokens % 8 == 0 and await gone():
+            job.metrics.disconnects += 1
+            break
+    text = "".join(part["text"] for part in parts if part["type"] == "text")
+    choice = {"index": 0, "finish_reason": reason, "logprobs": _logprobs(job, pieces)}
+    if job.kind == "text_completion":
+        choice["text"] = text
+    else:
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        if any(part["type"] != "text" for part in parts):
+            choice["message"]["parts"] = parts
+    return _frame(job, False, choices=[choice], usage=_usage(job))
+
+
+class ChatServer:
+    """Everything the web application needs, without the web framework."""
+
+    def __init__(self, engines: Any, tokenizer: Tokenizer | None, limits: Limits) -> None:
+        self.engines, self.tokenizer, self.limits = name_engines(engines), tokenizer, limits
+        self.metrics, self.engine_thread = Metrics(), EngineThread()
+        self.slots = Slots(limits, self.metrics)
+
+    async def body(self, request: Any) -> dict[str, Any]:
+        """The JSON body of a request, read no further than the limit."""
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "Send the body as application/json.")
+        data = b""
+        async for block in request.stream():
+            data += block
+            if len(data) > self.limits.body_bytes:
+                raise ApiError(413, f"The body may have {self.limits.body_bytes} bytes.")
+        return parse_json(data)
+
+    def choose(self, values: dict[str, Any]) -> tuple[str, Any, Tokenizer]:
+        """The engine a request names; without a name, the first."""
+        name = values.get("model", next(iter(self.engines)))
+        if name not in self.engines:
+            known = ", ".join(self.engines)
+            raise ApiError(404, f"There is no model {name!r:.60}; there are: {known}.", "model")
+        engine = self.engines[name]
+        return name, engine, self.tokenizer or engine.tokenizer
+
+    async def admit(self, body: dict[str, Any], chat: bool) -> Job:
+        """Check a request, wait for a slot and prepare its job."""
+        deadline = time.perf_counter() + self.limits.seconds
+        values = check_fields(body, self.limits)
+        name, engine, tokenizer = self.choose(values)
+        settings, stops = read_settings(values, self.limits), StopStrings(read_stops(body))
+        source = read_messages(body, self.limits) if chat else read_prompt(body, self.limits)
+        release, stop = await self.slots.take(), threading.Event()
+
+        def prepare() -> tuple[list[int], str, Iterator[Piece]]:
+            ids, note = make_prompt(engine, tokenizer, source, settings)
+            return ids, note, generate_pieces(engine, tokenizer, ids, settings, stop, tools=chat)
+
+        try:
+            ids, note, pieces = await self.engine_thread.call(prepare)
+        except BaseException:
+            release()
+            raise
+        self.metrics.prompt_tokens += len(ids)
+        kind, key = ("chat.completion", "chatcmpl-") if chat else ("text_completion", "cmpl-")
+        job = Job(key + secrets.token_hex(12), name, kind, ids, pieces, stop, stops, release,
+                  self.engine_thread, self.metrics, deadline, note)  # fmt: skip
+        asked = body.get("logprobs")
+        job.logprobs = bool(asked) if chat else isinstance(asked, int) and asked is not False
+        job.usage = bool((values.get("stream_options") or {}).get("include_usage"))
+        return job
+
+
+def read_prompt(body: dict[str, Any], limits: Limits) -> str:
+    """The prompt of a plain completion: one text, or a list with one text."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise ApiError(400, "prompt must be one text.", "prompt")
+    if len(prompt) > limits.characters:
+        raise ApiError(400, f"prompt may have {limits.characters} characters.", "prompt")
+    return prompt
+
+
+def make_prompt(
+    engine: Any, tokenizer: Tokenizer, source: Any, settings: ChatSettings
+) -> tuple[list[int], str]:
+    """Ids of a conversation or of a plain text, and a note when old turns were left out."""
+    window = engine.model.config.seq_len
+    reserve = min(settings.max_tokens, max(1, window // 4))
+    if not isinstance(source, str):
+        ids, left_out = fit_context(source, tokenizer, window, reserve)
+        return ids, f"{left_out} older messages did not fit." if left_out else ""
+    ids = tokenizer.encode(source, bos=True)
+    if len(ids) + reserve > window:
+        raise UserError(
+            f"The prompt has {len(ids)} tokens; {window - reserve} of the model's {window} are "
+            f"free for it. Shorten it."
+        )
+    return ids, ""
+
+
+PAGE_CSS = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1d1f23; --quiet: #5c626b; --line: #d5d9df;
+  --user: #dcebf7; --model: #f3f4f6; --accent: #0067a6; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --paper: #16181c; --ink: #e8eaed; --quiet: #a2a9b4;
+  --line: #3a3f47; --user: #17415f; --model: #24272d; --accent: #6cb8ec; --bad: #ff9d94; } }
+* { box-sizing: border-box; }
+body { margin: 0; height: 100dvh; display: flex; flex-direction: column; background: var(--paper);
+  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+header, #settings, footer, #talk > * { width: 100%; max-width: 46rem; margin-inline: auto; }
+header { display: flex; gap: .5rem; align-items: center; padding: .6rem 1rem; flex-wrap: wrap; }
+h1 { font-size: 1.1rem; margin: 0 auto 0 0; }
+button, select, input, textarea { font: inherit; color: inherit; background: var(--paper);
+  border: 1px solid var(--line); border-radius: .5rem; padding: .35rem .7rem; }
+button { cursor: pointer; } button:disabled { opacity: .45; cursor: default; }
+button:hover:enabled { border-color: var(--accent); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+button.main { background: var(--accent); color: var(--paper); border-color: var(--accent); }
+#settings { padding: .2rem 1rem .8rem; display: grid; gap: .6rem 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
+#settings[hidden] { display: none; }
+#settings label { display: flex; flex-direction: column; font-size: .85rem; color: var(--quiet); }
+#settings input { color: var(--ink); min-width: 0; } #settings .wide { grid-column: 1 / -1; }
+#talk { flex: 1; overflow-y: auto; border-top: 1px solid var(--line); padding: .5rem 0; }
+.turn { padding: .25rem 1rem; display: flex; flex-direction: column; align-items: flex-start; }
+.turn.user { align-items: flex-end; }
+.bubble { max-width: 90%; padding: .1rem .9rem; border-radius: 1rem; background: var(--model);
+  overflow-wrap: anywhere; }
+.user .bubble { background: var(--user); white-space: pre-wrap; padding: .5rem .9rem; }
+.bubble p, .bubble ul, .bubble ol, .bubble pre, .bubble details { margin: .45rem 0; }
+.bubble ul, .bubble ol { padding-left: 1.5rem; }
+.bubble pre { overflow-x: auto; padding: .5rem .7rem; border-radius: .5rem;
+  background: var(--paper); white-space: pre-wrap; }
+code, pre { font-family: ui-monospace, monospace; font-size: .9em; }
+:not(pre) > code { background: var(--paper); border-radius: .3rem; padding: .05rem .3rem; }
+summary { cursor: pointer; color: var(--quiet); }
+.tools { font-size: .8rem; color: var(--quiet); display: flex; gap: .6rem; padding: .1rem .4rem; }
+.tools button { border: 0; padding: 0; background: none; color: inherit;
+  text-decoration: underline; }
+.hint { text-align: center; color: var(--quiet); padding: 2rem 1rem; }
+#alert { color: var(--bad); padding: 0 1rem; min-height: 0; }
+footer { padding: .6rem 1rem 1rem; } footer form { display: flex; gap: .5rem; }
+textarea { flex: 1; resize: none; min-height: 2.7rem; max-height: 9rem; min-width: 0; }
+#status { font-size: .8rem; color: var(--quiet); min-height: 1.2rem; padding: .2rem .2rem 0; }
+"""
+
+
+PAGE_HTML = """
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>nanochat</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' \
+viewBox='0 0 16 16'%3E%3Ccircle cx='8' cy='8' r='7' fill='%230067a6'/%3E%3C/svg%3E">
+<style nonce="NONCE">CSS</style>
+</head>
+<body>
+<header>
+<h1>nanochat</h1>
+<select id="model" aria-label="Model"></select>
+<button id="new" type="button">New chat</button>
+<button id="more" type="button" aria-expanded="false" aria-controls="settings">Settings</button>
+</header>
+<section id="settings" aria-label="Settings" hidden>
+<label class="wide">System prompt <input id="system" maxlength="4000"></label>
+<label>Temperature
+<input id="temperature" type="number" min="0" max="2" step="0.1" value="0.8"></label>
+<label>Top-k (0: all) <input id="top_k" type="number" min="0" max="1000" value="50"></label>
+<label>Top-p <input id="top_p" type="number" min="0.05" max="1" step="0.05" value="1"></label>
+<label>Max tokens <input id="max_tokens" type="number" min="1" max="4096" value="512"></label>
+<label>Seed (empty: random) <input id="seed" type="number" min="0" max="2147483647"></label>
+<label>Access token <input id="token" type="password" autocomplete="off"></label>
+<div class="wide"><button id="save" type="button">Save as file</button>
+<button id="load" type="button">Load a file</button>
+<input id="file" type="file" accept=".json" hidden></div>
+</section>
+<main id="talk" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"></main>
+<div id="alert" role="alert"></div>
+<footer>
+<form id="form">
+<textarea id="box" rows="1" placeholder="Ask something" aria-label="Message"
+ autofocus></textarea>
+<button id="send" class="main" type="submit">Send</button>
+<button id="stop" type="button" disabled>Stop</button>
+</form>
+<div id="status" role="status">Enter sends, Shift+Enter starts a new line, Escape stops.</div>
+</footer>
+<script nonce="NONCE">SCRIPT</script>
+</body>
+</html>
+"""
+
+
+PAGE_JS_TEXT = r"""
+"use strict";
+const $ = (id) => document.getElementById(id);
+
+function el(tag, attributes, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+function inline(into, text) {
+  const marks = /`([^`\n]+)`|\*\*([^*\n]+)\*\*|\*([^*\s][^*\n]*)\*/g;
+  let at = 0;
+  for (const m of text.matchAll(marks)) {
+    into.append(text.slice(at, m.index));
+    const tag = m[1] ? "code" : m[2] ? "strong" : "em";
+    into.append(el(tag, {}, m[1] || m[2] || m[3]));
+    at = m.index + m[0].length;
+  }
+  into.append(text.slice(at));
+}
+
+function block(lines, kind) {
+  const node = el(kind);
+  lines.forEach((line, i) => {
+    if (kind !== "p") {
+      const item = el("li");
+      inline(item, line.replace(/^\s{0,8}([-*+]|\d{1,9}[.)])\s+/, ""));
+      node.append(item);
+      return;
+    }
+    if (i) node.append(el("br"));
+    inline(node, line.replace(/^#{1,6}\s+(.*)$/, "**$1**"));
+  });
+  return node;
+}
+
+function markdown(into, text) {
+  text.split(/^\s{0,3}```.*$\n?/m).forEach((chunk, number) => {
+    if (number % 2) return into.append(el("pre", {}, el("code", {}, chunk)));
+    let lines = [], kind = null;
+    for (const line of [...chunk.split("\n"), ""]) {
+      const item = /^\s{0,8}(?:([-*+])|\d{1,9}[.)])\s+/.exec(line);
+      const now = item ? (item[1] ? "ul" : "ol") : line.trim() ? "p" : null;
+      if (now !== kind && lines.length) { into.append(block(lines, kind)); lines = []; }
+      kind = now;
+      if (now) lines.push(line);
+    }
+  });
+}
+"""
+
+
+PAGE_JS_TALK = r"""
+const state = { messages: [], running: null, editing: null, drawing: false };
+const FIELDS = ["model", "system", "temperature", "top_k", "top_p", "max_tokens", "seed",
+  "token"];
+
+function fill(bubble, message) {
+  bubble.replaceChildren();
+  if (message.role === "user") return bubble.append(message.content);
+  const parts = message.content;
+  parts.forEach((part, i) => {
+    if (part.type === "text") return markdown(bubble, part.text);
+    if (part.type !== "python") return;
+    const next = parts[i + 1];
+    const result = next && next.type === "python_output" ? next.text : "(no result)";
+    bubble.append(el("details", {}, el("summary", {}, "used the calculator"),
+      el("pre", {}, part.text + "\n= " + result)));
+  });
+  if (!parts.some((part) => part.text)) bubble.append(el("p", { "aria-label": "waiting" }, "…"));
+}
+
+function link(text, action) {
+  const button = el("button", { type: "button" }, text);
+  button.disabled = Boolean(state.running);
+  button.addEventListener("click", action);
+  return button;
+}
+
+function draw() {
+  const talk = $("talk");
+  talk.replaceChildren();
+  if (!state.messages.length) talk.append(el("p", { class: "hint" }, "Say hello to the model."));
+  state.messages.forEach((message, i) => {
+    const bubble = el("div", { class: "bubble" });
+    fill(bubble, message);
+    const label = message.role === "user" ? "You" : "Model";
+    const tools = el("div", { class: "tools" });
+    if (message.role === "user") tools.append(link("Edit", () => startEdit(i)));
+    else if (i === state.messages.length - 1) tools.append(link("Regenerate", regenerate));
+    if (message.end) tools.append(message.end);
+    talk.append(el("article", { class: "turn " + message.role, "aria-label": label },
+      bubble, tools));
+  });
+  talk.scrollTop = talk.scrollHeight;
+  $("stop").disabled = !state.running;
+  $("send").disabled = $("new").disabled = $("load").disabled = Boolean(state.running);
+}
+
+function drawLast() {
+  if (state.drawing) return;
+  state.drawing = true;
+  requestAnimationFrame(() => {
+    state.drawing = false;
+    const talk = $("talk"), bubble = talk.querySelector("article:last-of-type .bubble");
+    const atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 80;
+    if (bubble && state.messages.length) fill(bubble, state.messages.at(-1));
+    if (atEnd) talk.scrollTop = talk.scrollHeight;
+  });
+}
+
+"""
+
+
+PAGE_JS_STREAM = r"""
+async function api(path, options) {
+  const headers = { "Content-Type": "application/json" };
+  if ($("token").value) headers.Authorization = "Bearer " + $("token").value;
+  const answer = await fetch(path, { ...options, headers });
+  if (answer.ok) return answer;
+  const body = await answer.json().catch(() => ({}));
+  throw new Error(body.error ? body.error.message : "The server answered " + answer.status + ".");
+}
+
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) throw new Error("The connection ended early.");
+    const pieces = (rest + value).split("\n\n");
+    rest = pieces.pop();
+    for (const piece of pieces) {
+      const data = piece.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+function request() {
+  const number = (name) => ($(name).value === "" ? null : Number($(name).value));
+  const system = $("system").value.trim();
+  const messages = state.messages.map(({ role, content }) => ({ role, content }));
+  if (system) messages.unshift({ role: "system", content: system });
+  return JSON.stringify({ model: $("model").value || null, messages, stream: true,
+    temperature: number("temperature"), top_k: number("top_k") || null, top_p: number("top_p"),
+    max_tokens: number("max_tokens"), seed: number("seed") });
+}
+
+function take(parts, delta) {
+  const part = delta.part || { type: "text", text: delta.content || "" };
+  const last = parts.at(-1);
+  if (last && last.type === part.type && !(delta.part && part.opens)) last.text += part.text;
+  else if (part.text || part.type !== "text") parts.push({ type: part.type, text: part.text });
+}
+"""
+
+
+PAGE_JS_ACTIONS = r"""
+async function ask() {
+  const body = request(), parts = [];
+  const answer = { role: "assistant", content: parts };
+  state.messages.push(answer);
+  state.running = new AbortController();
+  $("alert").textContent = "";
+  draw();
+  const begin = performance.now();
+  let tokens = 0, first = 0;
+  try {
+    const reply = await api("v1/chat/completions",
+      { method: "POST", body, signal: state.running.signal });
+    for await (const chunk of events(reply)) {
+      if (chunk.error) throw new Error(chunk.error.message);
+      const choice = chunk.choices[0];
+      if (!choice) continue;
+      if (choice.delta.content || choice.delta.part) {
+        tokens += 1;
+        first = first || performance.now();
+        take(parts, choice.delta);
+        drawLast();
+      }
+      if (choice.finish_reason === "length") answer.end = "cut at the length limit";
+      if (chunk.note && !state.noted) $("alert").textContent = chunk.note;
+    }
+  } catch (error) {
+    if (error.name === "AbortError") answer.end = "stopped";
+    else {
+      $("alert").textContent = error.message;
+      if (!parts.length) {
+        state.messages.pop();
+        $("box").value = $("box").value || state.messages.pop().content;
+      }
+    }
+  }
+  const rate = (tokens - 1) / Math.max((performance.now() - first) / 1000, 0.001);
+  if (tokens > 1) $("status").textContent = tokens + " pieces · first after " +
+    ((first - begin) / 1000).toFixed(2) + " s · " + rate.toFixed(0) + " per second";
+  state.running = null;
+  draw();
+  keep();
+  $("box").focus();
+}
+
+"""
+
+
+PAGE_JS_BUTTONS = r"""
+function startEdit(i) {
+  state.editing = i;
+  $("box").value = state.messages[i].content;
+  $("status").textContent = "Editing an earlier question: Send replaces it and all that followed.";
+  grow();
+  $("box").focus();
+}
+
+function regenerate() {
+  state.messages.pop();
+  ask();
+}
+
+function send(event) {
+  event.preventDefault();
+  const text = $("box").value;
+  if (state.running || !text.trim()) return;
+  if (state.editing !== null) state.messages.splice(state.editing);
+  state.editing = null;
+  state.messages.push({ role: "user", content: text });
+  $("box").value = "";
+  grow();
+  ask();
+}
+"""
+
+
+PAGE_JS_START = r"""
+function grow() {
+  const box = $("box");
+  box.style.height = "auto";
+  box.style.height = Math.min(box.scrollHeight + 2, 144) + "px";
+}
+
+function saveFile() {
+  const data = { format: "nanochat conversation", version: 1, system: $("system").value,
+    messages: state.messages.map(({ role, content }) => ({ role, content })) };
+  const url = URL.createObjectURL(new Blob([JSON.stringify(data, null, 2)]));
+  el("a", { href: url, download: "conversation.json" }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
+async function loadFile() {
+  try {
+    const data = JSON.parse(await $("file").files[0].text());
+    if (data.format !== "nanochat conversation") throw new Error();
+    state.messages = data.messages.map(({ role, content }) => ({ role: String(role),
+      content: role === "user" ? String(content) : typeof content === "string" ?
+        [{ type: "text", text: content }] : content.map((part) =>
+          ({ type: String(part.type), text: String(part.text) })) }));
+    $("system").value = String(data.system || "");
+    $("alert").textContent = "";
+  } catch { $("alert").textContent = "This file is not a saved conversation."; }
+  $("file").value = "";
+  draw();
+  keep();
+}
+
+function keep() {
+  const values = Object.fromEntries(FIELDS.map((name) => [name, $(name).value]));
+  sessionStorage.setItem("nanochat", JSON.stringify({ messages: state.messages, values }));
+}
+
+async function listModels() {
+  try {
+    const list = await (await api("v1/models")).json();
+    const chosen = $("model").value || $("model").dataset.wanted;
+    $("model").replaceChildren(...list.data.map(({ id }) => el("option", { value: id }, id)));
+    if (list.data.some(({ id }) => id === chosen)) $("model").value = chosen;
+    $("alert").textContent = "";
+  } catch (error) { $("alert").textContent = error.message; }
+}
+
+function start() {
+  const kept = JSON.parse(sessionStorage.getItem("nanochat") || "null");
+  if (kept) {
+    state.messages = kept.messages;
+    for (const name of FIELDS) if (name !== "model") $(name).value = kept.values[name] ?? "";
+    $("model").dataset.wanted = kept.values.model;
+  }
+  const given = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (given) {
+    $("token").value = given;
+    history.replaceState(null, "", location.pathname);
+    keep();
+  }
+  listModels();
+  draw();
+}
+"""
+
+
+PAGE_JS_EVENTS = r"""
+$("form").addEventListener("submit", send);
+$("box").addEventListener("input", grow);
+$("box").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  if (state.running) return state.running.abort();
+  if (state.editing !== null) { state.editing = null; $("box").value = ""; grow(); }
+  $("status").textContent = "";
+});
+$("stop").addEventListener("click", () => state.running && state.running.abort());
+$("new").addEventListener("click", () => {
+  state.messages = [];
+  state.editing = null;
+  $("status").textContent = $("alert").textContent = "";
+  draw();
+  keep();
+  $("box").focus();
+});
+$("more").addEventListener("click", () => {
+  $("settings").hidden = !$("settings").hidden;
+  $("more").setAttribute("aria-expanded", String(!$("settings").hidden));
+});
+$("save").addEventListener("click", saveFile);
+$("load").addEventListener("click", () => $("file").click());
+$("file").addEventListener("change", loadFile);
+for (const name of FIELDS) $(name).addEventListener("change", keep);
+$("token").addEventListener("change", listModels);
+start();
+"""
+
+
+def page(nonce: str) -> str:
+    """The web page as one file; only style and script that carry `nonce` are obeyed."""
+    script = PAGE_JS_TEXT + PAGE_JS_TALK + PAGE_JS_STREAM + PAGE_JS_ACTIONS + PAGE_JS_BUTTONS
+    script += PAGE_JS_START + PAGE_JS_EVENTS
+    text = PAGE_HTML.lstrip().replace("NONCE", nonce).replace("CSS", PAGE_CSS, 1)
+    return text.replace("SCRIPT", script, 1)
+
+
+class Guard:
+    """ASGI middleware: host and token checks, safe headers, counters, errors without details."""
+
+    PATHS = ("/", "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/completions",
+             "/v1/chat/completions")  # fmt: skip
+
+    def __init__(self, app: Any, token: str | None, metrics: Metrics) -> None:
+        self.app, self.token, self.metrics = app, token, metrics
+
+    def refusal(self, scope: dict[str, Any]) -> ApiError | None:
+        """Why a request may not pass, or None."""
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if self.token is None:
+            host = headers.get(b"host", b"").decode("latin-1").lower()
+            name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+            if name not in ("localhost", "127.0.0.1", "[::1]"):
+                return ApiError(421, "This server answers to localhost only.")
+        elif scope["path"] not in ("/", "/health"):
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, b"Bearer " + self.token.encode()):
+                return ApiError(401, "A valid access token is required (Authorization: Bearer).")
+        return None
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status = [0]
+
+        async def send_safely(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                status[0] = message["status"]
+                safe = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+                safe += [(b"referrer-policy", b"no-referrer")]
+                message = {**message, "headers": [*message["headers"], *safe]}
+            await send(message)
+
+        error = self.refusal(scope)
+        try:
+            if error is None:
+                await self.app(scope, receive, send_safely)
+        except Exception:
+            logging.getLogger("nanochat.serve").exception("a request failed")
+            error = ApiError(500, "Something went wrong inside the server.")
+        if error is not None and not status[0]:
+            await _send_json(send_safely, error.status, error.body())
+        path = scope["path"] if scope["path"] in self.PATHS else "other"
+        key = (path, status[0])
+        self.metrics.requests[key] = self.metrics.requests.get(key, 0) + 1
+
+
+async def _send_json(send: Any, status: int, body: dict[str, Any]) -> None:
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+
+
+def _need_serve_extra() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise UserError(
+            'Serving needs FastAPI and uvicorn; install them: pip install "nanochat[serve]"'
+        ) from None
+
+
+async def _safe_events(job: Job) -> AsyncIterator[str]:
+    """The events of an answer; an error in the middle becomes a last event without details."""
+    try:
+        async for text in stream_answer(job):
+            yield text
+    except Exception:
+        logging.getLogger("nanochat.serve").exception("a stream failed")
+        yield event(ApiError(500, "Something went wrong inside the server.").body())
+
+
+def stream_response(job: Job) -> Any:
+    """A streaming response that gives the job's slot back however it ends."""
+    import anyio
+    from starlette.responses import StreamingResponse
+
+    class TokenStream(StreamingResponse):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            try:
+                grace = max(0.0, job.deadline - time.perf_counter()) + 5
+                with anyio.move_on_after(grace):
+                    await super().__call__(scope, receive, send)
+            finally:
+                job.metrics.disconnects += not job.finished
+                job.close()
+
+    return TokenStream(_safe_events(job), media_type="text/event-stream")
+
+
+def create_app(
+    engines: Any,
+    tokenizer: Tokenizer | None = None,
+    *,
+    token: str | None = None,
+    limits: Limits | None = None,
+) -> Any:
+    """A FastAPI application around one engine or a dict of them.
+
+    Without `token` it answers requests to localhost only. `limits` bounds what clients may use.
+    Raises UserError when the extra `serve` is not installed.
+    """
+    _need_serve_extra()
+    from fastapi import FastAPI, Request
+    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+    from starlette.exceptions import HTTPException
+
+    server = ChatServer(engines, tokenizer, limits or Limits())
+    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None)
+    app.state.server, app.state.token = server, token
+    app.add_middleware(Guard, token=token, metrics=server.metrics)
+
+    def refuse(error: ApiError) -> Any:
+        return JSONResponse(error.body(), error.status)
+
+    app.exception_handler(ApiError)(lambda _, error: refuse(error))
+    app.exception_handler(UserError)(lambda _, error: refuse(ApiError(400, str(error))))
+    app.exception_handler(HTTPException)(
+        lambda _, error: refuse(ApiError(error.status_code, str(error.detail)))
+    )
+
+    @app.get("/", response_class=HTMLResponse)
+    async def front_page() -> Any:
+        nonce = secrets.token_urlsafe(16)
+        policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+        policy += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        policy += "frame-ancestors 'none'"
+        return HTMLResponse(page(nonce), headers={"content-security-policy": policy})
+
+    @app.get("/health")
+    async def health() -> Any:
+        return {"status": "ok", "models": len(server.engines)}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Any:
+        return PlainTextResponse(server.metrics.text())
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        about = {"object": "model", "created": 0, "owned_by": "nanochat"}
+        return {"object": "list", "data": [{"id": name, **about} for name in server.engines]}
+
+    for path, chat in (("/v1/chat/completions", True), ("/v1/completions", False)):
+        _add_completions(app, server, path, chat, Request)
+    return app
+
+
+def _add_completions(
+    app: Any, server: ChatServer, path: str, chat: bool, request_type: Any
+) -> None:
+    """Add one of the two endpoints that write text."""
+
+    async def complete(request: Any) -> Any:
+        body = await server.body(request)
+        job = await server.admit(body, chat)
+        if body.get("stream"):
+            return stream_response(job)
+        try:
+            return await whole_answer(job, request.is_disconnected)
+        finally:
+            job.close()
+
+    complete.__annotations__ = {"request": request_type}
+    name = "chat_completions" if chat else "completions"
+    app.post(path, openapi_extra=request_schema(chat, server.limits), name=name)(complete)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A listening socket, or a UserError that says why not."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except (OSError, OverflowError) as error:
+        sock.close()
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"Cannot listen on {host} port {port}: {reason}. Choose another port or stop the "
+            "program that uses it."
+        ) from None
+    return sock
+
+
+def _uvicorn(app: Any) -> Any:
+    import uvicorn
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=10,
+            timeout_graceful_shutdown=3,
+        )
+    )
+
+
+@contextmanager
+def background_server(app: Any, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """Serve an application in a thread inside a `with`; yields its address. Port 0: a free one."""
+    sock, server = _bind(host, port), _uvicorn(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        yield f"http://{host}:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        sock.close()
+
+
+def run_server(
+    engines: Any,
+    tokenizer: Tokenizer | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    limits: Limits | None = None,
+) -> None:
+    """Serve the web page and the endpoint until Ctrl-C.
+
+    Any host but loopback needs a token; without one, a random token is made and printed.
+    Raises UserError when the port is taken or the extra `serve` is missing.
+    """
+    _need_serve_extra()
+    if token is None and host not in ("127.0.0.1", "localhost", "::1"):
+        token = secrets.token_urlsafe(24)
+    app = create_app(engines, tokenizer, token=token, limits=limits)
+    with _bind(host, port) as sock:
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{sock.getsockname()[1]}/" + (f"#token={token}" if token else "")
+        print(f"nanochat is at {address} (Ctrl-C stops it)", flush=True)
+        with suppress(KeyboardInterrupt):
+            _uvicorn(app).run(sockets=[sock])

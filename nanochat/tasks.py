@@ -1,0 +1,624 @@
+"""Chat tasks: conversations to learn from, questions to be judged on, and mixtures.
+
+Exported from chapters/09_chat_finetuning.py (chapter 09, From text to chat); edit there, not here.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from nanochat import tinyworld
+from nanochat.chat import parse, render_prompt, reply_text, turns
+from nanochat.common import UserError
+from nanochat.sandbox import run_python
+
+__all__ = [
+    "ARC",
+    "COMPLETE",
+    "ChatTask",
+    "ExamTask",
+    "GSM8K",
+    "HumanEval",
+    "JsonLines",
+    "KINDS",
+    "LETTERS",
+    "MMLU",
+    "Messages",
+    "Mixture",
+    "SHARES",
+    "TableTask",
+    "TinyWorldTask",
+    "calculator_parts",
+    "chat_exam",
+    "choice_conversation",
+    "choice_question",
+    "cloze_conversation",
+    "evaluate_chat",
+    "final_answer",
+    "identity_answers",
+    "letter_choices",
+    "likely_choices",
+    "load_table",
+    "names_answer",
+    "proportion_interval",
+    "tinyworld_mixture",
+]
+
+
+LETTERS = tuple("ABCDEFGHIJ")
+
+
+class ChatTask:
+    """Something to learn from or to be judged by: numbered conversations.
+
+    `kind` is "generative" (the reply is judged by `evaluate`), "categorical" (the reply is one of
+    the conversation's `letters`) or "likelihood" (the likeliest of its `choices` counts). `chance`
+    is the score of guessing. Conversations carry whatever `evaluate` needs beside their
+    `messages`, such as `answer`.
+    """
+
+    name, kind, chance = "task", "generative", 0.0
+
+    def __len__(self) -> int:
+        """Return the number of conversations."""
+        raise NotImplementedError
+
+    def conversation(self, index: int) -> dict:
+        """Return conversation `index`, ending with the right assistant turn."""
+        raise NotImplementedError
+
+    def evaluate(self, reply: str, conversation: dict) -> bool:
+        """Say whether a reply's text is right."""
+        return reply.strip() == reply_text(conversation["messages"][-1]["content"]).strip()
+
+
+def final_answer(text: str) -> str | None:
+    """Return the number after the last `####` without commas, or None if there is none."""
+    found = re.findall(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)", text)
+    return found[-1].replace(",", "") if found else None
+
+
+def names_answer(reply: str, answer: str, others: Sequence[str] = ()) -> bool:
+    """Say whether `answer` occurs in a reply as whole words and none of `others` does.
+
+    Case does not count. Of two candidates at one place the longer one counts, so "red apple" in
+    a reply is not an "apple".
+    """
+    candidates = sorted({answer.lower(), *(o.lower() for o in others)}, key=len, reverse=True)
+    pattern = r"(?<!\w)(?:" + "|".join(map(re.escape, candidates)) + r")(?!\w)"
+    return set(re.findall(pattern, reply.lower())) == {answer.lower()}
+
+
+def calculator_parts(solution: str) -> list[dict]:
+    """Turn the marks `<<expression=result>>` of a worked solution into tool calls.
+
+    "48/2 = <<48/2=24>>24" becomes the parts text "48/2 = ", python "48/2", python_output "24",
+    text "24".
+    """
+    parts = []
+    for piece in re.split(r"(<<[^<>]*>>)", solution):
+        if piece.startswith("<<") and piece.endswith(">>"):
+            expression, equals, result = piece[2:-2].rpartition("=")
+            if equals:
+                parts.append({"type": "python", "text": expression})
+                parts.append({"type": "python_output", "text": result})
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def choice_question(question: str, choices: Sequence[str], letters: Sequence[str] = LETTERS) -> str:
+    """Return a multiple-choice question as text; each letter stands after its choice.
+
+    A letter that comes last is easier to bind to its choice for a small model, and without a
+    space before it, it is the same token as in the answer.
+    """
+    lines = [f"- {choice}={letter}\n" for choice, letter in zip(choices, letters)]
+    return f"{question}\n{''.join(lines)}Reply with one letter."
+
+
+def choice_conversation(
+    question: str, choices: Sequence[str], gold: int, letters: Sequence[str] = LETTERS
+) -> dict:
+    """Return the conversation of a multiple-choice item, with `letters` and `answer` beside it."""
+    letters = list(letters[: len(choices)])
+    messages = [
+        {"role": "user", "content": choice_question(question, choices, letters)},
+        {"role": "assistant", "content": letters[gold]},
+    ]
+    return {"messages": messages, "letters": letters, "answer": letters[gold]}
+
+
+def load_table(source: str | Path, split: str, subset: str = ""):
+    """Return the pyarrow table of one split of a data set.
+
+    `source` is a folder laid out as on the hub (`[subset/]split*.parquet`) or "hub:NAME". Raises
+    UserError when the folder or the split is missing.
+    """
+    source = str(source)
+    if source.startswith("hub:"):
+        import datasets
+
+        try:
+            return datasets.load_dataset(source[4:], subset or None, split=split).data.table
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"Cannot load split {split!r} of {source}: {error}. Check name and network, or "
+                "give a local folder with the same parquet files."
+            ) from error
+    folder = Path(source) / subset
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; give one that holds {split}*.parquet.")
+    files = sorted(folder.glob(f"{split}.parquet")) or sorted(folder.glob(f"{split}-*.parquet"))
+    if not files:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"{folder} has no {split}.parquet or {split}-*.parquet; found {found}.")
+    return pq.read_table(files)
+
+
+class TableTask(ChatTask):
+    """A task whose rows come from parquet: subclasses say what a row means as conversation."""
+
+    columns: tuple = ()
+
+    def __init__(self, source: str | Path, split: str = "train", subset: str = ""):
+        self.table = load_table(source, split, subset)
+        missing = set(self.columns) - set(self.table.column_names)
+        if missing:
+            raise UserError(
+                f"{self.name} needs the columns {', '.join(self.columns)}; {source} ({split}) has "
+                f"{', '.join(self.table.column_names)}."
+            )
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def row(self, index: int) -> dict:
+        """Return row `index` as a dict of its columns."""
+        return self.table.slice(index, 1).to_pylist()[0]
+
+
+class Messages(TableTask):
+    """Ready conversations in a column `messages` (SmolTalk and the like)."""
+
+    name, columns = "messages", ("messages",)
+
+    def conversation(self, index: int) -> dict:
+        """Return {"messages": [...]} of row `index`, with role and content only."""
+        messages = self.row(index)["messages"]
+        return {"messages": [{"role": m["role"], "content": m["content"]} for m in messages]}
+
+
+class MMLU(TableTask):
+    """Multiple-choice exam questions: columns question, choices (list), answer (index)."""
+
+    name, kind, chance = "mmlu", "categorical", 0.25
+    columns = ("question", "choices", "answer")
+
+    def conversation(self, index: int) -> dict:
+        """Return row `index` as a multiple-choice conversation."""
+        row = self.row(index)
+        return choice_conversation(row["question"], row["choices"], row["answer"])
+
+
+class ARC(TableTask):
+    """Science questions: columns question, choices {text, label}, answerKey."""
+
+    name, kind, chance = "arc", "categorical", 0.25
+    columns = ("question", "choices", "answerKey")
+
+    def conversation(self, index: int) -> dict:
+        """Return row `index` as a multiple-choice conversation; labels may be letters or digits."""
+        row = self.row(index)
+        labels = row["choices"]["label"]
+        gold = labels.index(row["answerKey"])
+        return choice_conversation(row["question"], row["choices"]["text"], gold, labels)
+
+
+class GSM8K(TableTask):
+    """Word problems: columns question, answer; `<<a=b>>` marks become calculator calls."""
+
+    name, columns = "gsm8k", ("question", "answer")
+
+    def conversation(self, index: int) -> dict:
+        """Return row `index` with the worked solution as parts and its number as `answer`."""
+        row = self.row(index)
+        messages = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": calculator_parts(row["answer"])},
+        ]
+        return {"messages": messages, "answer": final_answer(row["answer"])}
+
+    def evaluate(self, reply: str, conversation: dict) -> bool:
+        """Say whether the number after #### is the right one."""
+        return final_answer(reply) == conversation["answer"]
+
+
+class HumanEval(TableTask):
+    """Programming tasks judged by running their tests in the sandbox (not a security boundary)."""
+
+    name, columns = "humaneval", ("prompt", "canonical_solution", "test", "entry_point")
+
+    def conversation(self, index: int) -> dict:
+        """Return row `index`: the function's head as question, its body as answer."""
+        row = self.row(index)
+        messages = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["prompt"] + row["canonical_solution"]},
+        ]
+        return {"messages": messages, **row}
+
+    def evaluate(self, reply: str, conversation: dict) -> bool:
+        """Run the reply's first code block (or all of it) with the tests of the task."""
+        block = re.search(r"```(?:python)?\n(.*?)```", reply, re.DOTALL)
+        imports = re.findall(r"^(?:import|from) .*$", conversation["prompt"], re.MULTILINE)
+        lines = [*imports, block.group(1) if block else reply, conversation["test"]]
+        lines.append(f"check({conversation['entry_point']})")
+        return run_python("\n".join(lines)).ok
+
+
+class JsonLines(ChatTask):
+    """Your own conversations: one JSON object `{"messages": [...]}` (or a list) a line."""
+
+    name = "jsonl"
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"There is no file {path}; give a JSONL file of conversations.")
+        self.conversations = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+                value = {"messages": value} if isinstance(value, list) else value
+                turns(value, training=True)
+            except (json.JSONDecodeError, UserError) as error:
+                raise UserError(f"Line {number} of {path} is no conversation: {error}") from error
+            self.conversations.append(value)
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def conversation(self, index: int) -> dict:
+        """Return the conversation of line `index` (blank lines not counted)."""
+        return self.conversations[index]
+
+
+KINDS = (*tinyworld.CONVERSATION_KINDS, "cloze")
+COMPLETE = "Complete the sentence: {stem} ..."
+
+
+def cloze_conversation(world: tinyworld.World, index: int) -> dict:
+    """Return a conversation that asks for the end of a training sentence about a fact."""
+    draw = np.random.default_rng([world.seed, 31, index])
+    while True:
+        fact = world.facts[draw.integers(len(world.facts))]
+        ends = f" {fact.object}."
+        stated = [text for text in world.wordings[fact].named if text.endswith(ends)]
+        if stated:
+            text = stated[draw.integers(len(stated))]
+            ask = COMPLETE.format(stem=text[: -len(ends)])
+            answer = {"role": "assistant", "content": text}
+            return {"messages": [{"role": "user", "content": ask}, answer]}
+
+
+def identity_answers(question: str) -> set[str]:
+    """Return all answers that the tiny world's assistant may give to a question about itself."""
+    slots = {**tinyworld.IDENTITY, "Maker": tinyworld.capital(tinyworld.IDENTITY["maker"])}
+    return {
+        text.format_map(slots)
+        for ask, answer in (*tinyworld.IDENTITY_TURNS, *tinyworld.SMALL_TALK)
+        if question in tinyworld.variants(ask)
+        for text in tinyworld.variants(answer)
+    }
+
+
+class TinyWorldTask(ChatTask):
+    """Conversations start .. start + size of one kind of the tiny world (`KINDS`).
+
+    The split "test" exists for arithmetic and spelling (sums and words that training never has);
+    what the model knows of the world is tested by `ExamTask`.
+    """
+
+    def __init__(self, world, kind: str, split: str = "train", size: int = 10_000, start: int = 0):
+        if kind not in KINDS or split not in ("train", "test"):
+            kinds = ", ".join(KINDS)
+            raise UserError(f"No tiny-world task {kind!r} ({split}); kinds are {kinds}.")
+        if split == "test" and kind not in ("arithmetic", "spelling"):
+            raise UserError(f"The kind {kind!r} has no test split; use ExamTask for facts.")
+        self.world, self.name, self.split, self.size, self.start = world, kind, split, size, start
+        if kind == "multiple_choice":
+            self.kind, self.chance = "categorical", 0.25
+
+    def __len__(self) -> int:
+        return self.size
+
+    def conversation(self, index: int) -> dict:
+        """Return conversation `index`, with the `answer` that can be checked if there is one."""
+        number = self.start + index
+        if self.split == "test":
+            make = tinyworld.arithmetic_problem
+            make = make if self.name == "arithmetic" else tinyworld.spelling_problem
+            problem = make(self.world, number, "test")
+            asked = {"role": "user", "content": problem["question"]}
+            messages = [asked, {"role": "assistant", "content": problem["parts"]}]
+        elif self.name == "cloze":
+            return cloze_conversation(self.world, number)
+        else:
+            messages = tinyworld.conversation(self.world, number, self.name)["messages"]
+        reply = messages[-1]["content"]
+        if self.kind == "categorical":
+            return {"messages": messages, "letters": list("ABCD"), "answer": reply}
+        answer = final_answer(reply_text(reply))
+        return (
+            {"messages": messages} if answer is None else {"messages": messages, "answer": answer}
+        )
+
+    def evaluate(self, reply: str, conversation: dict) -> bool:
+        """Compare the number after ####; for identity, look for a valid answer to the question."""
+        if "answer" in conversation:
+            return final_answer(reply) == conversation["answer"]
+        if self.name == "identity":
+            return reply.strip() in identity_answers(conversation["messages"][-2]["content"])
+        return super().evaluate(reply, conversation)
+
+
+class ExamTask(ChatTask):
+    """The tiny world's exam of a kind, put to a chat model as questions.
+
+    multiple_choice is judged by the likelihood of each choice as the reply, as in chapter 7, or
+    with `letters=True` by the letter that the model names. cloze ("Complete the sentence: ...") and
+    generative questions are answered freely: right if the reply names the answer and no other
+    possible answer, apart from those that stand in the question.
+    """
+
+    def __init__(
+        self, world, kind: str, n: int | None = None, seed: int = 0, letters: bool = False
+    ):
+        self.name, self.world, self.letters = f"exam_{kind}", world, letters
+        self.items = tinyworld.exam(world, kind, n, seed)
+        if kind == "multiple_choice":
+            self.kind, self.chance = ("categorical" if letters else "likelihood"), 0.25
+        else:
+            guesses = [1 / (len(self.others(item)) + 1) for item in self.items]
+            self.chance = sum(guesses) / len(guesses)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def others(self, item: dict) -> list[str]:
+        """Return the wrong answers of the item's relation that its question does not mention."""
+        relation = item["id"].split("/")[1]
+        objects = self.world.objects[relation]
+        asked = item["query"].lower()
+        return [o for o in objects if o != item["answer"] and o.lower() not in asked]
+
+    def conversation(self, index: int) -> dict:
+        """Return item `index` with what judging needs: `answer` and `others`, or the choices."""
+        item = self.items[index]
+        if self.letters:
+            return choice_conversation(item["query"], item["choices"], item["gold"])
+        if item["kind"] == "multiple_choice":
+            messages = [
+                {"role": "user", "content": item["query"]},
+                {"role": "assistant", "content": item["answer"]},
+            ]
+            return {"messages": messages, "choices": item["choices"], "gold": item["gold"]}
+        cloze = item["kind"] == "cloze"
+        ask = COMPLETE.format(stem=item["query"]) if cloze else item["query"]
+        answer = item["query"] + f" {item['answer']}." if cloze else item["answer"]
+        asked = {"role": "user", "content": ask}
+        messages = [asked, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "answer": item["answer"], "others": self.others(item)}
+
+    def evaluate(self, reply: str, conversation: dict) -> bool:
+        """Say whether the reply names the answer and none of the other possible ones."""
+        return names_answer(reply, conversation["answer"], conversation["others"])
+
+
+class Mixture:
+    """Several tasks as one shuffled list of conversations, exactly reproducible.
+
+    `tasks` is a list of (task, epochs): 2 gives every conversation of the task twice, 0.5 a random
+    half of them. Supports len() and [index]; `origin(index)` says (task number, row).
+    """
+
+    def __init__(self, tasks: Sequence[tuple[ChatTask, float]], seed: int = 0):
+        self.tasks, self.seed = [task for task, _ in tasks], seed
+        pairs = []
+        for number, (task, epochs) in enumerate(tasks):
+            if epochs < 0 or not len(task):
+                raise UserError(f"Task {task.name!r} is empty or has the weight {epochs} below 0.")
+            rng = np.random.default_rng([seed, number])
+            whole, part = divmod(round(epochs * len(task)), len(task))
+            rows = [np.arange(len(task))] * whole + [rng.permutation(len(task))[:part]]
+            rows = np.concatenate(rows).astype(np.int64)
+            pairs.append(np.stack([np.full_like(rows, number), rows], axis=1))
+        self.index = np.concatenate(pairs)  # (conversations, 2)
+        if not len(self.index):
+            raise UserError("The mixture is empty: give at least one task a weight above 0.")
+        np.random.default_rng(seed).shuffle(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def origin(self, index: int) -> tuple[int, int]:
+        """Return (task number, row in the task) of conversation `index`."""
+        task, row = self.index[index]
+        return int(task), int(row)
+
+    def __getitem__(self, index: int) -> dict:
+        task, row = self.origin(index)
+        return self.tasks[task].conversation(row)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many conversations each task gives, by task name."""
+        numbers = np.bincount(self.index[:, 0], minlength=len(self.tasks))
+        result: dict[str, int] = {}
+        for task, number in zip(self.tasks, numbers):
+            result[task.name] = result.get(task.name, 0) + int(number)
+        return result
+
+
+SHARES = {  # percent of the conversations of a stage, by kind
+    "mid": {"fact": 40, "dialogue": 14, "multiple_choice": 24, "cloze": 6, "arithmetic": 3,
+            "spelling": 7, "identity": 6},
+    "sft": {"fact": 41, "dialogue": 8, "multiple_choice": 14, "cloze": 20, "arithmetic": 3,
+            "spelling": 7, "identity": 7},
+}  # fmt: skip
+
+
+def tinyworld_mixture(
+    world: tinyworld.World, stage: str, size: int, seed: int = 0, shares: dict | None = None
+) -> Mixture:
+    """Return the mixture of about `size` conversations that a stage ("mid" or "sft") trains on.
+
+    `shares` ({kind: percent}) replaces those of `SHARES`. No conversation has the same number in
+    both stages.
+    """
+    if stage not in SHARES:
+        raise UserError(f"No mixture for the stage {stage!r}; stages are {', '.join(SHARES)}.")
+    tasks, start = [], list(SHARES).index(stage) * 10_000_000
+    for kind, share in (shares or SHARES[stage]).items():
+        count = max(1, size * share // 100)
+        tasks.append((TinyWorldTask(world, kind, size=count, start=start), 1))
+    return Mixture(tasks, seed)
+
+
+@torch.no_grad()
+def likely_choices(model, tokenizer, conversations: Sequence[dict]):
+    """Return for each conversation the index of its likeliest choice as the reply (list of int).
+
+    A choice's score is the mean loss of its tokens after the prompt and a space, as for the
+    multiple choice of CORE (chapter 7).
+    """
+    chosen = []
+    for item in conversations:
+        prompt = render_prompt(item, tokenizer)
+        rows = [prompt + tokenizer.encode(f" {choice}") for choice in item["choices"]]
+        longest = max(map(len, rows))
+        idx = torch.tensor([row + [tokenizer.bos_id] * (longest - len(row)) for row in rows])
+        targets = idx[:, 1:].clone()
+        for target, row in zip(targets, rows):
+            target[: len(prompt) - 1] = -1
+            target[len(row) - 1 :] = -1
+        idx, targets = idx.to(model.device), targets.to(model.device)
+        losses = model(idx[:, :-1], targets, reduction="none")  # (choices, T)
+        chosen.append(int((losses.sum(1) / (targets != -1).sum(1)).argmin()))
+    return chosen
+
+
+@torch.no_grad()
+def letter_choices(model, tokenizer, conversations: Sequence[dict], batch_size: int = 32):
+    """Return for each conversation the index of the letter with the highest logit (list of int).
+
+    Looks at the position of assistant_start only; nothing is generated. Prompts are padded on the
+    right, which causal attention never sees. Raises UserError for a letter of several tokens.
+    """
+    chosen = []
+    for start in range(0, len(conversations), batch_size):
+        batch = conversations[start : start + batch_size]
+        prompts = [render_prompt(item, tokenizer) for item in batch]
+        idx = torch.full((len(batch), max(map(len, prompts))), tokenizer.bos_id)
+        for row, prompt in enumerate(prompts):
+            idx[row, : len(prompt)] = torch.tensor(prompt)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        logits = model(idx.to(model.device))  # (B, T, V)
+        logits = logits[torch.arange(len(batch)), last.to(model.device)]  # (B, V)
+        for row, item in enumerate(batch):
+            letters = [tokenizer.encode(letter) for letter in item["letters"]]
+            if any(len(ids) != 1 for ids in letters):
+                raise UserError(f"Each letter of {item['letters']} must be one token.")
+            chosen.append(int(logits[row, [ids[0] for ids in letters]].argmax()))
+    return chosen
+
+
+def proportion_interval(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the Wilson interval (low, high) of a proportion of `correct` out of `n`.
+
+    Unlike correct/n +- z * sigma it stays inside [0, 1] and does not shrink to nothing at 0 or n
+    (Wilson 1927).
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p, zz = correct / n, z * z / n
+    centre = (p + zz / 2) / (1 + zz)
+    half = z * math.sqrt(p * (1 - p) / n + zz / n / 4) / (1 + zz)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate_chat(
+    engine,
+    tokenizer,
+    task: ChatTask,
+    limit: int | None = None,
+    batch_size: int = 32,
+    max_tokens: int = 128,
+    seed: int = 0,
+    world=None,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict:
+    """Put a task to a chat model and return dict(accuracy, chance, centered, n, low, high).
+
+    `limit` takes a random part of the task, the same for every model. Categorical tasks compare
+    the logits of the letters, those of kind "likelihood" the choices as replies; generative ones
+    decode greedily up to `max_tokens` tokens. With `world` every process judges its share. `low`
+    and `high` are a 95 % interval of the accuracy, `centered` is its share of the way from
+    chance to 1.
+    """
+    rows = np.random.default_rng(seed).permutation(len(task))[:limit]
+    rank, world_size = (world.rank, world.world_size) if world else (0, 1)
+    mine, correct = [int(row) for row in rows[rank::world_size]], 0
+    for start in range(0, len(mine), batch_size):
+        batch = [task.conversation(row) for row in mine[start : start + batch_size]]
+        if task.kind == "categorical":
+            chosen = letter_choices(engine.model, tokenizer, batch, batch_size)
+            correct += sum(c["letters"][i] == c["answer"] for c, i in zip(batch, chosen))
+        elif task.kind == "likelihood":
+            chosen = likely_choices(engine.model, tokenizer, batch)
+            correct += sum(c["gold"] == i for c, i in zip(batch, chosen))
+        else:
+            prompts = [render_prompt(item, tokenizer) for item in batch]
+            replies = engine.generate_batch(prompts, max_tokens=max_tokens, temperature=0.0)
+            for item, reply in zip(batch, replies):
+                correct += task.evaluate(reply_text(parse(reply.ids, tokenizer)), item)
+        if on_batch:
+            on_batch(len(batch))
+    if world:
+        device = engine.model.device
+        correct = int(world.sum(torch.tensor(float(correct), device=device)))
+    n, chance = len(rows), task.chance
+    accuracy = correct / max(n, 1)
+    low, high = proportion_interval(correct, n)
+    centered = (accuracy - chance) / (1 - chance)
+    return dict(accuracy=accuracy, chance=chance, centered=centered, n=n, low=low, high=high)
+
+
+def chat_exam(
+    engine, tokenizer, world: tinyworld.World, n: int | None = None, max_tokens: int = 32, **options
+) -> dict:
+    """Put the tiny world's three exams, n items each, to a chat model.
+
+    Returns {kind: what evaluate_chat returns} and over all items accuracy, chance, centered, n,
+    low, high. `options` go to `evaluate_chat`; its `world` (of processes) is called `processes`.
+    """
+    options["world"] = options.pop("processes", None)
+    results = {}
+    for kind in tinyworld.EXAM_KINDS:
+        task = ExamTask(world, kind, n)
+        results[kind] = evaluate_chat(engine, tokenizer, task, max_tokens=max_tokens, **options)
+    parts = list(results.values())
+    total = sum(part["n"] for part in parts)
+    accuracy, chance = (sum(p[k] * p["n"] for p in parts) / total for k in ("accuracy", "chance"))
+    low, high = proportion_interval(accuracy * total, total)
+    centered = (accuracy - chance) / (1 - chance)
+    results.update(accuracy=accuracy, chance=chance, centered=centered, n=total, low=low, high=high)
+    return results

@@ -1,0 +1,881 @@
+"""Chat sessions, safe rendering, the notebook widget and the terminal chat.
+
+Exported from chapters/11_chat_ui.py (chapter 11, Talking to it); edit there, not here.
+"""
+
+import html
+import math
+import re
+import sys
+import threading
+import time
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+
+from nanochat.chat import render_prompt
+from nanochat.common import UserError, read_json, write_json
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+__all__ = [
+    "CHAT_CSS",
+    "ChatControls",
+    "ChatSession",
+    "ChatSettings",
+    "ChatWidget",
+    "MARKDOWN_TAGS",
+    "Piece",
+    "ReplyStats",
+    "add_piece",
+    "bubble_html",
+    "check_messages",
+    "content_html",
+    "fit_context",
+    "generate_pieces",
+    "load_session",
+    "markdown_html",
+    "name_engines",
+    "plain_text",
+    "read_pieces",
+    "save_session",
+    "stream_reply",
+    "terminal_chat",
+    "tokens_html",
+    "transcript_html",
+]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A bit of a reply.
+
+    kind is "text", "python" or "python_output" (a token of such a part), "start" (the question is
+    noted, nothing is generated yet), "note" (a remark by the session, not by the model) or "end"
+    (`text` says why: "stop", "length" or "cancelled"). `opens` is true when a new part begins.
+    """
+
+    kind: str
+    text: str = ""
+    id: int = -1
+    logprob: float = 0.0
+    forced: bool = False
+    opens: bool = False
+
+
+def read_pieces(tokens: Iterator[Any], tokenizer: Tokenizer) -> Iterator[Piece]:
+    """Turn the engine's tokens into pieces; special tokens steer and never appear as text."""
+    special = {name.strip("<|>"): tokenizer.special(name) for name in SPECIAL_TOKENS}
+    opening = {special["python_start"]: "python", special["output_start"]: "python_output"}
+    closing = {special["python_end"], special["output_end"]}
+    kind, opens = "text", True
+    for token in tokens:
+        if token.id in (special["assistant_end"], special["bos"]):
+            yield Piece("end", "stop", token.id, token.logprob, token.forced)
+            return
+        if token.id in opening:
+            kind, opens = opening[token.id], True
+        elif token.id in closing:
+            kind, opens = "text", True
+        text = "" if token.id in special.values() else token.text
+        opens_now = opens and token.id not in closing
+        yield Piece(kind, text, token.id, token.logprob, token.forced, opens_now)
+        opens = opens and not opens_now
+
+
+def add_piece(parts: list[dict[str, str]], piece: Piece) -> None:
+    """Append a piece to the parts of an assistant message, in place (schema of chapter 9)."""
+    if piece.kind not in ("text", "python", "python_output"):
+        return
+    new = piece.opens or not parts or parts[-1]["type"] != piece.kind
+    if new and (piece.text or piece.kind != "text"):
+        parts.append({"type": piece.kind, "text": piece.text})
+    elif parts and piece.text:
+        parts[-1]["text"] += piece.text
+
+
+def fit_context(
+    messages: list[dict[str, Any]], tokenizer: Tokenizer, window: int, reserve: int
+) -> tuple[list[int], int]:
+    """Render the newest turns that leave `reserve` of `window` tokens free for the answer.
+
+    Returns the prompt's ids and the number of messages left out. The system message always stays.
+    Raises UserError when the last turn alone is too long.
+    """
+    first = 1 if messages and messages[0]["role"] == "system" else 0
+    cuts = [i for i in range(first, len(messages)) if messages[i]["role"] == "user"]
+    if not cuts:
+        raise UserError("The conversation holds no question: add a user message.")
+    cuts[0] = first
+
+    def prompt(cut: int) -> list[int]:
+        return render_prompt({"messages": messages[:first] + messages[cut:]}, tokenizer)
+
+    keep = bisect_left(cuts, True, key=lambda cut: len(prompt(cut)) + reserve <= window)
+    if keep == len(cuts):
+        raise UserError(
+            f"The message is too long: with the system prompt it takes {len(prompt(cuts[-1]))} "
+            f"tokens, and {window - reserve} of the model's {window} are free for it. Shorten it."
+        )
+    return prompt(cuts[keep]), cuts[keep] - first
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How tokens are chosen. temperature 0 takes the likeliest token; top_k None keeps all."""
+
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float | None = None
+    max_tokens: int = 256
+    seed: int = 0
+
+    def check(self) -> "ChatSettings":
+        """Return self, or raise UserError that names the field, the value and the range."""
+        ranges = {"temperature": (0, 2), "top_k": (1, 100_000), "top_p": (1e-6, 1)}
+        ranges.update(max_tokens=(1, 10**9), seed=(0, 2**63 - 1))
+        for one in fields(self):
+            value, (low, high) = getattr(self, one.name), ranges[one.name]
+            if value is None and one.name in ("top_k", "top_p"):
+                continue
+            whole = one.name in ("top_k", "max_tokens", "seed")
+            kinds = (int,) if whole else (int, float)
+            fine = isinstance(value, kinds) and not isinstance(value, bool)
+            if not (fine and low <= value <= high):
+                kind = "a whole number" if whole else "a number"
+                raise UserError(
+                    f"{one.name} must be {kind} from {low} to {high}; found {value!r:.40}."
+                )
+        return self
+
+
+def generate_pieces(
+    engine: Any,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    settings: ChatSettings,
+    stop: threading.Event | None = None,
+    tools: bool = True,
+) -> Iterator[Piece]:
+    """Stream the pieces of one continuation of `ids`; the last piece has kind "end"."""
+    room = min(settings.max_tokens, engine.model.config.seq_len - len(ids))
+    options = {**asdict(settings), "max_tokens": room, "stop": stop, "tools": tools}
+    count = 0
+    for piece in read_pieces(engine.generate(ids, **options), tokenizer):
+        yield piece
+        if piece.kind == "end":
+            return
+        count += 1
+        if stop is not None and stop.is_set():
+            break
+    cancelled = stop is not None and stop.is_set()
+    yield Piece("end", "cancelled" if cancelled else "length" if count >= room else "stop")
+
+
+def stream_reply(
+    engine: Any,
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    settings: ChatSettings,
+    stop: threading.Event | None = None,
+) -> Iterator[Piece]:
+    """Stream the answer to a conversation; a note comes first when old turns did not fit."""
+    window = engine.model.config.seq_len
+    reserve = min(settings.max_tokens, max(1, window // 4))
+    ids, left_out = fit_context(messages, tokenizer, window, reserve)
+    if left_out:
+        yield Piece("note", f"{left_out} older messages no longer fit and were left out.")
+    yield from generate_pieces(engine, tokenizer, ids, settings, stop)
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """Return a clean copy of a conversation, or raise UserError that says what is wrong where."""
+    if not isinstance(messages, list):
+        raise UserError("messages must be a list of {role, content} objects.")
+    clean, turn = [], "user"
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role == "system" and i == 0:
+            clean.append({"role": role, "content": _check_content(message, i, ("text",))})
+            continue
+        if role != turn:
+            raise UserError(f"messages[{i}] must have role {turn!r}; found {role!r:.40}.")
+        kinds = ("text",) if role == "user" else ("text", "python", "python_output")
+        clean.append({"role": role, "content": _check_content(message, i, kinds)})
+        turn = "assistant" if role == "user" else "user"
+    return clean
+
+
+def _check_content(message: dict[str, Any], i: int, kinds: tuple[str, ...]) -> Any:
+    """Text, or a list of parts of the allowed kinds; a user's parts are joined to one text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    good = isinstance(content, list) and all(
+        isinstance(p, dict) and p.get("type") in kinds and isinstance(p.get("text"), str)
+        for p in content
+    )
+    if not good:
+        raise UserError(f"messages[{i}].content must be text or a list of parts {list(kinds)}.")
+    if message["role"] != "assistant":
+        return "".join(p["text"] for p in content)
+    return [{"type": p["type"], "text": p["text"]} for p in content]
+
+
+@dataclass
+class ReplyStats:
+    """What one reply cost: tokens, seconds to the first token, seconds in all."""
+
+    tokens: int = 0
+    first_seconds: float = 0.0
+    seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def count(self) -> None:
+        """Note that a token has arrived."""
+        self.tokens += 1
+        self.seconds = time.perf_counter() - self.started
+        if self.tokens == 1:
+            self.first_seconds = self.seconds
+
+    def __str__(self) -> str:
+        rate = (self.tokens - 1) / max(self.seconds - self.first_seconds, 1e-9)
+        speed = f" · {rate:.0f} tokens/s" if self.tokens > 1 else ""
+        return f"{self.tokens} tokens · first after {self.first_seconds:.2f} s{speed}"
+
+
+class ChatSession:
+    """A conversation with an engine. `send`, `edit` and `regenerate` yield `Piece` objects.
+
+    They are generators: nothing happens until the first piece is asked for. `messages` follows the
+    conversation schema of chapter 9 and always holds what has arrived so far. A failed reply leaves
+    the conversation as it was; a stopped one keeps the part that came.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        tokenizer: Tokenizer,
+        system: str = "",
+        settings: ChatSettings | None = None,
+    ) -> None:
+        self.engine, self.tokenizer, self.system = engine, tokenizer, system
+        self.settings = settings or ChatSettings()
+        self.messages: list[dict[str, Any]] = []  # without the system message
+        self.pieces: list[Piece] = []  # of the latest reply
+        self.stats, self.finish_reason, self.replies = ReplyStats(), "", 0
+        self._stop, self._busy = threading.Event(), threading.Lock()
+
+    def send(self, text: str, **settings: Any) -> Iterator[Piece]:
+        """Ask; keywords override `self.settings` for this reply."""
+        yield from self._reply(self.messages, text, settings)
+
+    def edit(self, i: int, text: str, **settings: Any) -> Iterator[Piece]:
+        """Replace question `i` (an index into messages), forget what followed, ask again."""
+        if not (0 <= i < len(self.messages)) or self.messages[i]["role"] != "user":
+            raise UserError(f"Only a question can be edited; messages[{i}] is none.")
+        yield from self._reply(self.messages[:i], text, settings)
+
+    def regenerate(self, **settings: Any) -> Iterator[Piece]:
+        """Ask the last question again; the seed moves on, so the answer may differ."""
+        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            raise UserError("There is no question to answer again yet.")
+        yield from self.edit(asked[-1], self.messages[asked[-1]]["content"], **settings)
+
+    def stop(self) -> None:
+        """End the running reply before its next token; what has come stays."""
+        self._stop.set()
+
+    def clear(self) -> None:
+        """Forget the conversation; the seed starts over too."""
+        self._refuse_busy()
+        self.messages, self.pieces, self.replies = [], [], 0
+        self.stats, self.finish_reason = ReplyStats(), ""
+
+    def _refuse_busy(self) -> None:
+        if self._busy.locked():
+            raise UserError("A reply is still being written: stop it or wait for its end.")
+
+
+def _reply(
+    self: ChatSession, before: list[dict[str, Any]], text: str, changes: dict[str, Any]
+) -> Iterator[Piece]:
+    """Append a question and its growing answer to `before`, yielding the pieces."""
+    settings = replace(self.settings, seed=self.settings.seed + self.replies)
+    settings = replace(settings, **changes).check()
+    if not text.strip():
+        raise UserError("The message is empty: write something to send.")
+    self._refuse_busy()
+    with self._busy:
+        self._stop.clear()
+        system = [{"role": "system", "content": self.system}] if self.system.strip() else []
+        asked = [*before, {"role": "user", "content": text}]
+        backup, parts = self.messages, []
+        self.messages = [*asked, {"role": "assistant", "content": parts}]
+        self.pieces, self.stats, self.finish_reason = [], ReplyStats(), "cancelled"
+        self.replies += 1
+        try:
+            yield Piece("start")
+            stream = stream_reply(self.engine, self.tokenizer, system + asked, settings, self._stop)
+            for piece in stream:
+                if piece.kind == "end":
+                    self.finish_reason = piece.text
+                elif piece.kind != "note":
+                    self.stats.count()
+                    self.pieces.append(piece)
+                    add_piece(parts, piece)
+                yield piece
+        except Exception:
+            self.messages, self.finish_reason = backup, "error"
+            raise
+
+
+ChatSession._reply = _reply
+
+
+def save_session(session: ChatSession, path: str | Path) -> None:
+    """Write conversation, system prompt and settings as JSON, atomically."""
+    session._refuse_busy()
+    content = {"format": "nanochat conversation", "version": 1, "system": session.system}
+    write_json(
+        path, {**content, "settings": asdict(session.settings), "messages": session.messages}
+    )
+
+
+def load_session(session: ChatSession, path: str | Path) -> None:
+    """Replace a session's conversation and settings by those of a file; check them first."""
+    session._refuse_busy()
+    saved = read_json(path)
+    if not isinstance(saved, dict) or saved.get("format") != "nanochat conversation":
+        raise UserError(f"{Path(path).name} is not a saved conversation; choose another file.")
+    messages, system = check_messages(saved.get("messages")), saved.get("system", "")
+    wrong = not isinstance(system, str) or not isinstance(saved.get("settings", {}), dict)
+    if wrong or set(saved.get("settings", {})) - {one.name for one in fields(ChatSettings)}:
+        raise UserError(f"{Path(path).name} has settings this version does not know.")
+    settings = ChatSettings(**saved.get("settings", {})).check()
+    session.clear()
+    if messages and messages[0]["role"] == "system":
+        system = messages.pop(0)["content"]
+    session.messages, session.system, session.settings = messages, system, settings
+
+
+MARKDOWN_TAGS = ("p", "br", "pre", "code", "strong", "em", "ul", "ol", "li")
+_INLINE = r"`([^`\n]+)`|\*\*([^*\n]+)\*\*|\*([^*\s][^*\n]*)\*"
+_ITEM = r"\s{0,8}(?:([-*+])|\d{1,9}[.)])\s+(.*)"
+
+
+def _inline_html(text: str) -> str:
+    """One line: code, bold and emphasis; every leaf is escaped."""
+    out, at = [], 0
+    for match in re.finditer(_INLINE, text):
+        tag = ("code", "strong", "em")[match.lastindex - 1]
+        out.append(html.escape(text[at : match.start()]))
+        out.append(f"<{tag}>{html.escape(match[match.lastindex])}</{tag}>")
+        at = match.end()
+    return "".join(out) + html.escape(text[at:])
+
+
+def _block_html(lines: list[str]) -> str:
+    """Neighbouring lines of one kind: a list or a paragraph."""
+    items = [re.fullmatch(_ITEM, line) for line in lines]
+    if items[0]:
+        tag = "ul" if items[0][1] else "ol"
+        return f"<{tag}>" + "".join(f"<li>{_inline_html(m[2])}</li>" for m in items) + f"</{tag}>"
+    plain = (re.sub(r"^#{1,6}\s+(.*)$", r"**\1**", line) for line in lines)
+    return "<p>" + "<br>".join(_inline_html(line) for line in plain) + "</p>"
+
+
+def markdown_html(text: str) -> str:
+    """Render a small, safe Markdown (code, bold, emphasis, lists) using only MARKDOWN_TAGS.
+
+    Every character of `text` is escaped; links, images and HTML stay visible as plain text.
+    """
+    out = []
+    for number, chunk in enumerate(re.split(r"(?m)^\s{0,3}```.*$\n?", text)):
+        if number % 2:
+            out.append(f"<pre><code>{html.escape(chunk)}</code></pre>")
+            continue
+        block, kind = [], None
+        for line in [*chunk.split("\n"), ""]:
+            match = re.fullmatch(_ITEM, line)
+            now = ("ul" if match[1] else "ol") if match else "p" if line.strip() else None
+            if now != kind and block:
+                out.append(_block_html(block))
+                block = []
+            kind = now
+            if now:
+                block.append(line)
+    return "".join(out)
+
+
+CHAT_CSS = """
+.nc-chat { max-width: 46em; font-size: 14px; line-height: 1.45;
+  color: var(--jp-ui-font-color1, inherit); }
+.nc-turn { line-height: 1.45; margin: 6px 4px; padding: 2px 12px; border-radius: 12px;
+  width: fit-content; max-width: 88%; overflow-wrap: anywhere;
+  background: var(--jp-layout-color2, #8881);
+  border: 1px solid var(--jp-border-color2, #8884); color: var(--jp-ui-font-color1, inherit); }
+.nc-user { margin-left: auto; background: #2f95d840; }
+.nc-turn p, .nc-turn ul, .nc-turn ol { margin: 6px 0; }
+.nc-turn ul, .nc-turn ol { padding-left: 1.6em; }
+.nc-turn pre { margin: 6px 0; padding: 6px 8px; overflow-x: auto; border-radius: 6px;
+  background: var(--jp-layout-color1, #8882); color: inherit; }
+.nc-turn code { font-family: var(--jp-code-font-family, monospace); font-size: 13px;
+  color: inherit; }
+.nc-turn details { margin: 6px 0; opacity: .9; }
+.nc-turn summary { cursor: pointer; }
+.nc-wait { opacity: .6; }
+.nc-turn :not(pre) > code { background: var(--jp-layout-color1, #8882); border-radius: 3px;
+  padding: 0 3px; }
+.nc-token { border-radius: 3px; white-space: pre-wrap; }
+"""
+
+
+def content_html(content: Any) -> str:
+    """The inside of a bubble: Markdown text, and tool calls folded together with their results."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    out = []
+    for i, part in enumerate(parts):
+        if part["type"] == "text":
+            out.append(markdown_html(part["text"]))
+        elif part["type"] == "python":
+            follows = i + 1 < len(parts) and parts[i + 1]["type"] == "python_output"
+            result = parts[i + 1]["text"] if follows else "(no result)"
+            body = f"<pre>{html.escape(part['text'])}\n= {html.escape(result)}</pre>"
+            out.append(f"<details><summary>used the calculator</summary>{body}</details>")
+        elif i == 0 or parts[i - 1]["type"] != "python":
+            out.append(f"<pre>{html.escape(part['text'])}</pre>")
+    return "".join(out) or '<p class="nc-wait" aria-label="waiting">…</p>'
+
+
+def bubble_html(message: dict[str, Any]) -> str:
+    """One message as a bubble, with a label for screen readers."""
+    who = {"user": "You", "assistant": "Model"}.get(message["role"], message["role"].title())
+    kind = "user" if message["role"] == "user" else "model"
+    inside = content_html(message["content"])
+    return f'<div class="nc-turn nc-{kind}" role="article" aria-label="{who}">{inside}</div>'
+
+
+def transcript_html(messages: list[dict[str, Any]]) -> str:
+    """A whole conversation as static HTML: what a printed notebook can show."""
+    bubbles = "".join(bubble_html(message) for message in messages)
+    return f'<style>{CHAT_CSS}</style><div class="nc-chat">{bubbles}</div>'
+
+
+def tokens_html(pieces: list[Piece]) -> str:
+    """The tokens of a reply, shaded by probability p: pale when p is near 1, dark when small."""
+    out = []
+    for piece in pieces:
+        p = math.exp(min(piece.logprob, 0.0))
+        title = "written by the calculator" if piece.forced else f"p = {p:.3f}"
+        shade = "#8883" if piece.forced else f"rgba(213, 94, 0, {0.75 * (1 - p):.2f})"
+        text = html.escape(piece.text) or "·"
+        out.append(
+            f'<span class="nc-token" title="{title}" style="background: {shade}">{text}</span>'
+        )
+    return f'<div class="nc-turn nc-model" role="article">{"".join(out)}</div>'
+
+
+class ChatControls:
+    """The visible parts of a ChatWidget; it only builds them, `ChatWidget` gives them life."""
+
+    def __init__(self, names: list[str], settings: ChatSettings, system: str) -> None:
+        wide = {"layout": {"width": "95%"}, "style": {"description_width": "90px"}}
+        make = ipywidgets
+        self.box = make.Text(description="Message", placeholder="Ask something, then Enter", **wide)
+        self.send = self._button("Send", "Send the message (Enter)", button_style="primary")
+        self.stop = self._button("Stop", "Stop the reply", disabled=True)
+        self.again = self._button("Regenerate", "Answer the last question again")
+        self.clear = self._button("Clear", "Forget the conversation")
+        self.model = make.Dropdown(options=names, description="Model", **wide)
+        self.system = make.Text(value=system, description="System", **wide)
+        self.temperature = make.FloatSlider(
+            settings.temperature, min=0, max=2, step=0.05, description="Temperature", **wide
+        )
+        top_k, length = settings.top_k or 0, settings.max_tokens
+        self.top_k = make.BoundedIntText(top_k, min=0, max=1000, description="Top-k", **wide)
+        self.top_k.tooltip = "0 keeps all tokens"
+        top_p = settings.top_p or 1.0
+        self.top_p = make.FloatSlider(
+            top_p, min=0.05, max=1, step=0.05, description="Top-p", **wide
+        )
+        self.max_tokens = make.BoundedIntText(
+            length, min=1, max=4096, description="Max tokens", **wide
+        )
+        self.seed = make.BoundedIntText(settings.seed, min=0, max=2**31, description="Seed", **wide)
+        self.shade = make.Checkbox(description="Show token probabilities", indent=False)
+        self.file = make.Text("conversation.json", description="File", **wide)
+        self.save = self._button("Save", "Write the conversation to the file")
+        self.load = self._button("Load", "Read a conversation from the file")
+        rigid = {"flex": "0 0 auto"}  # or the scrolling box would squeeze its rows
+        self.status, self.rows = make.HTML(), make.VBox(layout={"width": "100%", **rigid})
+        self.view = self._arrange()
+
+    def _button(self, text: str, help: str, **options: Any) -> ipywidgets.Button:
+        return ipywidgets.Button(
+            description=text, tooltip=help, layout={"width": "auto", "flex": "0 0 auto"}, **options
+        )
+
+    def _arrange(self) -> ipywidgets.VBox:
+        row, column = ipywidgets.HBox, ipywidgets.VBox
+        scroll = {"max_height": "480px", "overflow": "auto", "flex_flow": "column-reverse"}
+        options = [self.system, self.temperature, self.top_k, self.top_p, self.max_tokens]
+        options += [self.seed, self.shade, self.file, row([self.save, self.load])]
+        settings = ipywidgets.Accordion([column(options)], titles=("Settings",))
+        style = ipywidgets.HTML(f"<style>{CHAT_CSS}</style>")
+        top = [self.model] if len(self.model.options) > 1 else []
+        talk = ipywidgets.Box([self.rows], layout=scroll)
+        buttons = row([self.send, self.stop, self.again, self.clear])
+        return column([style, *top, talk, self.status, self.box, buttons, settings])
+
+
+def name_engines(engines: Any) -> dict[str, Any]:
+    """One engine or a dict of them, as a dict; an empty dict is refused."""
+    named = dict(engines) if isinstance(engines, dict) else {"nanochat": engines}
+    if not named:
+        raise UserError("There is no engine to talk to: pass an Engine or a dict of engines.")
+    return named
+
+
+class _ChatActions:
+    """What the buttons of a ChatWidget do; mixed into it below."""
+
+    def send(self) -> None:
+        """Send what stands in the box; after Edit it replaces that question."""
+        text, i = self.controls.box.value, self.editing
+        self._apply()
+        if self.busy or not text.strip():
+            raise UserError("Write a message first." if not self.busy else "Wait, or press Stop.")
+        self._start(self.session.send(text) if i is None else self.session.edit(i, text))
+        self.editing, self.controls.box.value = None, ""
+
+    def regenerate(self) -> None:
+        """Answer the last question again with the next seed."""
+        self._apply()
+        self._start(self.session.regenerate())
+
+    def edit(self, i: int) -> None:
+        """Put question `i` into the box; Send then replaces it and all that followed."""
+        self.editing, self.controls.box.value = i, self.session.messages[i]["content"]
+        self._draw_status()
+
+    def clear(self) -> None:
+        """Forget the conversation."""
+        self.session.clear()
+        self.editing, self._note = None, ""
+        self.draw()
+
+    def save(self) -> None:
+        """Write the conversation to the file named in the settings."""
+        self._apply()
+        save_session(self.session, self.controls.file.value)
+        self._note = "Saved."
+
+    def load(self) -> None:
+        """Read a conversation from the file named in the settings."""
+        load_session(self.session, self.controls.file.value)
+        c, settings = self.controls, self.session.settings
+        c.system.value, c.temperature.value = self.session.system, settings.temperature
+        c.top_k.value, c.top_p.value = settings.top_k or 0, settings.top_p or 1.0
+        c.max_tokens.value, c.seed.value = settings.max_tokens, settings.seed
+        self.editing, self._note = None, "Loaded."
+        self.draw()
+
+    def _apply(self) -> None:
+        """Read model, system prompt and settings from the controls."""
+        if self.busy:
+            raise UserError("A reply is still being written: press Stop or wait for its end.")
+        c, engine = self.controls, self.engines[self.controls.model.value]
+        self.session.engine, self.session.tokenizer = engine, self.tokenizer or engine.tokenizer
+        self.session.system = c.system.value
+        top_p = c.top_p.value if c.top_p.value < 1 else None
+        self.session.settings = ChatSettings(
+            c.temperature.value, c.top_k.value or None, top_p, c.max_tokens.value, c.seed.value
+        )
+
+
+class _ChatDrawing:
+    """The thread and the status line of a ChatWidget; mixed into it below."""
+
+    @property
+    def busy(self) -> bool:
+        """True while a reply is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the running reply is complete; False when `timeout` seconds pass first."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return not self.busy
+
+    def _start(self, pieces: Iterator[Piece]) -> None:
+        """Note the question here, at once; leave the computing to a thread."""
+        next(pieces)  # the piece "start": bad input fails here, and an early Stop is not lost
+        self._note, self._running = "", True
+        self.draw()
+        self._set_busy(True)
+        self._thread = threading.Thread(target=self._stream, args=(pieces,), daemon=True)
+        self._thread.start()
+
+    def _stream(self, pieces: Iterator[Piece]) -> None:
+        """The worker: let the session grow and redraw the last bubble every `refresh` seconds."""
+        drawn = 0.0
+        try:
+            for piece in pieces:
+                if piece.kind == "note":
+                    self._note = piece.text
+                elif time.perf_counter() - drawn >= self.refresh:
+                    self._draw_last()
+                    drawn = time.perf_counter()
+        except UserError as error:
+            self._failure = str(error)
+        except Exception as error:  # shown in the widget: a thread has no cell to fail in
+            self._failure = f"The engine failed: {type(error).__name__}: {error}"
+        finally:
+            self._running = False
+            self.draw()
+            self._set_busy(False)
+
+    def _set_busy(self, busy: bool) -> None:
+        c = self.controls
+        c.stop.disabled = not busy
+        for button in (c.send, c.again, c.clear, c.save, c.load):
+            button.disabled = busy
+
+    def _draw_status(self) -> None:
+        """The line below the talk: what failed, what is being edited, or how fast it went."""
+        text = str(self.session.stats) if self.session.stats.tokens else ""
+        ends = {"cancelled": "stopped", "length": "cut at the length limit"}
+        why = "" if self._running else ends.get(self.session.finish_reason, "")
+        editing = "editing an earlier question" if self.editing is not None else ""
+        words = [self._failure or editing, self._note, text, why]
+        line = html.escape(" · ".join(word for word in words if word))
+        kind = "alert" if self._failure else "status"
+        self.controls.status.value = f'<div role="{kind}" aria-live="polite">{line}</div>'
+
+
+class _ChatBubbles:
+    """The rows of bubbles of a ChatWidget; mixed into it below."""
+
+    def draw(self) -> None:
+        """Make the bubbles agree with the session; rows that have not changed are kept."""
+        rows, messages = list(self.controls.rows.children), self.session.messages
+        for i in range(len(rows), len(messages)):
+            bubble = ipywidgets.HTML(layout={"flex": "1 1 auto", "min_width": "0"})
+            row = [bubble]
+            if i % 2 == 0:
+                row.append(self.controls._button("Edit", "Edit this question and ask again"))
+                row[1].on_click(lambda _, i=i: self._try(lambda: self.edit(i)))
+            rows.append(ipywidgets.HBox(row, layout={"flex": "0 0 auto"}))
+        for row, message in zip(rows, messages[:-1]):
+            row.children[0].value = bubble_html(message)  # nothing is sent if it is the same
+        self.controls.rows.children = rows[: len(messages)]
+        self._draw_last()
+
+    def _draw_last(self) -> None:
+        if self.session.messages:
+            shade = self.controls.shade.value and self.session.pieces
+            message = self.session.messages[-1]
+            value = tokens_html(self.session.pieces) if shade else bubble_html(message)
+            self.controls.rows.children[-1].children[0].value = value
+        self._draw_status()
+
+
+class ChatWidget(_ChatActions, _ChatDrawing, _ChatBubbles):
+    """A chat in a notebook cell, around one engine or several (`{"base": ..., "sft": ...}`).
+
+    Put it last in a cell, or `display(widget)`. The session is `widget.session`; `wait()` waits for
+    the running reply (for scripts and tests). Needs only ipywidgets.
+    """
+
+    def __init__(
+        self,
+        engines: Any,
+        tokenizer: Tokenizer | None = None,
+        *,
+        system: str = "",
+        settings: ChatSettings | None = None,
+        refresh: float = 0.05,
+    ) -> None:
+        self.engines, self.tokenizer, self.refresh = name_engines(engines), tokenizer, refresh
+        first = next(iter(self.engines.values()))
+        settings = (settings or ChatSettings()).check()
+        self.session = ChatSession(first, tokenizer or first.tokenizer, system, settings)
+        self.controls = ChatControls(list(self.engines), settings, system)
+        self.editing: int | None = None
+        self._thread: threading.Thread | None = None
+        self._note, self._failure, self._running = "", "", False
+        self._connect()
+        self.draw()
+
+    def _connect(self) -> None:
+        """Tie every control to its action; an error a user can mend becomes a line of text."""
+        c = self.controls
+        pairs = [(c.send, self.send), (c.stop, self.session.stop), (c.again, self.regenerate)]
+        pairs += [(c.clear, self.clear), (c.save, self.save), (c.load, self.load)]
+        for button, action in pairs:
+            button.on_click(lambda _, action=action: self._try(action))
+        with warnings.catch_warnings():  # the replacement would also fire when the box loses focus
+            warnings.simplefilter("ignore", DeprecationWarning)
+            c.box.on_submit(lambda _: self._try(self.send))
+        c.shade.observe(lambda _: self.draw(), "value")
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            self._failure = ""
+            action()
+        except UserError as error:
+            self._failure = str(error)
+        self._draw_status()
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.controls.view)
+
+
+def plain_text(text: str) -> str:
+    """Text without control characters (but with newlines and tabs): safe to print."""
+    return "".join(c for c in text if c in "\n\t" or c.isprintable() or c.isspace() and c > "\x85")
+
+
+class _Commands:
+    """The slash commands of `terminal_chat`: each method `do_NAME(argument)` returns a line."""
+
+    def __init__(self, session: ChatSession, engines: dict[str, Any]) -> None:
+        self.session, self.engines = session, engines
+
+    def run(self, line: str) -> str:
+        name, _, argument = line[1:].partition(" ")
+        action = getattr(self, f"do_{name.lower()}", None)
+        if action is None:
+            raise UserError(f"There is no command /{name}; /help lists them.")
+        return action(argument.strip())
+
+    def do_help(self, _: str) -> str:
+        return (
+            "/clear  /again  /system TEXT  /temperature 0.8  /topk 50 (0: all)  /topp 0.9  "
+            "/max 256  /seed 0  /model [NAME]  /save FILE  /load FILE  /quit"
+        )
+
+    def do_clear(self, _: str) -> str:
+        self.session.clear()
+        return "A new conversation."
+
+    def do_system(self, argument: str) -> str:
+        self.session.system = argument
+        return f"System prompt: {argument or '(none)'}"
+
+    def do_model(self, name: str) -> str:
+        if name:
+            if name not in self.engines:
+                raise UserError(f"There is no model {name!r}; found {', '.join(self.engines)}.")
+            self.session.engine = self.engines[name]
+        mine = [n for n, engine in self.engines.items() if engine is self.session.engine]
+        return f"Model {mine[0]} of {', '.join(self.engines)}."
+
+    def do_save(self, name: str) -> str:
+        save_session(self.session, name or "conversation.json")
+        return f"Saved to {name or 'conversation.json'}."
+
+    def do_load(self, name: str) -> str:
+        load_session(self.session, name or "conversation.json")
+        return f"Loaded {len(self.session.messages)} messages."
+
+
+def _change_setting(self: _Commands, argument: str, name: str, kind: type) -> str:
+    """Read one setting; top-k 0 and top-p 1 mean "off"."""
+    try:
+        value = kind(argument)
+    except ValueError:
+        raise UserError(f"{name} needs a number; found {argument!r:.40}.") from None
+    off = (name, value) in (("top_k", 0), ("top_p", 1.0))
+    changed = replace(self.session.settings, **{name: None if off else value})
+    self.session.settings = changed.check()
+    return f"{name} is {value} now."
+
+
+_Commands.do_temperature = lambda self, text: _change_setting(self, text, "temperature", float)
+_Commands.do_topk = lambda self, text: _change_setting(self, text, "top_k", int)
+_Commands.do_topp = lambda self, text: _change_setting(self, text, "top_p", float)
+_Commands.do_max = lambda self, text: _change_setting(self, text, "max_tokens", int)
+_Commands.do_seed = lambda self, text: _change_setting(self, text, "seed", int)
+
+
+def _print_reply(pieces: Iterator[Piece], write: Callable[[str], Any]) -> None:
+    """Print pieces as they come; Ctrl-C ends the reply, not the program."""
+    inside = "text"
+    try:
+        for piece in pieces:
+            if piece.kind == "note":
+                write(f"[{piece.text}]\n")
+            elif piece.kind in ("text", "python", "python_output"):
+                if piece.opens and piece.kind != inside:
+                    write({"python": " [", "python_output": " = ", "text": "] "}[piece.kind])
+                    inside = piece.kind
+                write(plain_text(piece.text))
+    except KeyboardInterrupt:
+        write("\n[stopped]")
+    finally:
+        pieces.close()
+    write("\n")
+
+
+def terminal_chat(
+    engines: Any,
+    tokenizer: Tokenizer | None = None,
+    prompt: str | None = None,
+    *,
+    system: str = "",
+    settings: ChatSettings | None = None,
+    read: Callable[[str], str] = input,
+    write: Callable[[str], Any] | None = None,
+) -> str:
+    """Chat in a terminal until /quit, Ctrl-D, or Ctrl-C at the prompt.
+
+    With `prompt`, answer that one question and return. Returns the last answer's text.
+    """
+    engines = name_engines(engines)
+    write = write or _write_now
+    engine = next(iter(engines.values()))
+    session = ChatSession(engine, tokenizer or engine.tokenizer, system, settings)
+    commands = _Commands(session, engines)
+    if prompt is not None:
+        _print_reply(session.send(prompt), write)
+        return _last_answer(session)
+    with suppress(ImportError):
+        import readline  # noqa: F401  (gives input() a history and arrow keys)
+    write(f"Talking to {next(iter(engines))}. /help lists the commands; Ctrl-C stops a reply.\n")
+    while True:
+        try:
+            line = read("you> ").strip()
+            if line in ("/quit", "/exit"):
+                break
+            if line == "/again":
+                _print_reply(session.regenerate(), write)
+            elif line.startswith("/"):
+                write(plain_text(commands.run(line)) + "\n")
+            elif line:
+                _print_reply(session.send(line), write)
+        except UserError as error:
+            write(f"{error}\n")
+        except (EOFError, KeyboardInterrupt):
+            write("\n")
+            break
+    return _last_answer(session)
+
+
+def _write_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _last_answer(session: ChatSession) -> str:
+    parts = session.messages[-1]["content"] if session.messages else []
+    return "".join(part["text"] for part in parts if part["type"] == "text")

@@ -1,0 +1,176 @@
+"""What the ranks run in tests/test_distributed.py: `launch(this file, [name, ...], nproc)`."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nanochat.checkpoint import load_checkpoint
+from nanochat.distributed import (
+    ProcessGroup,
+    ShardedMuonAdamW,
+    build_sharded_optimizer,
+    save_together,
+    setup,
+)
+from nanochat.model import GPT, GPTConfig
+from nanochat.optim import MuonAdamW, build_optimizer, param_groups
+
+CONFIG = GPTConfig(vocab_size=53, seq_len=16, n_layer=3, n_head=2, n_kv_head=1, n_embd=20)
+
+
+def global_batch(step, rows=12):
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, CONFIG.vocab_size, (rows, 17), generator=generator)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def train(optimizer_of, world, steps, first=0, model=None, share=True, average=True):
+    """Train on each step's global batch, or on this rank's rows of it; returns model, optimizer."""
+    model = (model or GPT(CONFIG)).to(world.device)
+    optimizer = optimizer_of(model)
+    for step in range(first, steps):
+        inputs, targets = (x.to(world.device) for x in global_batch(step))
+        if share:
+            inputs, targets = (x[world.rank :: world.world_size] for x in (inputs, targets))
+        loss = model(inputs, targets, reduction="sum") * (world.world_size if share else 1)
+        (loss / global_batch(step)[1].numel()).backward()
+        if share and average:
+            world.average_gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def assert_close(model, reference, tolerance=2e-4):
+    for (name, a), b in zip(model.named_parameters(), reference.parameters()):
+        assert (a - b).abs().max() < tolerance, (name, float((a - b).abs().max()))
+
+
+def assert_same_on_all_ranks(model, world):
+    for param in model.parameters():
+        everyone = [torch.empty_like(param) for _ in range(world.world_size)]
+        dist.all_gather(everyone, param.detach())
+        assert all(torch.equal(param, other) for other in everyone)
+
+
+def training(world, directory):
+    """Every way to share out gives the parameters and the state of one process."""
+    reference, whole = train(build_optimizer, world, 6, share=False)
+    for gradients in ("averaged", "local"):
+
+        def sharded(model, gradients=gradients):
+            return ShardedMuonAdamW(param_groups(model), world, gradients)
+
+        model, optimizer = train(sharded, world, 6, average=gradients == "averaged")
+        assert_close(model, reference)
+        assert_same_on_all_ranks(model, world)
+        own, total = count(optimizer), count(whole)
+        largest = max(p.numel() for p in model.blocks.parameters())
+        assert abs(own - total / world.world_size) <= 2 * largest, (own, total)
+        state = optimizer.named_state(model)
+        expected = whole.named_state(reference) if world.is_main else {}
+        assert state.keys() == expected.keys()
+        for name, value in state.items():
+            assert value.shape == expected[name].shape and value.dtype == expected[name].dtype
+            other = torch.as_tensor(expected[name]).cpu()
+            assert torch.allclose(value.cpu(), other, atol=1e-4, rtol=1e-3), name
+    unsharded, _ = train(build_optimizer, world, 6)
+    assert_close(unsharded, reference)
+    checkpoints(world, reference, Path(directory))
+
+
+def checkpoints(world, reference, directory):
+    """A run saved after 3 steps by all ranks resumes on all ranks, and on one."""
+
+    def sharded(model):
+        return build_sharded_optimizer(model, world)
+
+    model, optimizer = train(sharded, world, 3)
+    save_together(world, directory, 3, model, optimizer, {"note": "three"})
+    checkpoint = load_checkpoint(directory)
+    assert checkpoint.meta["note"] == "three"
+
+    def resumed(build):
+        def optimizer_of(model):
+            optimizer = build(model)
+            optimizer.load_named_state(model, checkpoint.optimizer_state)
+            return optimizer
+
+        return optimizer_of
+
+    again, _ = train(resumed(sharded), world, 6, first=3, model=load_checkpoint(directory).model)
+    assert_close(again, reference)
+    alone, optimizer = train(
+        resumed(build_optimizer), world, 6, 3, load_checkpoint(directory).model, share=False
+    )
+    assert type(optimizer) is MuonAdamW
+    assert_close(alone, reference)
+
+
+def count(optimizer):
+    """Elements of an optimizer's state on this rank."""
+    tensors = (v for state in optimizer.state.values() for v in state.values())
+    return sum(v.numel() for v in tensors if torch.is_tensor(v))
+
+
+def verbs(world, directory):
+    """The methods of ProcessGroup against their definitions."""
+    n = world.world_size
+    value = torch.tensor([world.rank + 1, 5])
+    total = world.sum(value)
+    assert total.tolist() == [n * (n + 1) // 2, 5 * n] and total.dtype == torch.int64
+    assert value.tolist() == [world.rank + 1, 5]  # left alone
+    assert float(world.sum(torch.tensor(0.5))) == 0.5 * n
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+    model.to(world.device)
+    for param in model.parameters():
+        torch.nn.init.constant_(param, float(world.rank))
+    world.broadcast(model)
+    assert all((param == 0).all() for param in model.parameters())
+
+    for dtype, limit, tolerance in ((torch.float32, 8, 1e-6), (torch.bfloat16, 1 << 20, 2e-2)):
+        group = ProcessGroup(world.device, reduce_dtype=dtype, bucket_bytes=limit)
+        for i, param in enumerate(model.parameters()):
+            param.grad = torch.full_like(param, float(world.rank + i))
+        model[0].bias.grad = None if world.rank else torch.ones_like(model[0].bias)
+        group.average_gradients(model)
+        for i, param in enumerate(model.parameters()):
+            expected = 1 / n if i == 1 else (n - 1) / 2 + i
+            assert param.grad.dtype == torch.float32
+            assert (param.grad - expected).abs().max() <= tolerance * (1 + expected), i
+
+
+def raises(world, directory):
+    """Rank 1 fails; the others wait for it."""
+    if world.rank == 1:
+        raise ValueError("the row of rank 1 is too short")
+    world.barrier()
+
+
+def killed(world, directory):
+    """Rank 1 is killed from outside."""
+    if world.rank == 1:
+        os.kill(os.getpid(), 9)
+    world.barrier()
+
+
+def sleeps(world, directory):
+    """Say the process ids, then stay silent for long."""
+    print("pid", os.getpid(), flush=True)
+    time.sleep(120)
+
+
+if __name__ == "__main__":
+    name, directory = sys.argv[1], sys.argv[2]
+    if name == "no_setup":
+        sys.exit("profile 'huge' is unknown; choose smoke or laptop.")
+    world = setup(os.environ.get("WORKERS_DEVICE", "cpu"), timeout=60)
+    for one in name.split("+"):
+        globals()[one](world, directory)
+        print("done", one, world.rank, flush=True)
+    world.close()

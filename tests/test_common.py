@@ -1,0 +1,135 @@
+"""nanochat.common: devices, files that are never half-written, logs, progress."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from nanochat import common
+from nanochat.common import (
+    MetricsLog,
+    Progress,
+    UserError,
+    atomic_write,
+    format_seconds,
+    pick_device,
+    pick_dtype,
+    read_json,
+    read_metrics,
+    seed_everything,
+    write_json,
+)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def test_an_absent_device_is_one_clear_sentence():
+    with pytest.raises(UserError, match="'tpu' is not available; found cpu"):
+        pick_device("tpu")
+    assert pick_device("cpu").type == "cpu"
+
+
+def test_the_dtype_is_one_the_device_multiplies():
+    dtype = pick_dtype(torch.device("cpu"))
+    assert dtype in (torch.bfloat16, torch.float32)
+    assert (torch.ones(2, 2, dtype=dtype) @ torch.ones(2, 2, dtype=dtype)).dtype == dtype
+
+
+@given(value=JSON)
+def test_json_comes_back_as_written(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("json") / "deep" / "value.json"
+    write_json(path, value)
+    assert read_json(path) == value
+
+
+def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    atomic_write(path, "old")
+
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(common.os, "fsync", no_space)
+    with pytest.raises(UserError, match="No space left on device; free some space"):
+        atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_missing_and_broken_json_say_so(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_json(tmp_path / "broken.json")
+
+
+def test_the_log_keeps_events_in_order_and_survives_a_torn_line(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", stage="base")
+    log.write("step", step=1, loss=2.0)
+    log.bind(stage="sft").write("step", step=2, loss=1.0)
+    log.write("eval", bits_per_byte=0.5)
+    with open(log.path, "a") as file:
+        file.write('{"event": "step", "st')
+    assert [e["step"] for e in read_metrics(log.path, "step")] == [1, 2]
+    assert [e["step"] for e in read_metrics(log.path, "step", stage="sft")] == [2]
+    assert len(read_metrics(log.path)) == 3
+    assert read_metrics(tmp_path / "absent.jsonl") == []
+    for line in log.path.read_text().splitlines()[:3]:
+        assert json.loads(line)["stage"] in ("base", "sft")
+
+
+def test_a_log_without_a_path_keeps_nothing(tmp_path):
+    MetricsLog(None).write("step", step=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_is_sparse_and_plain_in_a_pipe(capsys):
+    with Progress(1000, "pretrain", quiet=1000.0) as bar:
+        for _ in range(1000):
+            bar.update(loss=1.5)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("pretrain 1,000/1,000 steps | loss 1.5 | ")
+
+
+def test_progress_of_a_resumed_run_counts_only_its_own_time():
+    bar = Progress(100, "pretrain")
+    bar.skip(90)
+    bar.start -= 10.0
+    bar.done += 5
+    assert bar.text().endswith("10s left")  # 5 steps took 10 s, 5 are left
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0.4, "0s"), (59.6, "1m 00s"), (185, "3m 05s"), (7800, "2h 10m")]
+)
+def test_durations_read_as_people_say_them(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_one_seed_fixes_every_generator():
+    import random
+
+    import numpy as np
+
+    def draw():
+        seed_everything(7)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    assert draw() == draw()
+
+
+def test_a_figure_has_axes_named():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    fig, ax = common.figure("Loss falls", "step", "loss (nats)", alt="a falling line")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "loss (nats)")
+    assert fig.get_label() == "a falling line"

@@ -1,0 +1,209 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from nanochat import distributed
+from nanochat.common import UserError
+from nanochat.distributed import (
+    BUS_FACTORS,
+    LaunchError,
+    Layout,
+    ShardedMuonAdamW,
+    available_processes,
+    buckets,
+    find_failure,
+    launch,
+    launch_environment,
+    setup,
+    share_out,
+)
+from nanochat.model import GPT, GPTConfig
+from nanochat.optim import build_optimizer, param_groups
+
+WORKERS = str(Path(__file__).with_name("distributed_workers.py"))
+posix_only = pytest.mark.skipif(os.name != "posix", reason="signals and sessions of POSIX")
+shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids, seconds):
+    end = time.monotonic() + seconds
+    while any(map(is_running, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(is_running, pids))
+
+
+@given(shapes, st.integers(1, 7), st.sampled_from(["adamw", "muon"]))
+@settings(max_examples=60, deadline=None)
+def test_pieces_cover_every_element_once_and_are_balanced(shapes, n_ranks, kind):
+    params = [torch.zeros(shape) for shape in shapes]
+    (share,) = share_out([dict(kind=kind, params=params)], n_ranks)
+    seen = {id(p): torch.zeros(p.numel()) for p in params}
+    for pieces in share:
+        for piece in pieces:
+            assert 0 <= piece.start < piece.stop <= piece.param.numel()
+            assert kind == "adamw" or piece.stop - piece.start == piece.param.numel()
+            seen[id(piece.param)][piece.start : piece.stop] += 1
+    assert all((count == 1).all() for count in seen.values())
+    loads = [sum(p.stop - p.start for p in pieces) for pieces in share]
+    slack = max(p.numel() for p in params) if kind == "muon" else len(params) * n_ranks
+    assert max(loads) - min(loads) <= slack
+
+
+@given(shapes, st.integers(1, 5), st.sampled_from(["adamw", "muon"]))
+@settings(max_examples=40, deadline=None)
+def test_layout_carries_every_element_to_its_place(shapes, n_ranks, kind):
+    params = [torch.rand(shape) for shape in shapes]
+    (share,) = share_out([dict(kind=kind, params=params)], n_ranks)
+    layout = Layout(share)
+    flat = layout.empty()
+    for rank in range(n_ranks):
+        for piece, place in layout.slots(layout.part(flat, rank), rank):
+            place.copy_(piece.of(piece.param))
+    copies = {id(p): torch.zeros_like(p) for p in params}
+    for rank in range(n_ranks):
+        for piece, place in layout.slots(layout.part(flat, rank), rank):
+            piece.of(copies[id(piece.param)]).copy_(place)
+    assert all(torch.equal(copies[id(p)], p) for p in params)
+
+
+@given(st.lists(st.integers(1, 40), max_size=12), st.integers(4, 100))
+def test_buckets_keep_order_and_limit(lengths, limit):
+    tensors = [torch.zeros(n) for n in lengths]
+    cut = list(buckets(tensors, limit))
+    assert [t.numel() for bucket in cut for t in bucket] == lengths
+    assert all(len(b) == 1 or sum(t.nbytes for t in b) <= limit for b in cut)
+
+
+def test_sharding_over_one_process_is_the_plain_optimizer():
+    config = GPTConfig(vocab_size=31, seq_len=8, n_layer=2, n_head=2, n_kv_head=2, n_embd=16)
+    ids = torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(0))
+    models = []
+    for build in (build_optimizer, lambda m: ShardedMuonAdamW(param_groups(m), setup("cpu"))):
+        model = GPT(config)
+        optimizer = build(model)
+        for _ in range(3):
+            model(ids[:, :-1], ids[:, 1:]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+    with pytest.raises(ValueError, match="averaged"):
+        ShardedMuonAdamW(param_groups(model), setup("cpu"), gradients="none")
+
+
+@pytest.mark.parametrize(("nproc", "what"), [(2, "verbs+training"), (3, "training")])
+def test_ranks_agree_with_one_process(tmp_path, nproc, what):
+    lines = []
+    launch(WORKERS, [what, str(tmp_path)], nproc, lines.append, env={"OMP_NUM_THREADS": "1"})
+    done = sorted(line for line in lines if "done training" in line)
+    assert done == [f"[rank {r}] done training {r}" for r in range(1, nproc)] + ["done training 0"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpus_agree_with_one_process(tmp_path):
+    lines, env = [], {"WORKERS_DEVICE": "cuda"}
+    launch(WORKERS, ["verbs+training", str(tmp_path)], 2, lines.append, env=env)
+    assert sum("done training" in line for line in lines) == 2
+
+
+def test_a_failing_rank_reaches_the_caller_with_its_own_traceback(tmp_path):
+    with pytest.raises(LaunchError) as caught:
+        launch(WORKERS, ["raises", str(tmp_path)], 2, lambda line: None)
+    error = caught.value
+    assert error.rank == 1
+    assert "rank 1 failed: ValueError: the row of rank 1 is too short" in str(error)
+    assert "distributed_workers.py" in error.traceback and "in raises" in error.traceback
+
+
+@posix_only
+def test_a_killed_rank_is_named_before_its_echoes(tmp_path):
+    with pytest.raises(LaunchError, match="rank 1 was killed by SIGKILL") as caught:
+        launch(WORKERS, ["killed", str(tmp_path)], 2, lambda line: None)
+    assert caught.value.rank == 1
+
+
+def test_a_module_that_ends_early_shows_what_it_wrote(tmp_path):
+    with pytest.raises(LaunchError, match="profile 'huge' is unknown"):
+        launch(WORKERS, ["no_setup", str(tmp_path)], 1, lambda line: None)
+
+
+@posix_only
+def test_an_interrupt_ends_every_rank_within_five_seconds(tmp_path):
+    pids, began = [], []
+
+    def on_line(line):
+        pids.append(int(line.split()[-1]))
+        if len(pids) == 2:
+            began.append(time.monotonic())
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        launch(WORKERS, ["sleeps", str(tmp_path)], 2, on_line)
+    assert wait_until_gone(pids, 5 - (time.monotonic() - began[0]))
+
+
+@posix_only
+def test_no_rank_outlives_a_notebook_that_is_killed(tmp_path):
+    code = (
+        "import sys; from nanochat.distributed import launch; launch(sys.argv[1], sys.argv[2:], 2)"
+    )
+    root = str(Path(distributed.__file__).parents[1])
+    notebook = subprocess.Popen(
+        [sys.executable, "-c", code, WORKERS, "sleeps", str(tmp_path)],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    guard = threading.Timer(40, notebook.kill)
+    guard.start()
+    pids = [int(notebook.stdout.readline().split()[-1]) for _ in range(2)]
+    guard.cancel()
+    notebook.kill()
+    notebook.wait()
+    notebook.stdout.close()
+    assert wait_until_gone(pids, 5)
+
+
+def test_environment_shares_the_cores_out(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    env = launch_environment(2)
+    assert int(env["OMP_NUM_THREADS"]) == max(1, available_processes("cpu") // 2)
+    assert "MPLBACKEND" not in env and env["PYTHONPATH"]
+
+
+def test_failure_without_any_report_shows_the_launcher(tmp_path):
+    error = find_failure(tmp_path, "line 1\nno module named nowhere\n", 1)
+    assert error.rank is None and "no module named nowhere" in str(error)
+
+
+def test_setup_refuses_a_device_that_is_not_there():
+    with pytest.raises(UserError, match="available"):
+        setup("tpu")
+
+
+def test_check_of_one_process_prints_json(capsys):
+    distributed.main(["--check", "--device", "cpu", "--sizes", "1000", "100000"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["what"] for line in lines] == ["rank", "copy", "copy"]
+    assert all(line["gb_per_s"] > 0 for line in lines[1:])
+
+
+def test_bus_factors_are_those_of_nccl_tests():
+    for n in (2, 4, 8):
+        assert BUS_FACTORS["all_reduce"](n) == 2 * (n - 1) / n
+        parts = BUS_FACTORS["reduce_scatter"](n) + BUS_FACTORS["all_gather"](n)
+        assert parts == BUS_FACTORS["all_reduce"](n)

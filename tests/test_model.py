@@ -1,0 +1,258 @@
+"""nanochat.model against independent references: torch, transformers, and the formulas."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from nanochat.model import (
+    GPT,
+    GPTConfig,
+    attend,
+    init_weights,
+    rms_norm,
+    rotary_angles,
+    rotate,
+    token_loss,
+)
+
+SMALL = GPTConfig(vocab_size=97, seq_len=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+
+
+def random_model(config: GPTConfig = SMALL, seed: int = 0) -> GPT:
+    """A model with no zero weights, so that every path carries signal."""
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+class ListCache:
+    """The simplest cache that keeps the protocol: a list of keys and values per layer."""
+
+    positions = mask = None
+
+    def __init__(self, n_layer: int):
+        self.length, self.layers = 0, [None] * n_layer
+
+    def update(self, layer, k, v):
+        old = self.layers[layer]
+        if old is not None:
+            k, v = torch.cat((old[0], k), 2), torch.cat((old[1], v), 2)
+        self.layers[layer] = (k, v)
+        return k, v
+
+    def advance(self, n):
+        self.length += n
+
+
+# Published sizes of the classic recipe (vocabulary 65,536), in millions.
+@pytest.mark.parametrize("depth, millions", [(4, 36.7), (10, 133.0), (12, 185.6), (20, 561.0)])
+def test_parameter_counts_equal_the_published_ones(depth, millions):
+    with torch.device("meta"):
+        config = GPTConfig.for_depth(depth, 65536, 2048)
+        per_layer = 12 * config.n_embd**2
+    total = depth * per_layer + 2 * 65536 * config.n_embd
+    assert total / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_num_params_adds_up_and_equals_the_formula():
+    config = GPTConfig.for_depth(2, 512, 64)
+    params = GPT(config).num_params()
+    assert params["matrix"] == 2 * 12 * config.n_embd**2
+    assert params["total"] == params["matrix"] + params["embedding"] + params["head"]
+    assert params["embedding"] == params["head"] == 512 * config.n_embd
+
+
+def test_loss_at_initialisation_is_ln_vocab():
+    model = GPT(SMALL)
+    idx = torch.randint(0, 97, (3, 32), generator=torch.Generator().manual_seed(0))
+    assert model(idx, idx).item() == pytest.approx(math.log(97), abs=1e-5)
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    one, two = GPT(SMALL), GPT(SMALL)
+    init_weights(two, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    init_weights(two, seed=1)
+    assert not torch.equal(one.embedding.weight, two.embedding.weight)
+
+
+def test_initial_matrices_have_the_stated_spread():
+    model = GPT(GPTConfig(vocab_size=64, seq_len=8, n_layer=1, n_head=4, n_kv_head=4, n_embd=256))
+    block = model.blocks[0]
+    assert block.attention.q.weight.std().item() == pytest.approx(1 / 16, rel=0.03)
+    assert block.mlp.up.weight.std().item() == pytest.approx(1 / 16, rel=0.03)
+    assert block.attention.proj.weight.abs().max() == block.mlp.down.weight.abs().max() == 0
+
+
+def test_flops_equal_a_counted_trace():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = GPTConfig(vocab_size=512, seq_len=128, n_layer=3, n_head=4, n_kv_head=4, n_embd=128)
+    model = GPT(config)
+    idx = torch.zeros(2, 128, dtype=torch.long)
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with plain, FlopCounterMode(display=False) as counter:
+        model(idx, idx).backward()
+    assert counter.get_total_flops() / idx.numel() == pytest.approx(
+        model.flops_per_token(), rel=0.01
+    )
+
+
+@given(seed=st.integers(0, 1000), shift=st.integers(0, 20))
+def test_rotated_scores_depend_on_the_distance_alone(seed, shift):
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(seed)).double()
+    cos, sin = (t.double() for t in rotary_angles(64, 16))
+
+    def score(at_q, at_k):
+        turned_q = rotate(q, cos[at_q : at_q + 1], sin[at_q : at_q + 1])
+        return (turned_q * rotate(k, cos[at_k : at_k + 1], sin[at_k : at_k + 1])).sum().item()
+
+    assert score(9, 4) == pytest.approx(score(9 + shift, 4 + shift), abs=1e-5)
+
+
+@given(seed=st.integers(0, 1000))
+def test_rotation_keeps_the_norm_and_position_zero_stays(seed):
+    x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(seed))
+    cos, sin = rotary_angles(5, 8)
+    turned = rotate(x, cos, sin)
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(turned[:, 0], x[:, 0])
+
+
+def test_rms_norm_equals_its_definition():
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)).double()
+    eps = torch.finfo(x.dtype).eps
+    expected = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    torch.testing.assert_close(rms_norm(x), expected)
+
+
+@given(
+    n_new=st.integers(1, 6),
+    n_old=st.integers(0, 6),
+    groups=st.sampled_from([(4, 4), (4, 2), (4, 1)]),
+)
+def test_attention_equals_the_sum_written_out(n_new, n_old, groups):
+    n_head, n_kv_head = groups
+    generator = torch.Generator().manual_seed(n_new * 10 + n_old)
+    q = torch.randn(2, n_head, n_new, 8, generator=generator)
+    k, v = torch.randn(2, 2, n_kv_head, n_new + n_old, 8, generator=generator)
+    got = attend(q, k, v)
+    for b in range(2):
+        for h in range(n_head):
+            kv = h // (n_head // n_kv_head)
+            for t in range(n_new):
+                seen = n_old + t + 1
+                weights = (k[b, kv, :seen] @ q[b, h, t] / math.sqrt(8)).softmax(0)
+                torch.testing.assert_close(
+                    got[b, h, t], weights @ v[b, kv, :seen], atol=1e-5, rtol=1e-4
+                )
+
+
+def test_the_future_does_not_change_the_past():
+    model, generator = random_model(), torch.Generator().manual_seed(0)
+    idx = torch.randint(0, 97, (1, 20), generator=generator)
+    changed = idx.clone()
+    changed[0, 12:] = torch.randint(0, 97, (8,), generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[:, :12], model(changed)[:, :12])
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_chunks_through_a_cache_give_the_logits_of_one_pass(cuts):
+    model = random_model()
+    idx = torch.randint(0, 97, (2, sum(cuts[:4])), generator=torch.Generator().manual_seed(1))
+    idx = idx[:, :32]
+    cache, start, pieces = ListCache(SMALL.n_layer), 0, []
+    with torch.no_grad():
+        for cut in cuts:
+            chunk = idx[:, start : start + cut]
+            if chunk.size(1):
+                pieces.append(model(chunk, kv_cache=cache))
+            start += cut
+        torch.testing.assert_close(torch.cat(pieces, 1), model(idx), atol=1e-5, rtol=1e-5)
+
+
+def test_last_only_gives_the_last_logits():
+    model = random_model()
+    idx = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx, last_only=True), model(idx)[:, -1:])
+
+
+def test_too_long_an_input_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="33 tokens do not fit in seq_len 32"):
+        GPT(SMALL)(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(ValueError, match="n_embd 30"):
+        GPTConfig(n_embd=30, n_head=4)
+
+
+@given(masked=st.lists(st.booleans(), min_size=6, max_size=6))
+def test_loss_reductions_agree_and_ignore_masked_targets(masked):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 11, generator=generator)
+    targets = torch.randint(0, 11, (2, 3), generator=generator)
+    targets[torch.tensor(masked).view(2, 3)] = -1
+    each = token_loss(logits, targets, "none")
+    kept = targets != -1
+    assert each.shape == (2, 3) and (each[~kept] == 0).all()
+    torch.testing.assert_close(token_loss(logits, targets, "sum"), each.sum())
+    mean = token_loss(logits, targets)
+    if kept.any():
+        expected = F.cross_entropy(logits.view(-1, 11), targets.view(-1), ignore_index=-1)
+        torch.testing.assert_close(mean, expected)
+    else:
+        assert mean == 0
+
+
+def test_bfloat16_activations_stay_close_to_float32():
+    model = random_model()
+    idx = torch.randint(0, 97, (2, 32), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        exact = model(idx, idx)
+        model.compute_dtype = torch.bfloat16
+        rough = model(idx, idx)
+    assert rough.dtype == torch.float32
+    assert rough.item() == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_logits_equal_transformers_nanochat():
+    """The classic model is the one transformers ships: same weights, same logits."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "NanoChatForCausalLM"):
+        pytest.skip("this transformers has no NanoChat class")
+    config = GPTConfig(vocab_size=97, seq_len=32, n_layer=2, n_head=4, n_kv_head=4, n_embd=32)
+    ours = random_model(config)
+    theirs = transformers.NanoChatForCausalLM(
+        transformers.NanoChatConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=32,
+            final_logit_softcapping=15.0,
+            tie_word_embeddings=False,
+            rms_norm_eps=torch.finfo(torch.float32).eps,
+        )
+    ).eval()
+    names = {"embedding.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        for mine, other in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("proj", "o_proj")):
+            names[f"blocks.{i}.attention.{mine}.weight"] = f"{layer}.self_attn.{other}.weight"
+        names[f"blocks.{i}.mlp.up.weight"] = f"{layer}.mlp.fc1.weight"
+        names[f"blocks.{i}.mlp.down.weight"] = f"{layer}.mlp.fc2.weight"
+    state = {names[name]: tensor for name, tensor in ours.state_dict().items()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and not [m for m in missing if "inv_freq" not in m]
+    idx = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx), theirs(idx).logits.float(), atol=2e-4, rtol=1e-3)

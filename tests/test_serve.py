@@ -1,0 +1,531 @@
+"""nanochat.serve: every endpoint, the limits, the guard, streams, disconnects."""
+
+import asyncio
+import http.client
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from parrot import Parrot, small_tokenizer
+
+pytest.importorskip("fastapi", reason="the extra `serve` (fastapi, uvicorn) is not installed")
+pytest.importorskip("uvicorn", reason="the extra `serve` (fastapi, uvicorn) is not installed")
+httpx = pytest.importorskip("httpx")
+
+from fastapi.testclient import TestClient  # noqa: E402
+
+from nanochat.common import UserError  # noqa: E402
+from nanochat.serve import (  # noqa: E402
+    Limits,
+    StopStrings,
+    background_server,
+    create_app,
+    page,
+    read_events,
+    run_server,
+)
+
+TOOL = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>36."
+CHAT = "/v1/chat/completions"
+
+
+def client(engines=None, **options):
+    app = create_app(engines or Parrot(), **options)
+    return TestClient(app, base_url="http://127.0.0.1")
+
+
+def ask(text="hi", **more):
+    return {"messages": [{"role": "user", "content": text}], **more}
+
+
+def stream(web, path, body):
+    answer = web.post(path, json={**body, "stream": True})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.text.endswith("data: [DONE]\n\n")
+    return list(read_events(iter(answer.text.splitlines())))
+
+
+def error_of(answer, status):
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "Traceback" not in answer.text and ".py" not in answer.text
+    return error
+
+
+# ---- the endpoints ----------------------------------------------------------------------------
+
+
+def test_health_and_models():
+    web = client({"base": Parrot(), "sft": Parrot()})
+    assert web.get("/health").json() == {"status": "ok", "models": 2}
+    listed = web.get("/v1/models").json()
+    assert listed["object"] == "list" and [m["id"] for m in listed["data"]] == ["base", "sft"]
+
+
+def test_chat_whole():
+    engine = Parrot()
+    body = client(engine).post(CHAT, json=ask("the fox", temperature=0, seed=3, top_k=7)).json()
+    choice = body["choices"][0]
+    assert body["object"] == "chat.completion" and body["id"].startswith("chatcmpl-")
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "You said: the fox",
+        "refusal": None,
+    }
+    assert choice["finish_reason"] == "stop" and choice["logprobs"] is None
+    usage, call = body["usage"], engine.calls[0]
+    assert usage["prompt_tokens"] == len(call["ids"])
+    assert usage["completion_tokens"] == len(small_tokenizer().encode("You said: the fox"))
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert (call["temperature"], call["seed"], call["top_k"], call["tools"]) == (0, 3, 7, True)
+
+
+def test_chat_stream_has_the_same_text_and_counts():
+    events = stream(client(), CHAT, ask("the fox", stream_options={"include_usage": True}))
+    assert events[0]["choices"][0]["delta"] == {"content": "", "role": "assistant"}
+    assert all(e["object"] == "chat.completion.chunk" for e in events)
+    text = "".join(c["delta"].get("content", "") for e in events for c in e["choices"])
+    assert text == "You said: the fox"
+    reasons = [c["finish_reason"] for e in events for c in e["choices"]]
+    assert reasons[-1] == "stop" and not any(reasons[:-1])
+    assert events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] > 0
+
+
+def test_tool_calls_travel_beside_the_text():
+    web = client(Parrot(reply=TOOL))
+    message = web.post(CHAT, json=ask()).json()["choices"][0]["message"]
+    assert message["content"] == "It is 36."
+    assert [p["type"] for p in message["parts"]] == ["text", "python", "python_output", "text"]
+    deltas = [e["choices"][0]["delta"] for e in stream(web, CHAT, ask())]
+    assert "".join(d.get("content", "") for d in deltas) == "It is 36."
+    calls = [d["part"] for d in deltas if "part" in d and d["part"]["type"] == "python"]
+    assert "".join(c["text"] for c in calls) == "12*3" and calls[0]["opens"]
+
+
+def test_completions_whole_and_streamed():
+    engine = Parrot()
+    web = client(engine)
+    body = web.post("/v1/completions", json={"prompt": "the quick", "max_tokens": 3}).json()
+    assert body["object"] == "text_completion" and body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["completion_tokens"] == 3
+    assert engine.calls[0]["ids"] == small_tokenizer().encode("the quick", bos=True)
+    assert engine.calls[0]["tools"] is False
+    events = stream(web, "/v1/completions", {"prompt": ["the quick"]})
+    assert "".join(e["choices"][0]["text"] for e in events) == " and so on"
+
+
+def test_logprobs():
+    web = client()
+    choice = web.post(CHAT, json=ask(logprobs=True)).json()["choices"][0]
+    rows = choice["logprobs"]["content"]
+    assert "".join(row["token"] for row in rows) == "You said: hi"
+    assert all(row["logprob"] == -0.25 for row in rows)
+    choice = web.post("/v1/completions", json={"prompt": "a", "logprobs": 1}).json()["choices"][0]
+    assert "".join(choice["logprobs"]["tokens"]) == " and so on"
+
+
+def test_stop_strings():
+    web = client(Parrot(reply="the quick brown fox"))
+    for stop in ("brown", ["zzz", "brown"]):
+        choice = web.post(CHAT, json=ask(stop=stop)).json()["choices"][0]
+        assert choice["message"]["content"] == "the quick " and choice["finish_reason"] == "stop"
+        deltas = [e["choices"][0]["delta"] for e in stream(web, CHAT, ask(stop=stop))]
+        assert "".join(d.get("content", "") for d in deltas) == "the quick "
+
+
+@given(
+    st.text("ab", max_size=20),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(1, 3), min_size=20, max_size=20),
+)
+def test_stop_strings_do_not_depend_on_how_text_is_cut(text, stops, sizes):
+    stopper, shown, at, found = StopStrings(stops), "", 0, False
+    for size in sizes:
+        more, found = stopper.push(text[at : at + size])
+        shown, at = shown + more, at + size
+        if found:
+            break
+    if not found:
+        shown += stopper.flush()
+    first = min((text.find(s) for s in stops if s in text), default=len(text))
+    ends = [text.find(s) + len(s) for s in stops if s in text]
+    if not ends:
+        assert shown == text and not found
+    else:  # the cut is at a stop string that begins no later than where the earliest one ended
+        assert found and first <= len(shown) <= min(ends) and text.startswith(shown)
+        assert not any(s in shown for s in stops)
+
+
+def test_long_conversations_are_cut_and_the_note_says_so():
+    messages = []
+    for i in range(12):
+        messages += [{"role": "user", "content": f"quick brown {i}"}]
+        messages += [{"role": "assistant", "content": "the fox"}]
+    messages[-1:] = []
+    web = client(Parrot(window=120))
+    assert "did not fit" in web.post(CHAT, json={"messages": messages}).json()["note"]
+    assert "too long" in error_of(web.post(CHAT, json=ask("fox " * 500)), 400)["message"]
+
+
+def test_metrics_count():
+    web = client()
+    web.post(CHAT, json=ask())
+    web.get("/nothing/here")
+    text = web.get("/metrics").text
+    assert f'nanochat_requests_total{{path="{CHAT}",status="200"}} 1' in text
+    assert 'path="other",status="404"} 1' in text and "nothing" not in text
+    assert "nanochat_replies_total 1" in text and "nanochat_active 0" in text
+    for line in text.splitlines():
+        assert re.fullmatch(r"# TYPE \S+ (counter|gauge|summary)|[a-z_]+(\{.*\})? [0-9.]+", line)
+
+
+# ---- bad requests -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"messages": []},
+        {"messages": "hi"},
+        {"messages": [1]},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "root", "content": "x"}]},
+        {"messages": [{"role": "assistant", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "x"}] * 2},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        ask(temperature=3),
+        ask(temperature="hot"),
+        ask(temperature=True),
+        ask(top_k=0),
+        ask(top_k=2.5),
+        ask(top_p=-1),
+        ask(max_tokens=0),
+        ask(max_tokens=10**9),
+        ask(n=2),
+        ask(stream="yes"),
+        ask(seed=2**70),
+        ask(stop=[""]),
+        ask(stop=["a"] * 5),
+        ask(stop={"a": 1}),
+        ask(stream_options=[]),
+        ask("x" * 8_001),
+    ],
+)
+def test_bad_chat_requests_are_400(body):
+    error_of(client().post(CHAT, json=body), 400)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, [], ["a", "b"], [[1, 2]], "x" * 32_001])
+def test_bad_completion_requests_are_400(prompt):
+    error_of(client().post("/v1/completions", json={"prompt": prompt}), 400)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a": NaN}', b"[" * 100_000, b'{"a": Infinity}']
+    + [b'{"messages": [{"role": "user", "content": "\\ud800"}]}'],
+)
+def test_broken_bodies_are_400(data):
+    answer = client().post(CHAT, content=data, headers={"content-type": "application/json"})
+    error_of(answer, 400)
+
+
+def test_other_errors():
+    web = client(limits=Limits(body_bytes=1000, messages=3))
+    assert "gpt-9" in error_of(web.post(CHAT, json=ask(model="gpt-9")), 404)["message"]
+    error_of(web.post(CHAT, json=ask("x" * 2000)), 413)
+    error_of(web.post(CHAT, content="{}", headers={"content-type": "text/plain"}), 415)
+    error_of(web.get("/secret"), 404)
+    error_of(web.get(CHAT), 405)
+    talk = [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant", "user")]
+    error_of(web.post(CHAT, json={"messages": talk}), 400)
+    assert web.post("/v1/chat/completions/../../etc/passwd", json={}).status_code in (404, 405)
+
+
+def test_null_fields_mean_the_default():
+    body = {name: None for name in ("temperature", "top_k", "max_tokens", "seed", "stop", "model")}
+    assert client().post(CHAT, json=ask(**body, frequency_penalty=0, user="me")).status_code == 200
+
+
+values = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=5), st.lists(st.integers(), max_size=2), st.dictionaries(st.text(), st.none()),
+)  # fmt: skip
+names = [
+    "model",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_tokens",
+    "max_completion_tokens",
+    "seed",
+    "n",
+]
+names += ["stream", "stream_options", "stop", "logprobs", "messages", "prompt"]
+SHARED = {}
+
+
+@given(st.dictionaries(st.sampled_from(names), values), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_no_request_makes_a_500(fields, chat):
+    web = SHARED.setdefault("web", client())
+    body = {**(ask() if chat else {"prompt": "the"}), **fields}
+    answer = web.post(CHAT if chat else "/v1/completions", json=body)
+    assert answer.status_code in (200, 400, 404)
+
+
+# ---- the guard --------------------------------------------------------------------------------
+
+
+def test_token():
+    web = client(token="s3cret")
+    assert web.get("/").status_code == 200 and web.get("/health").status_code == 200
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/nothing"):
+        assert error_of(web.get(path), 401)["type"] == "authentication_error"
+    for wrong in ("Bearer", "Bearer nope", "s3cret", "bearer s3cret", "Bearer s3cret2"):
+        headers = {"authorization": wrong}
+        error_of(web.post(CHAT, json=ask(), headers=headers), 401)
+    answer = web.post(CHAT, json=ask(), headers={"authorization": "Bearer s3cret"})
+    assert answer.status_code == 200 and "s3cret" not in web.get("/").text
+
+
+@pytest.mark.parametrize(
+    "host,fine",
+    [("localhost", 1), ("localhost:8000", 1), ("127.0.0.1:1", 1), ("[::1]:8000", 1), ("[::1]", 1)]
+    + [("evil.example", 0), ("127.0.0.1.evil.example", 0), ("localhost.evil:80", 0), ("", 0)],
+)
+def test_without_a_token_only_this_machine_is_named(host, fine):
+    answer = client().get("/v1/models", headers={"host": host})
+    assert answer.status_code == (200 if fine else 421)
+
+
+def test_errors_inside_show_nothing(caplog):
+    web = client(Parrot(fail_after=2))
+    assert error_of(web.post(CHAT, json=ask()), 500)["type"] == "server_error"
+    answer = web.post(CHAT, json=ask(stream=True))
+    last = list(read_events(iter(answer.text.splitlines())))[-1]
+    assert "error" in last and "secret" not in answer.text and "somebody" not in answer.text
+    assert "nanochat_active 0" in web.get("/metrics").text
+    assert "secret path" in caplog.text  # but the owner of the server can read it
+
+
+def test_page_policy_and_headers():
+    web = client()
+    one, two = web.get("/"), web.get("/")
+    policy = one.headers["content-security-policy"]
+    nonce = re.search(r"script-src 'nonce-([^']+)'", policy)[1]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and nonce not in two.text
+    assert one.text.count(f'nonce="{nonce}"') == 2 == one.text.count("nonce=")
+    assert one.headers["x-content-type-options"] == "nosniff"
+    assert "access-control-allow-origin" not in one.headers
+    for word in ("innerHTML", "insertAdjacentHTML", "document.write", "eval(", "onclick", "style="):
+        assert word not in one.text
+    addresses = set(re.findall(r"https?://[^\s'\"]+", one.text))
+    assert addresses == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"@import|url\(|<iframe|src=", one.text)
+    assert len(page("x")) < 40_000
+
+
+def test_no_documentation_pages_that_load_from_elsewhere():
+    assert client().get("/docs").status_code == 404
+    schema = client().get("/openapi.json").json()
+    body = schema["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["temperature"]["maximum"] == 2 and body["required"] == ["messages"]
+
+
+# ---- a real server: streams, disconnects, limits ----------------------------------------------
+
+
+def wait_for(condition, seconds=3.0):
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_first_token_comes_before_the_last():
+    app = create_app(Parrot(delay=0.02))
+    with background_server(app) as url, httpx.Client() as web:
+        begin = time.perf_counter()
+        body = ask("the quick brown fox " * 8, stream=True)
+        with web.stream("POST", url + CHAT, json=body) as answer:
+            first = None
+            for item in read_events(answer.iter_lines()):
+                if first is None and item["choices"][0]["delta"].get("content"):
+                    first = time.perf_counter() - begin
+        assert first < 0.3 and time.perf_counter() - begin > 2 * first
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_disconnect_frees_the_slot_and_the_engine(streamed):
+    engine = Parrot(delay=0.01, reply="the quick brown fox " * 100, window=4096)
+    app = create_app(engine, limits=Limits(concurrent=1, seconds=60))
+    metrics = app.state.server.metrics
+    with background_server(app) as url:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        body = json.dumps(ask(stream=streamed, max_tokens=4000))
+        connection.request("POST", CHAT, body, {"content-type": "application/json"})
+        assert wait_for(lambda: engine.running == 1)
+        if streamed:
+            connection.getresponse().read(50)
+        connection.close()
+        assert wait_for(lambda: engine.running == 0), "the engine kept computing"
+        assert wait_for(lambda: metrics.active == 0) and metrics.disconnects == 1
+        assert httpx.post(url + CHAT, json=ask(max_tokens=2)).status_code == 200
+
+
+def test_a_client_that_never_reads_is_cut_off():
+    engine = Parrot(reply="the quick brown fox" * 20, times=10**5, window=10**7)
+    limits = Limits(concurrent=1, seconds=3, max_tokens=10**7)
+    app = create_app(engine, limits=limits)
+    metrics = app.state.server.metrics
+    with background_server(app) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect((host, int(port)))
+            body = json.dumps(ask(stream=True)).encode()
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert wait_for(lambda: engine.running == 1)
+            assert wait_for(lambda: metrics.active == 0, limits.seconds + 7)
+            assert wait_for(lambda: engine.running == 0)
+
+
+def test_time_limit_ends_a_reply():
+    app = create_app(Parrot(delay=0.02, reply="fox " * 200), limits=Limits(seconds=0.3))
+    web = TestClient(app, base_url="http://127.0.0.1")
+    begin = time.perf_counter()
+    choice = web.post(CHAT, json=ask()).json()["choices"][0]
+    assert choice["finish_reason"] == "length" and time.perf_counter() - begin < 1
+    assert choice["message"]["content"].startswith("fox ")
+
+
+def test_queue_429_and_503():
+    engine = Parrot(delay=0.02, reply="fox " * 100)
+    app = create_app(engine, limits=Limits(concurrent=1, waiting=1, seconds=1.0))
+    with background_server(app) as url:
+        statuses = []
+
+        def one():
+            statuses.append(httpx.post(url + CHAT, json=ask(), timeout=10).status_code)
+
+        threads = [threading.Thread(target=one) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert statuses.count(429) == 4 and 200 in statuses
+    assert set(statuses) <= {200, 429, 503}
+
+
+def test_many_streams_do_not_cross_and_take_turns():
+    engine = Parrot(delay=0.001)
+    app = create_app(engine, limits=Limits(concurrent=20))
+    order = []
+
+    async def one(web, url, number):
+        text, body = "", ask(f"fox number {number} " + "quick " * 10, stream=True)
+        async with web.stream("POST", url + CHAT, json=body) as answer:
+            async for line in answer.aiter_lines():
+                for item in read_events(iter([line])):
+                    if item["choices"] and (more := item["choices"][0]["delta"].get("content")):
+                        text += more
+                        order.append(number)
+        assert text == f"You said: fox number {number} " + "quick " * 10
+
+    async def everybody(url):
+        async with httpx.AsyncClient(timeout=30) as web:
+            await asyncio.gather(*(one(web, url, number) for number in range(12)))
+
+    with background_server(app) as url:
+        asyncio.run(everybody(url))
+    last_first = max(order.index(n) for n in range(12))
+    assert last_first < len(order) / 2  # everybody had begun before half of the work was done
+    assert engine.running == 0 and app.state.server.metrics.active == 0
+
+
+def test_random_disconnects_leave_nothing_behind():
+    engine = Parrot(delay=0.002, reply="the quick brown fox " * 30)
+    app = create_app(engine, limits=Limits(concurrent=4))
+    with background_server(app) as url:
+
+        async def one(web, number):
+            async with web.stream("POST", url + CHAT, json=ask(stream=True)) as answer:
+                assert answer.status_code == 200
+                async for _ in answer.aiter_lines():
+                    if number % 3 == 0:
+                        return
+
+        async def everybody():
+            async with httpx.AsyncClient(timeout=30) as web:
+                await asyncio.gather(*(one(web, number) for number in range(15)))
+
+        asyncio.run(everybody())
+        assert wait_for(lambda: app.state.server.metrics.active == 0)
+        assert wait_for(lambda: engine.running == 0)
+
+
+# ---- starting ---------------------------------------------------------------------------------
+
+
+def test_a_taken_port_is_one_clear_sentence():
+    with background_server(create_app(Parrot())) as url, pytest.raises(UserError, match="port"):
+        run_server(Parrot(), port=int(url.rsplit(":", 1)[1]))
+
+
+def test_open_address_makes_a_token(monkeypatch, capsys):
+    import uvicorn
+
+    seen = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: seen.append(self.config.app))
+    run_server(Parrot(), host="0.0.0.0", port=0)
+    run_server(Parrot(), host="127.0.0.1", port=0)
+    open_app, local_app = seen
+    assert len(open_app.state.token) >= 24 and local_app.state.token is None
+    assert f"#token={open_app.state.token}" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_missing_extra_is_one_clear_sentence():
+    code = (
+        "import sys; sys.modules['fastapi'] = None\n"
+        "from nanochat.common import UserError\n"
+        "from nanochat.serve import create_app\n"
+        "try: create_app({})\n"
+        "except UserError as error: print(error)"
+    )
+    root = Path(__file__).parent.parent
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert "nanochat[serve]" in out.stdout, out.stderr
+
+
+def test_openai_client_works_unchanged():
+    openai = pytest.importorskip("openai", reason="the openai client is not installed")
+    with background_server(create_app(Parrot(reply=TOOL), token="tok")) as url:
+        web = openai.OpenAI(base_url=url + "/v1", api_key="tok", max_retries=0)
+        assert [m.id for m in web.models.list()] == ["nanochat"]
+        messages = [{"role": "user", "content": "12*3?"}]
+        whole = web.chat.completions.create(model="nanochat", messages=messages, logprobs=True)
+        assert whole.choices[0].message.content == "It is 36."
+        assert whole.choices[0].logprobs.content[0].logprob == -0.25
+        chunks = web.chat.completions.create(model="nanochat", messages=messages, stream=True)
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == "It is 36."
+        plain = web.completions.create(model="nanochat", prompt="x", max_tokens=2)
+        assert plain.usage.completion_tokens == 2
+        with pytest.raises(openai.NotFoundError):
+            web.chat.completions.create(model="gpt-9", messages=messages)
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=url + "/v1", api_key="no").models.list()

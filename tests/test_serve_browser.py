@@ -1,0 +1,218 @@
+"""The served page in a real browser: Debian's Chromium, driven by Playwright."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from parrot import Parrot
+
+pytest.importorskip("fastapi", reason="the extra `serve` (fastapi, uvicorn) is not installed")
+pytest.importorskip("uvicorn", reason="the extra `serve` (fastapi, uvicorn) is not installed")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+if not CHROMIUM:
+    pytest.skip("no chromium on this machine (or set $CHROMIUM)", allow_module_level=True)
+
+from nanochat.serve import background_server, create_app  # noqa: E402
+
+EVIL = (
+    "<script>window.hit = 1</script><img src='http://example.com/a.png' onerror='window.hit = 2'> "
+    "![x](http://example.com/b.png) [y](javascript:window.hit=3) **bold** `x < 1`\n\n- one\n- two\n"
+)
+TOOL = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>36."
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """visit(engines, ...) serves them and opens the page; ends by checking what must never be."""
+    opened = []
+
+    def open_page(engines, scheme="light", token=None):
+        server = background_server(create_app(engines, token=token))
+        url = server.__enter__()
+        page = browser.new_page(color_scheme=scheme, viewport={"width": 900, "height": 720})
+        problems, requests = [], []
+        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(url + (f"/#token={token}" if token else "/"))
+        opened.append((server, url, page, problems, requests))
+        return page
+
+    yield open_page
+    for server, url, page, problems, requests in opened:
+        page.close()
+        server.__exit__(None, None, None)
+        assert problems == [], "console errors"
+        assert all(r.startswith((url, "data:", "blob:")) for r in requests), requests
+
+
+def say(page, text):
+    page.fill("#box", text)
+    page.press("#box", "Enter")
+
+
+def until(page, condition, seconds=10):
+    """Wait for a condition in JavaScript (the page's own policy forbids the driver's `eval`)."""
+    end = time.perf_counter() + seconds
+    while not page.evaluate(condition):
+        assert time.perf_counter() < end, condition
+        page.wait_for_timeout(10)
+
+
+def done(page):
+    until(page, "document.querySelector('#stop').disabled && !state.running")
+
+
+def texts(page):
+    return page.locator("article .bubble").all_inner_texts()
+
+
+def shot(page, name):
+    """Keep a picture when $SCREENSHOTS names a folder."""
+    if os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=Path(os.environ["SCREENSHOTS"]) / f"{name}.png")
+
+
+def test_send_stream_edit_regenerate_new(visit):
+    engine = Parrot(delay=0.02)
+    page = visit(engine)
+    page.fill("#box", "one")
+    page.press("#box", "Shift+Enter")
+    page.keyboard.type("two")
+    assert page.input_value("#box") == "one\ntwo"
+    page.press("#box", "Enter")
+    until(page, "document.querySelectorAll('article').length === 2")
+    until(page, "document.querySelectorAll('.bubble')[1].innerText.length > 3")
+    assert not page.is_disabled("#stop")
+    done(page)
+    assert texts(page)[0] == "one\ntwo" and "You said: one" in texts(page)[1]
+    say(page, "three")
+    done(page)
+    page.click("article.user >> nth=0 >> text=Edit")
+    assert page.input_value("#box") == "one\ntwo"
+    say(page, "ONE")
+    done(page)
+    assert texts(page) == ["ONE", "You said: ONE"]
+    page.click("text=Regenerate")
+    done(page)
+    assert len(engine.calls) == 4 and texts(page) == ["ONE", "You said: ONE"]
+    page.click("#new")
+    assert texts(page) == []
+
+
+def test_stop_within_200_ms(visit):
+    engine = Parrot(delay=0.02, times=50)
+    page = visit(engine)
+    say(page, "the quick brown fox")
+    until(page, "document.querySelectorAll('.bubble')[1].innerText.length > 20")
+    begin = time.perf_counter()
+    page.click("#stop")
+    done(page)
+    stopped = time.perf_counter() - begin
+    end = begin + 2
+    while engine.running and time.perf_counter() < end:
+        page.wait_for_timeout(5)
+    assert stopped < 0.5 and not engine.running  # clicking through the driver takes some of it
+    assert "stopped" in page.inner_text("article >> nth=1") and "You" in texts(page)[1]
+    say(page, "again")
+    page.keyboard.press("Escape")
+    done(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_hostile_text_is_only_text(visit, scheme):
+    page = visit({"nano": Parrot(reply=EVIL), "calc": Parrot(reply=TOOL)}, scheme)
+    say(page, EVIL)
+    done(page)
+    answer = texts(page)[1]
+    assert "<script>" in answer and "![x](http://example.com/b.png)" in answer
+    assert page.evaluate("window.hit") is None
+    assert page.locator("#talk img, #talk script, #talk a, #talk iframe").count() == 0
+    assert page.locator("#talk strong").inner_text() == "bold"
+    assert page.locator("#talk li").count() == 2
+    page.select_option("#model", "calc")
+    say(page, "What is 12*3?")
+    done(page)
+    assert page.locator("details").count() == 1 and not page.is_visible("details pre")
+    page.click("summary")
+    assert page.inner_text("details pre") == "12*3\n= 36"
+    page.click("#more")
+    shot(page, f"page_{scheme}")
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_settings_reach_the_engine_and_survive_a_reload(visit):
+    one, two = Parrot(), Parrot(reply="two")
+    page = visit({"one": one, "two": two})
+    page.click("#more")
+    for name, value in dict(temperature="0.3", top_k="0", max_tokens="7", seed="11").items():
+        page.fill("#" + name, value)
+    page.fill("#system", "quick fox")
+    page.select_option("#model", "two")
+    say(page, "hello")
+    done(page)
+    call = two.calls[0]
+    assert (call["temperature"], call["max_tokens"], call["seed"]) == (0.3, 7, 11)
+    assert "quick fox" in two.tokenizer.decode(call["ids"]) and not one.calls
+    page.reload()
+    until(page, "document.querySelectorAll('#model option').length === 2")
+    assert texts(page) == ["hello", "two"] and page.input_value("#temperature") == "0.3"
+    assert page.input_value("#model") == "two"
+
+
+def test_save_and_load(visit, tmp_path):
+    page = visit(Parrot(reply=TOOL))
+    say(page, "12*3?")
+    done(page)
+    page.click("#more")
+    with page.expect_download() as download:
+        page.click("#save")
+    saved = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert [p["type"] for p in saved["messages"][1]["content"]][1] == "python"
+    page.click("#new")
+    (tmp_path / "talk.json").write_text(json.dumps(saved), encoding="utf-8")
+    page.set_input_files("#file", tmp_path / "talk.json")
+    until(page, "document.querySelectorAll('article').length === 2")
+    (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
+    page.set_input_files("#file", tmp_path / "bad.json")
+    until(page, "document.querySelector('#alert').innerText.includes('not a saved')")
+    assert page.locator("article").count() == 2
+
+
+def test_token_in_the_address_is_used_and_hidden(visit):
+    page = visit(Parrot(), token="s3cret")
+    until(page, "document.querySelectorAll('#model option').length === 1")
+    assert "s3cret" not in page.url
+    say(page, "hello")
+    done(page)
+    assert texts(page) == ["hello", "You said: hello"]
+
+
+def test_keyboard_alone_and_names_for_screen_readers(visit):
+    page = visit(Parrot())
+    assert page.evaluate("document.activeElement.id") == "box"
+    page.keyboard.type("hello")
+    page.keyboard.press("Enter")
+    done(page)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "send"
+    unnamed = page.evaluate(
+        """[...document.querySelectorAll('button, input:not([hidden]), select, textarea')].filter(
+        (n) => !(n.innerText || n.ariaLabel || (n.labels && n.labels.length))).length"""
+    )
+    assert unnamed == 0
+    assert page.get_attribute("#talk", "aria-live") == "polite"
+    assert page.get_attribute("article >> nth=1", "aria-label") == "Model"

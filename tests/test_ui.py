@@ -1,0 +1,615 @@
+"""nanochat.ui: sessions, safe Markdown, the widget without a browser, the terminal."""
+
+import json
+import threading
+import time
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from parrot import Parrot, Token, small_tokenizer
+
+from nanochat import ui
+from nanochat.common import UserError
+from nanochat.ui import (
+    MARKDOWN_TAGS,
+    ChatSession,
+    ChatSettings,
+    ChatWidget,
+    Piece,
+    add_piece,
+    bubble_html,
+    check_messages,
+    fit_context,
+    load_session,
+    markdown_html,
+    read_pieces,
+    save_session,
+    terminal_chat,
+    tokens_html,
+    transcript_html,
+)
+
+
+def text_of(message):
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(p["text"] for p in content)
+
+
+def run(pieces):
+    return list(pieces)
+
+
+TOOL = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>36."
+
+
+# ---- pieces and parts -------------------------------------------------------------------------
+
+
+def test_tool_call_becomes_three_parts():
+    session = ChatSession(Parrot(reply=TOOL), small_tokenizer())
+    run(session.send("What is 12*3?"))
+    parts = session.messages[-1]["content"]
+    assert parts == [
+        {"type": "text", "text": "It is "},
+        {"type": "python", "text": "12*3"},
+        {"type": "python_output", "text": "36"},
+        {"type": "text", "text": "36."},
+    ]
+    assert session.finish_reason == "stop"
+    assert any(piece.forced for piece in session.pieces)
+
+
+def test_two_calls_in_a_row_stay_two_parts():
+    reply = "<|python_start|>1+1<|python_end|><|python_start|>2+2<|python_end|>"
+    session = ChatSession(Parrot(reply=reply), small_tokenizer())
+    run(session.send("x"))
+    assert [p["text"] for p in session.messages[-1]["content"]] == ["1+1", "2+2"]
+
+
+def test_special_tokens_never_become_text():
+    tokenizer = small_tokenizer()
+    ids = [tokenizer.special(n) for n in ("user_start", "output_end", "python_end", "user_end")]
+    parts = []
+    for piece in read_pieces(iter([Token(i, "<|x|>", 0.0, False) for i in ids]), tokenizer):
+        add_piece(parts, piece)
+    assert parts == []
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["text", "python", "python_output"]), st.text(max_size=4)))
+)
+def test_parts_keep_every_character(bits):
+    parts = []
+    for kind, text in bits:
+        add_piece(parts, Piece(kind, text))
+    assert "".join(p["text"] for p in parts) == "".join(text for _, text in bits)
+    assert all(a["type"] != b["type"] for a, b in zip(parts, parts[1:]))
+
+
+# ---- the session ------------------------------------------------------------------------------
+
+
+def test_reply_grows_while_it_streams():
+    session = ChatSession(Parrot(), small_tokenizer())
+    lengths = []
+    for _ in session.send("Hello there"):
+        lengths.append(len(text_of(session.messages[-1])))
+    assert lengths[0] == 0 and lengths == sorted(lengths)
+    assert text_of(session.messages[-1]) == "You said: Hello there"
+
+
+def test_edit_forgets_what_followed():
+    session = ChatSession(Parrot(), small_tokenizer())
+    for text in ("one", "two", "three"):
+        run(session.send(text))
+    run(session.edit(2, "TWO"))
+    assert [text_of(m) for m in session.messages] == [
+        "one",
+        "You said: one",
+        "TWO",
+        "You said: TWO",
+    ]
+    for wrong in (1, 99, -1):
+        with pytest.raises(UserError, match="question"):
+            run(session.edit(wrong, "x"))
+
+
+def test_regenerate_moves_the_seed_and_an_explicit_seed_wins():
+    engine = Parrot()
+    session = ChatSession(engine, small_tokenizer(), settings=ChatSettings(seed=5))
+    run(session.send("one"))
+    run(session.regenerate())
+    run(session.regenerate(seed=40))
+    assert [call["seed"] for call in engine.calls] == [5, 6, 40]
+    assert len(session.messages) == 2
+    session.clear()
+    run(session.send("one"))
+    assert engine.calls[-1]["seed"] == 5
+
+
+def test_stop_keeps_the_part_that_came():
+    session = ChatSession(Parrot(), small_tokenizer())
+    for _ in session.send("the quick brown fox the quick brown fox"):
+        if session.stats.tokens == 3:
+            session.stop()
+    assert session.finish_reason == "cancelled" and 3 <= session.stats.tokens <= 4
+    run(session.send("still alive?"))
+    assert session.finish_reason == "stop" and len(session.messages) == 4
+
+
+def test_dropped_generator_frees_the_session():
+    engine = Parrot()
+    session = ChatSession(engine, small_tokenizer())
+    pieces = session.send("hello there")
+    next(pieces), next(pieces)
+    with pytest.raises(UserError, match="still being written"):
+        run(session.send("me too"))
+    pieces.close()
+    assert engine.running == 0 and session.finish_reason == "cancelled"
+    run(session.regenerate())
+
+
+def test_failure_leaves_the_conversation_as_it_was():
+    engine = Parrot()
+    session = ChatSession(engine, small_tokenizer())
+    run(session.send("one"))
+    before = json.dumps(session.messages)
+    engine.fail_after = 2
+    with pytest.raises(RuntimeError):
+        run(session.send("two"))
+    assert json.dumps(session.messages) == before and session.finish_reason == "error"
+    engine.fail_after = None
+    run(session.send("two"))
+
+
+def test_length_limit_is_named():
+    engine = Parrot(tail=False)
+    session = ChatSession(engine, small_tokenizer())
+    run(session.send("the quick brown fox", max_tokens=4))
+    assert session.finish_reason == "length" and session.stats.tokens == 4
+
+
+def test_system_prompt_is_sent_and_not_stored_in_messages():
+    engine = Parrot()
+    session = ChatSession(engine, small_tokenizer(), system="quick brown")
+    run(session.send("fox"))
+    assert "quick brown" in small_tokenizer().decode(engine.calls[0]["ids"])
+    assert [m["role"] for m in session.messages] == ["user", "assistant"]
+
+
+def test_user_text_never_makes_special_tokens():
+    engine = Parrot()
+    session = ChatSession(engine, small_tokenizer())
+    run(session.send("<|assistant_start|><|bos|>"))
+    ids = engine.calls[0]["ids"]
+    assert ids.count(small_tokenizer().special("assistant_start")) == 1
+    assert ids.count(small_tokenizer().bos_id) == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=0), dict(max_tokens=True)]
+    + [dict(top_p=2), dict(seed=-1), dict(temperature="hot"), dict(top_k=1.5)],
+)
+def test_bad_sampling_is_refused(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        run(ChatSession(Parrot(), small_tokenizer()).send("x", **bad))
+
+
+def test_empty_message_is_refused():
+    with pytest.raises(UserError, match="empty"):
+        run(ChatSession(Parrot(), small_tokenizer()).send("  \n"))
+
+
+# ---- the window -------------------------------------------------------------------------------
+
+
+def conversation(turns, words=6):
+    out = [{"role": "system", "content": "so on"}]
+    for i in range(turns):
+        out.append({"role": "user", "content": f"question {i} " + "quick " * words})
+        out.append({"role": "assistant", "content": "brown fox"})
+    return [*out, {"role": "user", "content": "the last"}]
+
+
+@given(st.integers(0, 12), st.integers(60, 400), st.integers(1, 30))
+@settings(deadline=None, max_examples=40)
+def test_fit_context_keeps_the_newest_turns_that_fit(turns, window, reserve):
+    messages, tokenizer = conversation(turns), small_tokenizer()
+    ids, dropped = fit_context(messages, tokenizer, window, reserve)
+    assert len(ids) + reserve <= window and dropped % 2 == 0
+    text = tokenizer.decode(ids)
+    assert "the last" in text and "so on" in text
+    if dropped:  # one turn less dropped would not have fitted
+        kept = messages[:1] + messages[1 + dropped - 2 :]
+        assert len(ui.render_prompt({"messages": kept}, tokenizer)) + reserve > window
+
+
+def test_overflow_is_said_and_a_huge_message_refused():
+    engine = Parrot(window=80)
+    session = ChatSession(engine, small_tokenizer(), settings=ChatSettings(max_tokens=20))
+    notes = []
+    for i in range(6):
+        notes += [p for p in session.send(f"quick {i}") if p.kind == "note"]
+    assert notes and "left out" in notes[0].text
+    assert all(len(c["ids"]) + c["max_tokens"] <= 80 for c in engine.calls)
+    with pytest.raises(UserError, match="too long"):
+        run(session.send("fox " * 200))
+    assert len(session.messages) == 12
+
+
+def test_window_is_all_used_when_the_answer_may_be_long():
+    engine = Parrot(window=100)
+    run(ChatSession(engine, small_tokenizer(), settings=ChatSettings(max_tokens=5000)).send("fox"))
+    call = engine.calls[0]
+    assert len(call["ids"]) + call["max_tokens"] == 100
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def test_save_and_load_round_trip(tmp_path):
+    session = ChatSession(
+        Parrot(reply=TOOL), small_tokenizer(), "be brief", ChatSettings(0.5, None, 0.9, 99, 3)
+    )
+    run(session.send("<b>12*3?</b>"))
+    save_session(session, tmp_path / "talk.json")
+    other = ChatSession(Parrot(), small_tokenizer())
+    load_session(other, tmp_path / "talk.json")
+    assert other.messages == session.messages and other.system == "be brief"
+    assert other.settings == session.settings
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '{"format": "other"}',
+        '{"format": "nanochat conversation", "messages": [{"role": "assistant", "content": "x"}]}',
+        '{"format": "nanochat conversation", "messages": [{"role": "user", "content": 3}]}',
+        '{"format": "nanochat conversation", "messages": [], "settings": {"heat": 1}}',
+        '{"format": "nanochat conversation", "messages": [], "settings": {"temperature": 9}}',
+        '{"format": "nanochat conversation", "messages": [], "system": 4}',
+    ],
+)
+def test_bad_files_are_refused_and_change_nothing(tmp_path, content):
+    (tmp_path / "bad.json").write_text(content)
+    session = ChatSession(Parrot(), small_tokenizer())
+    run(session.send("one"))
+    before = json.dumps(session.messages)
+    with pytest.raises(UserError):
+        load_session(session, tmp_path / "bad.json")
+    assert json.dumps(session.messages) == before
+
+
+def test_check_messages_joins_parts_of_a_user():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert check_messages([{"role": "user", "content": parts}])[0]["content"] == "ab"
+    with pytest.raises(UserError, match="parts"):
+        check_messages([{"role": "user", "content": [{"type": "python", "text": "a"}]}])
+
+
+# ---- safe Markdown ----------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    """Collects tags and attributes, checks nesting, and the visible text."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.seen, self.open, self.text = set(), [], ""
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add((tag, *attrs))
+        if tag != "br":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def handle_comment(self, data):
+        raise AssertionError("a comment")
+
+    handle_decl = handle_pi = unknown_decl = handle_comment
+
+
+BITS = ["<script>", "</", "<img src=x onerror=a>", "`", "``", "```", "```\n", "\n```\n", "*", "**"]
+BITS += ["- ", "1. ", "# ", "\n", "\n\n", "&lt;", "&#60;", "<!--", "-->", "<![CDATA[", "<?x", '"']
+BITS += [
+    "'",
+    "a",
+    " b ",
+    "<b",
+    ">",
+    "\x00",
+    "é",
+    "javascript:",
+    "![a](http://b/c)",
+    "</code></pre>",
+]
+hostile = st.one_of(st.text(), st.lists(st.sampled_from(BITS), max_size=30).map("".join))
+
+
+@given(hostile)
+@settings(max_examples=600, deadline=None)
+def test_markdown_makes_only_its_own_tags(text):
+    seen = Tags(markdown_html(text)).seen
+    assert seen <= {(tag,) for tag in MARKDOWN_TAGS}
+
+
+@given(hostile)
+@settings(max_examples=200, deadline=None)
+def test_bubbles_and_tokens_make_only_known_tags(text):
+    message = {
+        "role": "assistant",
+        "content": [
+            {"type": "python", "text": text},
+            {"type": "python_output", "text": text},
+            {"type": "text", "text": text},
+        ],
+    }
+    known = {(tag,) for tag in MARKDOWN_TAGS} | {("details",), ("summary",)}
+    for html in (bubble_html(message), bubble_html({"role": "user", "content": text})):
+        extra = Tags(html).seen - known
+        assert {tag for tag, *_ in extra} <= {"div", "p"}
+        assert all(
+            name in ("class", "role", "aria-label") for _, *attrs in extra for name, _ in attrs
+        )
+    seen = Tags(tokens_html([Piece("text", text, 3, -1.0)])).seen
+    assert {tag for tag, *_ in seen} <= {"div", "span"}
+
+
+@given(st.text(alphabet="abc <>&\"'", max_size=40))
+def test_plain_text_survives_markdown(text):
+    line = "x" + text.strip() + "x"
+    assert Tags(markdown_html(line)).text == line
+
+
+def test_markdown_renders_what_it_knows():
+    html = markdown_html(
+        "# Title\n\na **b** *c* `d<e`\nf\n\n- one\n- two\n\n2. three\n\n```py\nx < 1\n```"
+    )
+    assert html == (
+        "<p><strong>Title</strong></p><p>a <strong>b</strong> <em>c</em> "
+        "<code>d&lt;e</code><br>f</p>"
+        "<ul><li>one</li><li>two</li></ul><ol><li>three</li></ol><pre><code>x &lt; 1\n</code></pre>"
+    )
+
+
+@pytest.mark.parametrize("text", ["*" * 30_000, "`" * 30_000, " " * 30_000 + "x", "- " * 15_000])
+def test_markdown_is_fast_on_nasty_input(text):
+    begin = time.perf_counter()
+    markdown_html(text)
+    assert time.perf_counter() - begin < 2
+
+
+def test_transcript_is_static_and_names_the_speakers():
+    html = transcript_html(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": []}]
+    )
+    assert 'aria-label="You"' in html and "http" not in html and "<script" not in html
+
+
+# ---- the widget, headless ---------------------------------------------------------------------
+
+
+def say(widget, text):
+    widget.controls.box.value = text
+    widget.controls.send.click()
+
+
+def bubbles(widget):
+    return [row.children[0].value for row in widget.controls.rows.children]
+
+
+def test_widget_sends_and_shows_the_reply():
+    widget = ChatWidget(Parrot())
+    say(widget, "Hello <b>there</b>")
+    assert "Hello &lt;b&gt;there" in bubbles(widget)[0]  # at once, before any token
+    assert widget.wait(5)
+    assert "You said: Hello &lt;b&gt;there" in bubbles(widget)[1]
+    assert "tokens" in widget.controls.status.value and widget.controls.box.value == ""
+    assert widget.controls.stop.disabled and not widget.controls.send.disabled
+
+
+def test_widget_shows_text_while_it_streams_and_stops_in_time():
+    widget = ChatWidget(Parrot(delay=0.02))
+    say(widget, "the quick brown fox " * 10)
+    time.sleep(0.4)
+    seen = bubbles(widget)[1]
+    assert "You" in seen and widget.busy and not widget.controls.stop.disabled
+    begin = time.perf_counter()
+    widget.controls.stop.click()
+    assert widget.wait(5) and time.perf_counter() - begin < 0.2
+    assert "stopped" in widget.controls.status.value
+    assert len(widget.session.messages) == 2
+
+
+def test_widget_stop_pressed_at_once_is_not_lost():
+    widget = ChatWidget(Parrot(delay=0.01))
+    say(widget, "the quick brown fox " * 10)
+    widget.controls.stop.click()
+    assert widget.wait(1) and widget.session.finish_reason == "cancelled"
+
+
+def test_widget_redraws_at_most_every_refresh():
+    widget, values = ChatWidget(Parrot(delay=0.002), refresh=0.05), []
+    say(widget, "fox")
+    widget.controls.rows.children[1].children[0].observe(lambda c: values.append(c), "value")
+    widget.wait()
+    widget = ChatWidget(Parrot(delay=0.002), refresh=0.05)
+    begin = time.perf_counter()
+    say(widget, "the quick brown fox " * 20)
+    widget.controls.rows.children[1].children[0].observe(lambda c: values.append(c), "value")
+    values.clear()
+    widget.wait()
+    assert 2 <= len(values) <= (time.perf_counter() - begin) / 0.05 + 3
+
+
+def test_widget_edit_regenerate_clear():
+    engine = Parrot()
+    widget = ChatWidget(engine)
+    for text in ("one", "two"):
+        say(widget, text)
+        widget.wait()
+    widget.controls.rows.children[0].children[1].click()  # Edit beside the first question
+    assert widget.controls.box.value == "one" and "editing" in widget.controls.status.value
+    say(widget, "ONE")
+    widget.wait()
+    assert [text_of(m) for m in widget.session.messages] == ["ONE", "You said: ONE"]
+    assert len(bubbles(widget)) == 2
+    widget.controls.again.click()
+    widget.wait()
+    assert len(engine.calls) == 4 and engine.calls[-1]["seed"] != engine.calls[-2]["seed"]
+    widget.controls.clear.click()
+    assert bubbles(widget) == [] and widget.session.messages == []
+
+
+def test_widget_settings_reach_the_engine_and_models_can_be_picked():
+    base, sft = Parrot(reply="I am base"), Parrot(reply="I am sft")
+    widget = ChatWidget({"base": base, "sft": sft})
+    controls = widget.controls
+    controls.temperature.value, controls.top_k.value, controls.top_p.value = 0.3, 0, 0.5
+    controls.max_tokens.value, controls.seed.value, controls.system.value = 7, 11, "quick"
+    controls.model.value = "sft"
+    say(widget, "who?")
+    widget.wait()
+    call = sft.calls[0]
+    assert not base.calls and call["temperature"] == 0.3 and call["top_k"] is None
+    assert call["top_p"] == 0.5 and call["max_tokens"] == 7 and call["seed"] == 11
+    assert "quick" in small_tokenizer().decode(call["ids"])
+
+
+def test_widget_folds_tool_calls_and_shades_tokens():
+    widget = ChatWidget(Parrot(reply=TOOL))
+    say(widget, "12*3?")
+    widget.wait()
+    assert "<details>" in bubbles(widget)[1] and "12*3\n= 36" in bubbles(widget)[1]
+    widget.controls.shade.value = True
+    assert "p = 0.779" in bubbles(widget)[1] and "calculator" in bubbles(widget)[1]
+
+
+def test_widget_errors_are_lines_of_text():
+    widget = ChatWidget(Parrot(fail_after=1))
+    widget.controls.send.click()
+    assert "Write a message" in widget.controls.status.value
+    say(widget, "one")
+    widget.wait()
+    assert "engine failed" in widget.controls.status.value and 'role="alert"' in (
+        widget.controls.status.value
+    )
+    assert widget.session.messages == [] and not widget.controls.send.disabled
+    widget.controls.again.click()
+    assert "no question" in widget.controls.status.value
+
+
+def test_widget_save_and_load(tmp_path):
+    widget = ChatWidget(Parrot())
+    say(widget, "keep me")
+    widget.wait()
+    widget.controls.file.value = str(tmp_path / "talk.json")
+    widget.controls.save.click()
+    assert "Saved" in widget.controls.status.value
+    other = ChatWidget(Parrot())
+    other.controls.file.value = str(tmp_path / "talk.json")
+    other.controls.load.click()
+    assert "keep me" in bubbles(other)[0] and len(bubbles(other)) == 2
+    other.controls.file.value = str(tmp_path / "none.json")
+    other.controls.load.click()
+    assert "does not exist" in other.controls.status.value and len(bubbles(other)) == 2
+
+
+def test_widget_buttons_have_names_and_help():
+    controls = ChatWidget(Parrot()).controls
+    for button in (controls.send, controls.stop, controls.again, controls.clear):
+        assert button.description and button.tooltip
+    with pytest.raises(UserError, match="no engine"):
+        ChatWidget({})
+
+
+# ---- the terminal -----------------------------------------------------------------------------
+
+
+def talk(engines, lines, **options):
+    out, lines = [], iter(lines)
+
+    def read(ask):
+        try:
+            line = next(lines)
+        except StopIteration:
+            raise EOFError from None
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    answer = terminal_chat(engines, read=read, write=out.append, **options)
+    return answer, "".join(out)
+
+
+def test_terminal_streams_and_ends_cleanly():
+    answer, out = talk(Parrot(), ["hello there", "/quit", "never read"])
+    assert answer == "You said: hello there" and "You said: hello there\n" in out
+    for end in (KeyboardInterrupt(), EOFError()):
+        assert talk(Parrot(), ["hi", end])[1].endswith("\n")
+
+
+def test_terminal_one_shot():
+    answer, out = talk(Parrot(reply=TOOL), [], prompt="12*3?")
+    assert answer == "It is 36." and out == "It is  [12*3 = 36] 36.\n"
+
+
+def test_terminal_commands(tmp_path):
+    engines = {"base": Parrot(), "sft": Parrot(reply="sft here")}
+    file = str(tmp_path / "t.json")
+    lines = [
+        "/help",
+        "/temperature 0.1",
+        "/topk 0",
+        "/topp 0.5",
+        "/max 9",
+        "/seed 4",
+        "/system fox",
+    ]
+    lines += ["one", "/model sft", "two", "/again", "/save " + file, "/clear", "/load " + file]
+    lines += ["/temperature hot", "/topk -3", "/nonsense", "/model gpt9", "/load nowhere.json", ""]
+    answer, out = talk(engines, lines)
+    call = engines["base"].calls[0]
+    assert (call["temperature"], call["top_k"], call["top_p"]) == (0.1, None, 0.5)
+    assert (call["max_tokens"], call["seed"]) == (9, 4)
+    assert len(engines["sft"].calls) == 2 and "Loaded 4 messages" in out
+    for words in ("needs a number", "top_k must be", "no command /nonsense", "no model 'gpt9'"):
+        assert words in out
+    assert "does not exist" in out
+
+
+def test_terminal_ctrl_c_stops_the_reply_only():
+    class Interrupted(Parrot):
+        def generate(self, ids, **options):
+            yield from list(super().generate(ids, **options))[:3]
+            if len(self.calls) == 1:
+                raise KeyboardInterrupt
+
+    engine = Interrupted()
+    _, out = talk(engine, ["hello there", "again"])
+    assert "[stopped]" in out and len(engine.calls) == 2
+
+
+def test_terminal_prints_no_escape_sequences():
+    _, out = talk(Parrot(reply="a\x1b[31mred\x07\rb\u202ec\u00e9\n\t"), [], prompt="x")
+    assert out == "a[31mredbcé\n\t\n"
+
+
+def test_session_stop_from_another_thread():
+    session = ChatSession(Parrot(delay=0.01), small_tokenizer())
+    threading.Timer(0.1, session.stop).start()
+    begin = time.perf_counter()
+    run(session.send("the quick brown fox " * 20))
+    assert time.perf_counter() - begin < 0.6 and session.finish_reason == "cancelled"
