@@ -74,10 +74,11 @@ def test_installed_packages_satisfy_the_project():
 
 
 def make(*arguments, **environment):
+    outer = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
         ["make", *arguments],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**outer, **environment},
         capture_output=True,
         text=True,
     )
