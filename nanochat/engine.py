@@ -81,6 +81,7 @@ class KVCache:
         self.starts = torch.tensor(starts, device=device) if padded else None  # (B,)
         self.positions: Tensor | None = None  # (B, T): the model's rotary positions
         self.mask: Tensor | None = None  # (B, 1, T, S): True where a query may look
+        self.last: Tensor | None = None  # (B, 1, C): the last embedding, if the model smears
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, n_kv_head, T, head_dim) of one layer; return all S of them."""
@@ -108,6 +109,7 @@ class KVCache:
         other.keys[:, :, :, filled] = self.keys[:, :, :, filled].index_select(1, rows)
         other.values[:, :, :, filled] = self.values[:, :, :, filled].index_select(1, rows)
         other.starts = None if self.starts is None else self.starts[rows]
+        other.last = None if self.last is None else self.last[rows]
         return other
 
 

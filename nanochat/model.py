@@ -4,6 +4,7 @@ Exported from chapters/03_model.py (chapter 03, The model); edit there, not here
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,24 +13,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
+    "Additions",
     "Attention",
     "Block",
     "GPT",
     "GPTConfig",
     "Linear",
     "MLP",
+    "MODERN",
+    "ValueGate",
     "attend",
+    "attend_window",
     "init_weights",
     "rms_norm",
     "rotary_angles",
     "rotate",
     "token_loss",
+    "value_layers",
 ]
 
 
 @dataclass
 class GPTConfig:
-    """Sizes of a GPT. `for_depth` derives all of them from one dial, the number of layers."""
+    """Sizes of a GPT, and its additions to the classic model (section 9), all of them off.
+
+    `for_depth` derives the sizes from one dial, the number of layers.
+    """
 
     vocab_size: int = 32768
     seq_len: int = 2048
@@ -37,9 +46,19 @@ class GPTConfig:
     n_head: int = 6
     n_kv_head: int = 6
     n_embd: int = 768
+    rope_base: float = 10000.0
+    qk_scale: float = 1.0  # of queries and keys after their norm
+    vocab_multiple: int = 1  # both vocabulary tables are padded up to a multiple of this
+    value_embeddings: bool = False
+    residual_scalars: bool = False
+    smear: bool = False
+    backout: bool = False
+    windows: str = "L"  # pattern over the layers: L sees everything, S a quarter; the last is L
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together, with the sizes in the sentence."""
+        if not self.windows or set(self.windows) - set("LS"):
+            raise ValueError(f"windows {self.windows!r} must be made of the letters L and S.")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head or self.head_dim % 2:
             raise ValueError(
                 f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head} with an even "
@@ -51,20 +70,59 @@ class GPTConfig:
         """Channels per attention head."""
         return self.n_embd // self.n_head
 
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the vocabulary tables: vocab_size, or the next multiple of vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def window_sizes(self) -> list[int | None]:
+        """For each layer, how many earlier tokens it sees, or None for all of them."""
+        short = -(-self.seq_len // (4 * 128)) * 128
+        letters = [self.windows[i % len(self.windows)] for i in range(self.n_layer - 1)] + ["L"]
+        return [short if c == "S" and short < self.seq_len else None for c in letters]
+
     @classmethod
     def for_depth(
-        cls, depth: int, vocab_size: int, seq_len: int, aspect: int = 64, head_dim: int = 128
+        cls,
+        depth: int,
+        vocab_size: int,
+        seq_len: int,
+        aspect: int = 64,
+        head_dim: int = 128,
+        **additions: Any,
     ) -> "GPTConfig":
         """Derive the sizes from the depth: width `aspect * depth`, heads of `head_dim` channels.
 
         The width is rounded up to a whole number of heads (nanochat's rule).
         """
         n_head = math.ceil(aspect * depth / head_dim)
-        return cls(vocab_size, seq_len, depth, n_head, n_head, n_head * head_dim)
+        return cls(vocab_size, seq_len, depth, n_head, n_head, n_head * head_dim, **additions)
 
-    def to_dict(self) -> dict[str, int]:
+    @classmethod
+    def classic(cls, *sizes: int, **named: int) -> "GPTConfig":
+        """The model of nanochat's first recipe: sizes as in `for_depth`, no additions."""
+        return cls.for_depth(*sizes, **named)
+
+    @classmethod
+    def modern(cls, *sizes: int, **named: int) -> "GPTConfig":
+        """The model of nanochat's recipe of 2026: sizes as in `for_depth`, every addition."""
+        return cls.for_depth(*sizes, **named, **MODERN)
+
+    def to_dict(self) -> dict[str, Any]:
         """Return the sizes as a plain dict; `GPTConfig(**d)` reads it back."""
         return asdict(self)
+
+
+MODERN = dict(
+    rope_base=100000.0,
+    qk_scale=1.2,
+    vocab_multiple=64,
+    value_embeddings=True,
+    residual_scalars=True,
+    smear=True,
+    backout=True,
+    windows="SSSL",
+)
 
 
 class Linear(nn.Linear):
@@ -82,12 +140,17 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
     """Causal attention of q (B, H, T, D) over k, v (B, H_kv, S, D), S >= T; returns (B, H, T, D).
 
     The T queries are the last T of the S positions. `mask` (B, 1, T, S), True where a query may
-    look, replaces the causal rule (rows of different lengths in one batch, chapter 8).
+    look, replaces the causal rule (rows of different lengths in one batch, chapter 8). With a
+    `window` a query sees itself and so many positions before it (section 9).
     """
+    if window is not None and k.size(2) > window + 1:
+        return attend_window(q, k, v, mask, window)
     n_new, n_all = q.size(2), k.size(2)
     if mask is None and 1 < n_new < n_all:
         mask = torch.ones(n_new, n_all, dtype=torch.bool, device=q.device).tril(n_all - n_new)
@@ -121,25 +184,29 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer, self.config = layer, config
+        self.layer, self.config, self.window = layer, config, config.window_sizes()[layer]
         kv_width = config.n_kv_head * config.head_dim
         self.q = Linear(config.n_embd, config.n_embd)
         self.k = Linear(config.n_embd, kv_width)
         self.v = Linear(config.n_embd, kv_width)
         self.proj = Linear(config.n_embd, config.n_embd)
+        self.gate = ValueGate(config) if layer in value_layers(config) else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Any = None, value: Tensor | None = None
+    ) -> Tensor:
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.config.n_head, -1)  # (B, T, H, D)
         k = self.k(x).view(B, T, self.config.n_kv_head, -1)  # (B, T, H_kv, D)
         v = self.v(x).view(B, T, self.config.n_kv_head, -1)
-        q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))
+        v = v if self.gate is None else self.gate(x, v, value)  # section 9
+        q, k = (self.config.qk_scale * rms_norm(rotate(t, cos, sin)) for t in (q, k))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         mask = None
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)  # (B, H_kv, S, D)
             mask = kv_cache.mask
-        y = attend(q, k, v, mask)
+        y = attend(q, k, v, mask, self.window)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -162,8 +229,10 @@ class Block(nn.Module):
         super().__init__()
         self.attention, self.mlp = Attention(config, layer), MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Any = None) -> Tensor:
-        x = x + self.attention(rms_norm(x), cos, sin, kv_cache)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Any = None, value: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attention(rms_norm(x), cos, sin, kv_cache, value)
         return x + self.mlp(rms_norm(x))
 
 
@@ -191,10 +260,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int = 0, softcap: float = 15.0):
         super().__init__()
         self.config, self.softcap, self.compute_dtype = config, softcap, torch.float32
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = nn.Embedding(config.padded_vocab, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.head = Linear(config.n_embd, config.vocab_size)
-        cos, sin = rotary_angles(config.seq_len, config.head_dim)
+        self.head = Linear(config.n_embd, config.padded_vocab)
+        self.additions = Additions(config)  # section 9; the classic model has none
+        cos, sin = rotary_angles(config.seq_len, config.head_dim, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         init_weights(self, seed)
@@ -228,31 +298,35 @@ class GPT(nn.Module):
         """
         cos, sin = self.angles(idx.size(1), kv_cache)
         x = rms_norm(self.embedding(idx).to(self.compute_dtype))  # (B, T, C)
-        for block in self.blocks:
-            x = block(x, cos, sin, kv_cache)
+        add = self.additions
+        x = start = middle = add.smear(x, kv_cache)
+        for i, block in enumerate(self.blocks):
+            x = add.mix(i, x, start)
+            x = block(x, cos, sin, kv_cache, add.value(i, idx))
+            middle = x if i == len(self.blocks) // 2 else middle
         if kv_cache is not None:
             kv_cache.advance(idx.size(1))
+        x = add.back_out(x, middle)
         x = rms_norm(x[:, -1:] if last_only else x)
-        logits = self.head(x).float()  # (B, T, V)
+        logits = self.head(x)[..., : self.config.vocab_size].float()  # (B, T, V)
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits if targets is None else token_loss(logits, targets, reduction)
 
     def num_params(self) -> dict[str, int]:
-        """Count parameters: total, block matrices, embedding, head."""
-        total = sum(p.numel() for p in self.parameters())
-        embedding, head = self.embedding.weight.numel(), self.head.weight.numel()
-        matrix = total - embedding - head
-        return {"total": total, "matrix": matrix, "embedding": embedding, "head": head}
+        """Count parameters: total, block matrices, embedding, head, additions outside of blocks."""
+        parts = {"total": self, "matrix": self.blocks, "embedding": self.embedding}
+        parts.update(head=self.head, additions=self.additions)
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token, forward and backward.
 
-        6 per weight that multiplies (the embedding only looks up), and 12 per channel, layer and
+        6 per weight that multiplies (embeddings only look up), and 12 per channel, layer and
         position attended to, with the causal half counted whole. Chowdhery et al. (2022), app. B.
         """
         size, params = self.config, self.num_params()
-        attention = 12 * size.n_layer * size.n_embd * size.seq_len
-        return 6 * (params["matrix"] + params["head"]) + attention
+        seen = sum(window or size.seq_len for window in size.window_sizes())
+        return 6 * (params["matrix"] + params["head"]) + 12 * size.n_embd * seen
 
 
 @torch.no_grad()
@@ -277,3 +351,116 @@ def init_weights(model: GPT, seed: int = 0) -> None:
             draw(layer.weight, min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
         attention.proj.weight.zero_()
         mlp.down.weight.zero_()
+    model.additions.init_weights(draw)
+    for gate in (block.attention.gate for block in model.blocks if block.attention.gate):
+        gate.weight.copy_(torch.rand(gate.weight.shape, generator=generator) * 0.02)
+
+
+def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int) -> Tensor:
+    """`attend` where a query sees itself and `window` positions before it.
+
+    Shapes as in `attend`. In training it works block by block and makes no (T, T) mask; one new
+    token over a cache reads only the keys in its window.
+    """
+    n_new, n_all, grouped = q.size(2), k.size(2), q.size(1) != k.size(1)
+    if n_new == 1:
+        mask = None if mask is None else mask[..., -window - 1 :]
+        return attend(q, k[:, :, -window - 1 :], v[:, :, -window - 1 :], mask)
+    if n_new < n_all or mask is not None:  # several tokens over a cache
+        slots = torch.arange(n_all, device=q.device)
+        distance = slots[-n_new:, None] - slots  # (T, S)
+        near = (distance >= 0) & (distance <= window)
+        near = near if mask is None else near & mask
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
+    B, H, T, D = q.shape
+    n_blocks = -(-T // window)
+    q, k, v = (F.pad(t, (0, 0, 0, n_blocks * window - T)) for t in (q, k, v))
+    first = attend(q[:, :, :window], k[:, :, :window], v[:, :, :window])
+    later = q[:, :, window:].unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
+    pairs = (t.unfold(2, 2 * window, window) for t in (k, v))  # (B, H_kv, blocks, D, 2 window)
+    k, v = (t.transpose(1, 2).flatten(0, 1).transpose(-1, -2) for t in pairs)
+    distance = torch.arange(window, 2 * window)[:, None] - torch.arange(2 * window)
+    near = ((distance >= 0) & (distance <= window)).to(q.device)  # (window, 2 window)
+    later = F.scaled_dot_product_attention(later, k, v, attn_mask=near, enable_gqa=grouped)
+    later = later.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # (B, H, T - window, D)
+    return torch.cat((first, later), dim=2)[:, :, :T]
+
+
+def value_layers(config: GPTConfig) -> list[int]:
+    """Return the layers that have value embeddings: every other one, the last included."""
+    if not config.value_embeddings:
+        return []
+    return list(range((config.n_layer - 1) % 2, config.n_layer, 2))
+
+
+class ValueGate(Linear):
+    """Adds looked-up values to the computed ones, weighed by a gate in (0, 3) for each head."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(min(12, config.n_embd), config.n_kv_head)
+
+    def forward(self, x: Tensor, v: Tensor, value: Tensor) -> Tensor:
+        """Return v (B, T, H_kv, D) plus gated value (B, T, H_kv * D); x is (B, T, C)."""
+        gate = 3 * torch.sigmoid(super().forward(x[..., : self.in_features]))  # (B, T, H_kv)
+        return v + gate.unsqueeze(-1) * value.view_as(v)
+
+
+class Additions(nn.Module):
+    """What a modern model adds around its blocks; each method changes nothing when it is off."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        width = config.n_kv_head * config.head_dim
+        tables = {str(i): nn.Embedding(config.padded_vocab, width) for i in value_layers(config)}
+        self.values = nn.ModuleDict(tables)
+        if config.residual_scalars:
+            self.stream_scale = nn.Parameter(torch.empty(config.n_layer))
+            self.start_scale = nn.Parameter(torch.empty(config.n_layer))
+        if config.smear:
+            self.smear_gate = Linear(min(24, config.n_embd), 1)
+            self.smear_scale = nn.Parameter(torch.empty(1))
+        if config.backout:
+            self.backout_scale = nn.Parameter(torch.empty(1))
+
+    def smear(self, x: Tensor, kv_cache: Any = None) -> Tensor:
+        """Add to each embedding of x (B, T, C) a gated share of the one before it in its row."""
+        if not self.config.smear:
+            return x
+        last = None if kv_cache is None else kv_cache.last  # (B, 1, C): of the chunk before
+        before = torch.zeros_like(x[:, :1]) if last is None else last
+        before = torch.cat((before, x[:, :-1]), dim=1)
+        if kv_cache is not None:
+            kv_cache.last = x[:, -1:]
+            if kv_cache.positions is not None:  # what stands before a row's first token is padding
+                before = before * (kv_cache.positions > 0).unsqueeze(-1)
+        gate = torch.sigmoid(self.smear_gate(x[..., : self.smear_gate.in_features]))
+        return x + self.smear_scale[0] * gate * before
+
+    def mix(self, layer: int, x: Tensor, start: Tensor) -> Tensor:
+        """Scale the stream before a layer and add a share of the stream as it started."""
+        if not self.config.residual_scalars:
+            return x
+        return self.stream_scale[layer] * x + self.start_scale[layer] * start
+
+    def value(self, layer: int, idx: Tensor) -> Tensor | None:
+        """Look up the layer's value embeddings of ids (B, T): (B, T, H_kv * D), or None."""
+        name = str(layer)
+        return self.values[name](idx) if name in self.values else None
+
+    def back_out(self, x: Tensor, middle: Tensor) -> Tensor:
+        """Subtract from the last stream a share of the stream half way up."""
+        return x - self.backout_scale[0] * middle if self.config.backout else x
+
+    def init_weights(self, draw: Callable[[Tensor, float], None]) -> None:
+        """Start near the classic model: scalars close to 1 and 0, tables spread like values."""
+        for table in self.values.values():
+            draw(table.weight, 1 / math.sqrt(self.config.n_embd))
+        if self.config.residual_scalars:
+            self.stream_scale.copy_(torch.linspace(1.15, 1.05, self.config.n_layer))
+            self.start_scale.copy_(torch.linspace(0.20, 0.05, self.config.n_layer))
+        if self.config.smear:
+            draw(self.smear_gate.weight, 0.01)
+            self.smear_scale.zero_()
+        if self.config.backout:
+            self.backout_scale.fill_(0.2)

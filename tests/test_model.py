@@ -1,6 +1,7 @@
 """nanochat.model against independent references: torch, transformers, and the formulas."""
 
 import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat.model import (
     GPT,
+    MODERN,
     GPTConfig,
     attend,
     init_weights,
@@ -18,7 +20,13 @@ from nanochat.model import (
     token_loss,
 )
 
+CLASSIC = {name: value for name, value in asdict(GPTConfig()).items() if name in MODERN}
 SMALL = GPTConfig(vocab_size=97, seq_len=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+FULL = replace(SMALL, n_layer=5, **MODERN)
+ONE_EACH = {
+    name: replace(FULL, **{k: v for k, v in CLASSIC.items() if k != name})
+    for name in ("value_embeddings", "residual_scalars", "smear", "backout", "windows")
+}
 
 
 def random_model(config: GPTConfig = SMALL, seed: int = 0) -> GPT:
@@ -34,7 +42,7 @@ def random_model(config: GPTConfig = SMALL, seed: int = 0) -> GPT:
 class ListCache:
     """The simplest cache that keeps the protocol: a list of keys and values per layer."""
 
-    positions = mask = None
+    positions = mask = last = None
 
     def __init__(self, n_layer: int):
         self.length, self.layers = 0, [None] * n_layer
@@ -256,3 +264,190 @@ def test_logits_equal_transformers_nanochat():
     idx = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         torch.testing.assert_close(ours(idx), theirs(idx).logits.float(), atol=2e-4, rtol=1e-3)
+
+
+# --- the additions ---
+
+
+def modern_sizes(depth, monkeypatch):
+    """The modern model of a depth, without memory for its weights."""
+    monkeypatch.setattr("nanochat.model.init_weights", lambda model, seed: None)
+    with torch.device("meta"):
+        return GPT(GPTConfig.modern(depth, 32768, 2048)).num_params()
+
+
+# Published sizes of the modern recipe (vocabulary 32,768), in millions: all, and matrices + head.
+@pytest.mark.parametrize(
+    "depth, millions, scaling",
+    [
+        (4, 36.7, 11.5),
+        (6, 73.5, 23.2),
+        (8, 125.8, 41.9),
+        (10, 196.0, 70.1),
+        (12, 286.3, 110.1),
+        (16, 536.9, 234.9),
+        (20, 896.5, 435.2),
+        (24, 1384.1, 729.8),
+        (26, 1681.8, 918.4),
+        (32, 2818.6, 1677.7),
+    ],
+)
+def test_modern_parameter_counts_equal_the_published_ones(depth, millions, scaling, monkeypatch):
+    params = modern_sizes(depth, monkeypatch)
+    assert params["total"] / 1e6 == pytest.approx(millions, abs=0.06)
+    assert (params["matrix"] + params["head"]) / 1e6 == pytest.approx(scaling, abs=0.06)
+
+
+def test_the_modern_depth_20_has_the_published_number_to_the_last_digit(monkeypatch):
+    params = modern_sizes(20, monkeypatch)
+    assert params["total"] == 896_533_746
+    assert params["matrix"] + params["head"] == 435_160_240
+
+
+@pytest.mark.parametrize("config", [FULL, *ONE_EACH.values()], ids=["all", *ONE_EACH])
+def test_a_fresh_model_with_additions_starts_at_ln_vocab(config):
+    idx = torch.randint(0, 97, (3, 32), generator=torch.Generator().manual_seed(0))
+    assert GPT(config)(idx, idx).item() == pytest.approx(math.log(97), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_each_addition_changes_the_model_and_the_classic_one_has_none(name):
+    assert GPTConfig.classic(2, 97, 32) == GPTConfig.for_depth(2, 97, 32)
+    assert GPT(SMALL).num_params()["additions"] == 0
+    config = replace(ONE_EACH[name], seq_len=256)
+    plain = replace(config, **{name: CLASSIC[name]})
+    model, classic = random_model(config), random_model(plain)
+    own = classic.state_dict()
+    classic.load_state_dict({key: model.state_dict()[key] for key in own})
+    idx = torch.randint(0, 97, (1, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert not torch.allclose(model(idx), classic(idx), atol=1e-3)
+
+
+def written_out(model, idx):
+    """The modern model token by token, from the description of each addition."""
+    c, state = model.config, model.state_dict()
+    norm = lambda t: t / (t.square().mean(-1, keepdim=True) + 1.1920929e-07).sqrt()  # noqa: E731
+    T, D = len(idx), c.head_dim
+    turn = torch.arange(T)[:, None] * 100000.0 ** (-torch.arange(0, D, 2) / D)
+    cos, sin = turn.cos(), turn.sin()
+
+    def rope(t, at):
+        left, right = t[..., : D // 2], t[..., D // 2 :]
+        parts = (left * cos[at] + right * sin[at], right * cos[at] - left * sin[at])
+        return norm(torch.cat(parts, -1)) * 1.2
+
+    x = norm(state["embedding.weight"][idx])
+    gate = (x[:, :24] @ state["additions.smear_gate.weight"].T).sigmoid()
+    before = torch.cat((torch.zeros(1, c.n_embd), x[:-1]))
+    x = start = x + state["additions.smear_scale"] * gate * before
+    for i in range(c.n_layer):
+        x = state["additions.stream_scale"][i] * x + state["additions.start_scale"][i] * start
+        block, h = f"blocks.{i}.", norm(x)
+        q, k, v = (h @ state[f"{block}attention.{n}.weight"].T for n in "qkv")
+        q, k, v = q.view(T, c.n_head, D), k.view(T, c.n_kv_head, D), v.view(T, c.n_kv_head, D)
+        if i % 2 == (c.n_layer - 1) % 2:
+            own = state[f"additions.values.{i}.weight"][idx].view_as(v)
+            share = 3 * (h[:, :12] @ state[f"{block}attention.gate.weight"].T).sigmoid()
+            v = v + share[..., None] * own
+        reach = c.window_sizes()[i] or T
+        rows = []
+        for t in range(T):
+            first, heads = max(0, t - reach), []
+            for head in range(c.n_head):
+                kv = head // (c.n_head // c.n_kv_head)
+                keys = torch.stack([rope(k[s, kv], s) for s in range(first, t + 1)])
+                weights = (keys @ rope(q[t, head], t) / D**0.5).softmax(0)
+                heads.append(weights @ v[first : t + 1, kv])
+            rows.append(torch.cat(heads))
+        x = x + torch.stack(rows) @ state[f"{block}attention.proj.weight"].T
+        up = (norm(x) @ state[f"{block}mlp.up.weight"].T).relu().square()
+        x = x + up @ state[f"{block}mlp.down.weight"].T
+        if i == c.n_layer // 2:
+            middle = x
+    x = norm(x - state["additions.backout_scale"] * middle)
+    logits = (x @ state["head.weight"].T)[:, : c.vocab_size]
+    return 15 * (logits / 15).tanh()
+
+
+def test_the_modern_model_equals_its_description():
+    model = random_model(FULL)
+    idx = torch.randint(0, 97, (24,), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx[None])[0], written_out(model, idx), atol=1e-4, rtol=0)
+
+
+def windowed(config, window):
+    model = random_model(config)
+    for block in model.blocks[:-1]:
+        block.attention.window = window
+    return model
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5), window=st.integers(1, 12))
+def test_chunks_through_a_cache_equal_one_pass_with_every_addition(cuts, window):
+    model = windowed(FULL, window)
+    idx = torch.randint(0, 97, (2, 32), generator=torch.Generator().manual_seed(1))
+    cache, start, pieces = ListCache(FULL.n_layer), 0, []
+    with torch.no_grad():
+        for cut in cuts:
+            chunk = idx[:, start : start + cut]
+            if chunk.size(1):
+                pieces.append(model(chunk, kv_cache=cache))
+            start += cut
+        expected = model(idx[:, :start])
+        torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-5, rtol=1e-4)
+
+
+@given(
+    n_new=st.integers(1, 40),
+    window=st.integers(1, 12),
+    groups=st.sampled_from([(4, 4), (4, 2)]),
+)
+def test_a_window_equals_a_mask(n_new, window, groups):
+    n_head, n_kv_head = groups
+    generator = torch.Generator().manual_seed(n_new)
+    q = torch.randn(2, n_head, n_new, 8, generator=generator, requires_grad=True)
+    k, v = torch.randn(2, 2, n_kv_head, n_new, 8, generator=generator, requires_grad=True)
+    distance = torch.arange(n_new)[:, None] - torch.arange(n_new)
+    near = (distance >= 0) & (distance <= window)
+    ours, masked = attend(q, k, v, window=window), attend(q, k, v, near)
+    torch.testing.assert_close(ours, masked, atol=1e-5, rtol=1e-4)
+    weights = torch.randn(ours.shape, generator=generator)
+    for one, other in zip(
+        torch.autograd.grad((ours * weights).sum(), q),
+        torch.autograd.grad((masked * weights).sum(), q),
+    ):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_windows_follow_the_pattern_and_the_last_layer_sees_all():
+    config = GPTConfig.modern(6, 32768, 2048)
+    assert config.window_sizes() == [512, 512, 512, None, 512, None]
+    assert GPTConfig.modern(2, 97, 128).window_sizes() == [None, None]  # no window is as long
+    with pytest.raises(ValueError, match="windows 'SXL'"):
+        GPTConfig(windows="SXL")
+
+
+def test_flops_count_windows_and_not_look_ups():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = GPTConfig.modern(5, 512, 1024, aspect=16, head_dim=16)
+    model = GPT(config)
+    idx = torch.zeros(1, 1024, dtype=torch.long)
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with plain, FlopCounterMode(display=False) as counter:
+        model(idx, idx).backward()
+    counted = counter.get_total_flops() / 1024
+    # A block of queries is compared with two windows of keys, the first block with one.
+    width = 12 * config.n_embd
+    extra = width * sum(w * (1024 - w) // 1024 for w in config.window_sizes() if w)
+    assert counted == pytest.approx(model.flops_per_token() + extra, rel=0.01)
+
+
+def test_padded_rows_of_the_vocabulary_have_no_logits():
+    model = random_model(FULL)
+    assert model.embedding.weight.shape[0] == model.head.weight.shape[0] == 128
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 97)
