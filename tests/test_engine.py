@@ -21,7 +21,7 @@ from nanochat.engine import (
     next_token_probabilities,
     sample,
 )
-from nanochat.model import GPT, GPTConfig
+from nanochat.model import GPT, MODERN, GPTConfig
 from nanochat.tokenizer import Tokenizer
 
 TEXTS = ["the cat sat on the mat and 12 * 34 is 408, café 고양이 🐈 x.", "the hat of the cat"] * 4
@@ -30,8 +30,9 @@ V = TOKENIZER.vocab_size
 SP = TOKENIZER.special
 
 
-def random_model(seed=0, seq_len=48, n_kv_head=2, scale=0.3) -> GPT:
-    model = GPT(GPTConfig(V, seq_len, n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=32))
+def random_model(seed=0, seq_len=48, n_kv_head=2, scale=0.3, **additions) -> GPT:
+    sizes = dict(n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=32)
+    model = GPT(GPTConfig(V, seq_len, **sizes, **additions))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():
@@ -57,8 +58,11 @@ class Script(torch.nn.Module):
         return logits[:, -1:] if last_only else logits
 
 
-MODEL = random_model()
-ENGINE = Engine(MODEL, TOKENIZER)
+MODEL, MODERN_MODEL = random_model(), random_model(**MODERN)
+MODERN_MODEL.blocks[0].attention.window = 4
+MODELS = {"classic": MODEL, "modern": MODERN_MODEL}
+ENGINES = {name: Engine(model, TOKENIZER) for name, model in MODELS.items()}
+ENGINE = ENGINES["classic"]
 
 
 @torch.inference_mode()
@@ -95,57 +99,62 @@ def test_cached_chunks_equal_the_whole_pass(seed, chunks):
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @settings(max_examples=30, deadline=None)
-@given(prompts_strategy, st.integers(1, 8))
-def test_padded_rows_equal_single_rows(prompts, n_new):
+@given(prompts=prompts_strategy, n_new=st.integers(1, 8))
+def test_padded_rows_equal_single_rows(model, prompts, n_new):
     longest = max(map(len, prompts))
     starts = [longest - len(p) for p in prompts]
-    cache = KVCache(MODEL.config, len(prompts), longest + n_new, starts=starts)
+    cache = KVCache(model.config, len(prompts), longest + n_new, starts=starts)
     padded = torch.tensor([[5] * s + p for s, p in zip(starts, prompts)])
     tail = torch.randint(V, (len(prompts), n_new), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         cache.prepare(longest)
-        MODEL(padded, kv_cache=cache)
+        model(padded, kv_cache=cache)
         cache.prepare(n_new)
-        new = MODEL(tail, kv_cache=cache)
+        new = model(tail, kv_cache=cache)
         for row, prompt in enumerate(prompts):
-            alone = MODEL(torch.tensor([prompt + tail[row].tolist()]))[:, -n_new:]
+            alone = model(torch.tensor([prompt + tail[row].tolist()]))[:, -n_new:]
             torch.testing.assert_close(new[row : row + 1], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_cache_select_and_overflow():
-    cache = KVCache(MODEL.config, 3, 6)
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_cache_select_and_overflow(model):
+    cache = KVCache(model.config, 3, 6)
     with torch.no_grad():
-        MODEL(torch.arange(12).view(3, 4), kv_cache=cache)
+        model(torch.arange(12).view(3, 4), kv_cache=cache)
         copy = cache.select(torch.tensor([2, 0, 2]), 9)
-        a = MODEL(torch.tensor([[1], [2], [3]]), kv_cache=copy)
-        b = MODEL(torch.tensor([[2], [0], [1]]), kv_cache=cache)
+        a = model(torch.tensor([[1], [2], [3]]), kv_cache=copy)
+        b = model(torch.tensor([[2], [0], [1]]), kv_cache=cache)
         assert torch.allclose(a[0], b[2], atol=1e-6) and torch.allclose(a[1], b[0], atol=1e-6)
         with pytest.raises(ValueError, match="do not fit"):
-            MODEL(torch.zeros(3, 2, dtype=torch.long), kv_cache=cache)
+            model(torch.zeros(3, 2, dtype=torch.long), kv_cache=cache)
 
 
 # ---------------------------------------------------------------- greedy equality
 
 
-@settings(max_examples=25, deadline=None)
-@given(prompts_strategy, st.integers(1, 25), st.sampled_from([1, 2, 3, 128]))
-def test_batch_equals_naive_greedy(prompts, n, max_batch):
-    done = ENGINE.generate_batch(prompts, n, temperature=0.0, tools=False, max_batch=max_batch)
+@pytest.mark.parametrize("kind", MODELS)
+@settings(max_examples=20, deadline=None)
+@given(prompts=prompts_strategy, n=st.integers(1, 25), max_batch=st.sampled_from([1, 2, 3, 128]))
+def test_batch_equals_naive_greedy(kind, prompts, n, max_batch):
+    engine = ENGINES[kind]
+    done = engine.generate_batch(prompts, n, temperature=0.0, tools=False, max_batch=max_batch)
     for prompt, completion in zip(prompts, done):
-        assert completion.ids == naive_greedy(MODEL, prompt, n)
-        stream = ENGINE.generate(prompt, n, temperature=0.0, tools=False)
+        assert completion.ids == naive_greedy(MODELS[kind], prompt, n)
+        stream = engine.generate(prompt, n, temperature=0.0, tools=False)
         assert [token.id for token in stream] == completion.ids
         assert stream.finish_reason == completion.finish_reason
 
 
-@settings(max_examples=15, deadline=None)
-@given(prompts_strategy, st.integers(0, 1000))
-def test_sampled_rows_do_not_depend_on_the_batch(prompts, seed):
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+@settings(max_examples=12, deadline=None)
+@given(prompts=prompts_strategy, seed=st.integers(0, 1000))
+def test_sampled_rows_do_not_depend_on_the_batch(engine, prompts, seed):
     seeds = [seed + 7 * i for i in range(len(prompts))]
-    together = ENGINE.generate_batch(prompts, 12, seed=seeds)
+    together = engine.generate_batch(prompts, 12, seed=seeds)
     for prompt, s, completion in zip(prompts, seeds, together):
-        alone = list(ENGINE.generate(prompt, 12, seed=s))
+        alone = list(engine.generate(prompt, 12, seed=s))
         assert [t.id for t in alone] == completion.ids
         text = "".join(t.text for t in alone if t.kind == "text")
         assert text == completion.text
