@@ -605,7 +605,8 @@ class GPT(nn.Module):
         cos, sin = rotary_angles(config.seq_len, config.head_dim, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        init_weights(self, seed)
+        if self.device.type != "meta":  # on "meta" a model has sizes and no memory
+            init_weights(self, seed)
 
     @property
     def device(self) -> torch.device:
@@ -765,15 +766,13 @@ counted, formula = counter.get_total_flops() / ids.numel(), model.flops_per_toke
 print(f"counted {counted:,.0f} FLOPs per token, formula {formula:,}: ratio {counted / formula:.3f}")
 
 # %%
-print("depth   width     parameters   in blocks   FLOPs/token   classic d20 = 561.0 M")
+print("depth   width     parameters   in blocks   FLOPs/token")
 for depth in (4, 8, 12, 20, 26):
-    with torch.device("meta"):
-        size = GPTConfig.for_depth(depth, vocab_size=65536, seq_len=2048)
-    matrix = 12 * size.n_layer * size.n_embd**2
-    total = matrix + 2 * size.vocab_size * size.n_embd
-    flops = 6 * (total - size.vocab_size * size.n_embd) + 12 * size.n_layer * size.n_embd * 2048
-    row = f"{depth:5d} {size.n_embd:7d} {total / 1e6:12.1f} M {matrix / total:11.0%}"
-    print(f"{row} {flops / 1e9:11.2f} G")
+    size = GPTConfig.classic(depth, vocab_size=65536, seq_len=2048)
+    with torch.device("meta"):  # sizes only: depth 26 would take 4 GB
+        params, flops = (big := GPT(size)).num_params(), big.flops_per_token()
+    row = f"{depth:5d} {size.n_embd:7d} {params['total'] / 1e6:12.1f} M"
+    print(f"{row} {params['matrix'] / params['total']:11.0%} {flops / 1e9:11.2f} G")
 
 # %% [markdown]
 r"""

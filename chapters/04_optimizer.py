@@ -440,11 +440,30 @@ time. Both go to AdamW, with rates that differ by a factor of forty.
 Adam's rates shrink as $1/\sqrt{\text{width}}$, anchored at width 768, so that one set of numbers
 serves every depth. Muon needs no such rule: its update has the same scale at every width by
 construction.
+
+A modern model (chapter 3, section 9) brings more: **value embeddings** are tables again, at half
+the embedding's rate; the **scalars** of smear, backout and the residual stream are single numbers
+that must move by tenths, so their rates are high, except for the factors of the stream itself,
+which multiply up over the layers and may only creep. The gates are matrices of the blocks.
+
+The scalars also get a larger $\epsilon$. In a fresh model all blocks are the identity and the last
+norm forgets sizes, so the true gradient of a residual scalar is *zero*, and what arrives is
+rounding, about $10^{-9}$. Divided by its own root it would become a full step in a random
+direction.
 """
 
 
 # %%
 #| export
+SCALAR_RATES = {
+    "stream_scale": 0.005,
+    "start_scale": 0.5,
+    "smear_gate.weight": 0.2,
+    "smear_scale": 0.2,
+    "backout_scale": 0.2,
+}
+
+
 def param_groups(
     model: GPT,
     matrix_lr: float = 0.02,
@@ -452,7 +471,7 @@ def param_groups(
     head_lr: float = 0.008,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Split a model's parameters: block matrices by shape to Muon, embedding and head to AdamW.
+    """Split a model's parameters: block matrices by shape to Muon, all the rest to AdamW.
 
     AdamW's rates are given at width 768 and scaled by (width / 768)^-0.5 (nanochat's rule).
     """
@@ -463,6 +482,12 @@ def param_groups(
         dict(params=[model.head.weight], lr=head_lr * width_rule, **adamw),
         dict(params=[model.embedding.weight], lr=embedding_lr * width_rule, **adamw),
     ]
+    tables = list(model.additions.values.parameters())
+    if tables:
+        groups.append(dict(params=tables, lr=embedding_lr / 2 * width_rule, **adamw))
+    for name, param in model.additions.named_parameters():
+        if name in SCALAR_RATES:
+            groups.append({**adamw, "params": [param], "lr": SCALAR_RATES[name], "eps": 1e-6})
     by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for param in model.blocks.parameters():
         by_shape.setdefault(tuple(param.shape), []).append(param)

@@ -267,7 +267,8 @@ class GPT(nn.Module):
         cos, sin = rotary_angles(config.seq_len, config.head_dim, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        init_weights(self, seed)
+        if self.device.type != "meta":  # on "meta" a model has sizes and no memory
+            init_weights(self, seed)
 
     @property
     def device(self) -> torch.device:

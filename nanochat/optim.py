@@ -14,6 +14,7 @@ from nanochat.model import GPT
 __all__ = [
     "MuonAdamW",
     "POLAR_EXPRESS",
+    "SCALAR_RATES",
     "adamw_update",
     "build_optimizer",
     "even_out",
@@ -162,6 +163,15 @@ class MuonAdamW(torch.optim.Optimizer):
                 group["momentum"] = momentum
 
 
+SCALAR_RATES = {
+    "stream_scale": 0.005,
+    "start_scale": 0.5,
+    "smear_gate.weight": 0.2,
+    "smear_scale": 0.2,
+    "backout_scale": 0.2,
+}
+
+
 def param_groups(
     model: GPT,
     matrix_lr: float = 0.02,
@@ -169,7 +179,7 @@ def param_groups(
     head_lr: float = 0.008,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Split a model's parameters: block matrices by shape to Muon, embedding and head to AdamW.
+    """Split a model's parameters: block matrices by shape to Muon, all the rest to AdamW.
 
     AdamW's rates are given at width 768 and scaled by (width / 768)^-0.5 (nanochat's rule).
     """
@@ -180,6 +190,12 @@ def param_groups(
         dict(params=[model.head.weight], lr=head_lr * width_rule, **adamw),
         dict(params=[model.embedding.weight], lr=embedding_lr * width_rule, **adamw),
     ]
+    tables = list(model.additions.values.parameters())
+    if tables:
+        groups.append(dict(params=tables, lr=embedding_lr / 2 * width_rule, **adamw))
+    for name, param in model.additions.named_parameters():
+        if name in SCALAR_RATES:
+            groups.append({**adamw, "params": [param], "lr": SCALAR_RATES[name], "eps": 1e-6})
     by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for param in model.blocks.parameters():
         by_shape.setdefault(tuple(param.shape), []).append(param)

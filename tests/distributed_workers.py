@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,10 +17,11 @@ from nanochat.distributed import (
     save_together,
     setup,
 )
-from nanochat.model import GPT, GPTConfig
+from nanochat.model import GPT, MODERN, GPTConfig
 from nanochat.optim import MuonAdamW, build_optimizer, param_groups
 
 CONFIG = GPTConfig(vocab_size=53, seq_len=16, n_layer=3, n_head=2, n_kv_head=1, n_embd=20)
+MODERN_CONFIG = replace(CONFIG, **MODERN)  # every kind of parameter there is
 
 
 def global_batch(step, rows=12):
@@ -78,6 +80,8 @@ def training(world, directory):
             assert value.shape == expected[name].shape and value.dtype == expected[name].dtype
             other = torch.as_tensor(expected[name]).cpu()
             assert torch.allclose(value.cpu(), other, atol=1e-4, rtol=1e-3), name
+    model, _ = train(sharded, world, 2, model=GPT(MODERN_CONFIG), average=False)
+    assert_close(model, train(build_optimizer, world, 2, model=GPT(MODERN_CONFIG), share=False)[0])
     unsharded, _ = train(build_optimizer, world, 6)
     assert_close(unsharded, reference)
     checkpoints(world, reference, Path(directory))

@@ -1,12 +1,13 @@
 """nanochat.optim against torch.optim, linear algebra, and the laws of its schedules."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from nanochat.model import GPT, GPTConfig
+from nanochat.model import GPT, MODERN, GPTConfig
 from nanochat.optim import (
     MuonAdamW,
     adamw_update,
@@ -99,8 +100,9 @@ def test_a_stack_of_matrices_moves_as_each_alone():
         torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_every_parameter_is_in_one_group_of_the_right_kind():
-    model = GPT(SMALL)
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, **MODERN)], ids=["classic", "modern"])
+def test_every_parameter_is_in_one_group_of_the_right_kind(config):
+    model = GPT(config)
     groups = param_groups(model)
     listed = [p for group in groups for p in group["params"]]
     assert len(listed) == len(set(listed)) == len(list(model.parameters()))
@@ -110,8 +112,9 @@ def test_every_parameter_is_in_one_group_of_the_right_kind():
             assert all(p.ndim == 2 for p in group["params"])
 
 
-def test_training_learns_a_fixed_batch():
-    model = GPT(SMALL)
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, **MODERN)], ids=["classic", "modern"])
+def test_training_learns_a_fixed_batch(config):
+    model = GPT(config)
     optimizer = build_optimizer(model)
     idx = torch.randint(0, 61, (4, 16), generator=torch.Generator().manual_seed(0))
     losses = []
