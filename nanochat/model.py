@@ -264,9 +264,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.head = Linear(config.n_embd, config.padded_vocab)
         self.additions = Additions(config)  # section 9; the classic model has none
-        cos, sin = rotary_angles(config.seq_len, config.head_dim, config.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self.restore_angles()
         if self.device.type != "meta":  # on "meta" a model has sizes and no memory
             init_weights(self, seed)
 
@@ -274,6 +274,12 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         """The device of the parameters."""
         return self.embedding.weight.device
+
+    def restore_angles(self) -> None:
+        """Compute the rotary angles, which no checkpoint holds, on the parameters' device."""
+        size = self.config
+        cos, sin = rotary_angles(size.seq_len, size.head_dim, size.rope_base)
+        self.cos, self.sin = cos.to(self.device), sin.to(self.device)
 
     def angles(self, n_new: int, kv_cache: Any = None) -> tuple[Tensor, Tensor]:
         """Return cos and sin for the next n_new positions, after those in the cache."""
