@@ -1017,7 +1017,7 @@ class ValueGate(Linear):
     def forward(self, x: Tensor, v: Tensor, value: Tensor) -> Tensor:
         """Return v (B, T, H_kv, D) plus gated value (B, T, H_kv * D); x is (B, T, C)."""
         gate = 3 * torch.sigmoid(super().forward(x[..., : self.in_features]))  # (B, T, H_kv)
-        return v + gate.unsqueeze(-1) * value.view_as(v)
+        return v + gate.unsqueeze(-1) * value.view_as(v).to(v.dtype)
 
 
 # %% [markdown]

@@ -219,8 +219,9 @@ def test_loss_reductions_agree_and_ignore_masked_targets(masked):
         assert mean == 0
 
 
-def test_bfloat16_activations_stay_close_to_float32():
-    model = random_model()
+@pytest.mark.parametrize("config", [SMALL, FULL], ids=["classic", "modern"])
+def test_bfloat16_activations_stay_close_to_float32(config):
+    model = random_model(config)
     idx = torch.randint(0, 97, (2, 32), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         exact = model(idx, idx)
