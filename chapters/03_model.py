@@ -175,6 +175,15 @@ class GPTConfig:
         letters = [self.windows[i % len(self.windows)] for i in range(self.n_layer - 1)] + ["L"]
         return [short if c == "S" and short < self.seq_len else None for c in letters]
 
+    def value_layers(self) -> list[int]:
+        """Layers that have value embeddings: every other one, the last included."""
+        every_other = range((self.n_layer - 1) % 2, self.n_layer, 2)
+        return list(every_other) if self.value_embeddings else []
+
+    def additions(self) -> list[str]:
+        """Names of the fields in which this differs from the classic model."""
+        return [name for name in MODERN if getattr(self, name) != getattr(GPTConfig, name)]
+
     @classmethod
     def for_depth(
         cls,
@@ -312,17 +321,12 @@ queries, because earlier keys come from that cache, the queries are the *last* o
 
 # %%
 #| export
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention of q (B, H, T, D) over k, v (B, H_kv, S, D), S >= T; returns (B, H, T, D).
 
     The T queries are the last T of the S positions. `mask` (B, 1, T, S), True where a query may
-    look, replaces the causal rule (rows of different lengths in one batch, chapter 8). With a
-    `window` a query sees itself and so many positions before it (section 9).
+    look, replaces the causal rule (rows of different lengths in one batch, chapter 8).
     """
-    if window is not None and k.size(2) > window + 1:
-        return attend_window(q, k, v, mask, window)
     n_new, n_all = q.size(2), k.size(2)
     if mask is None and 1 < n_new < n_all:
         mask = torch.ones(n_new, n_all, dtype=torch.bool, device=q.device).tril(n_all - n_new)
@@ -457,7 +461,7 @@ class Attention(nn.Module):
         self.k = Linear(config.n_embd, kv_width)
         self.v = Linear(config.n_embd, kv_width)
         self.proj = Linear(config.n_embd, config.n_embd)
-        self.gate = ValueGate(config) if layer in value_layers(config) else None
+        self.gate = ValueGate(config) if layer in config.value_layers() else None
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Any = None, value: Tensor | None = None
@@ -473,7 +477,10 @@ class Attention(nn.Module):
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)  # (B, H_kv, S, D)
             mask = kv_cache.mask
-        y = attend(q, k, v, mask, self.window)
+        if self.window is None:
+            y = attend(q, k, v, mask)
+        else:
+            y = attend_window(q, k, v, mask, self.window)  # section 9
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -581,13 +588,39 @@ r"""
 ## 6. The whole model
 
 The model is the picture from section 1 in code. It holds the angles for all positions, so that a
-call only slices them. `additions` is for section 9; in the classic model each of its four calls
-gives back what it was given. `last_only` skips the head for all positions but the last, which is
+call only slices them. There are four places where section 9 will add something: at the start of
+the stream, before each block, to the values of attention, and at the end. The classic model adds
+nothing there. `last_only` skips the head for all positions but the last, which is
 all that generation needs: with a vocabulary of 32,768 the head is a third of a small model's work.
 
 The token embedding and the head are *untied*: two tables, not one used twice. Tying saves memory
 but makes one matrix serve two masters with very different learning rates (chapter 4).
 """
+
+
+# %%
+#| export
+class NoAdditions(nn.Module):
+    """The four places where a model may add to the classic one, with nothing added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.ModuleDict()  # tables of value embeddings, by layer
+
+    def smear(self, x: Tensor, kv_cache: Any = None) -> Tensor:
+        return x
+
+    def mix(self, layer: int, x: Tensor, start: Tensor) -> Tensor:
+        return x
+
+    def value(self, layer: int, idx: Tensor) -> Tensor | None:
+        return None
+
+    def back_out(self, x: Tensor, middle: Tensor) -> Tensor:
+        return x
+
+    def init_weights(self, draw: Callable[[Tensor, float], None]) -> None:
+        pass
 
 
 # %%
@@ -604,7 +637,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.padded_vocab, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.head = Linear(config.n_embd, config.padded_vocab)
-        self.additions = Additions(config)  # section 9; the classic model has none
+        self.additions = Additions(config) if config.additions() else NoAdditions()
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
         self.restore_angles()
@@ -821,8 +854,8 @@ import nanochat.model as package  # the variants swap functions of the module th
 class NoRotary(package.Attention):
     """Attention without positions: the angles are all zero."""
 
-    def forward(self, x, cos, sin, kv_cache=None):
-        return super().forward(x, torch.ones_like(cos), torch.zeros_like(sin), kv_cache)
+    def forward(self, x, cos, sin, *others):
+        return super().forward(x, torch.ones_like(cos), torch.zeros_like(sin), *others)
 
 
 class PlainReLU(package.MLP):
@@ -961,6 +994,8 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
     token over a cache reads only the keys in its window.
     """
     n_new, n_all, grouped = q.size(2), k.size(2), q.size(1) != k.size(1)
+    if n_all <= window + 1:  # nothing is out of sight
+        return attend(q, k, v, mask)
     if n_new == 1:
         mask = None if mask is None else mask[..., -window - 1 :]
         return attend(q, k[:, :, -window - 1 :], v[:, :, -window - 1 :], mask)
@@ -989,7 +1024,7 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
 q, k, v = torch.randn(3, 2, 2, 37, 8, generator=torch.Generator().manual_seed(0))
 distance = torch.arange(37)[:, None] - torch.arange(37)
 near = (distance >= 0) & (distance <= 5)
-assert torch.allclose(attend(q, k, v, window=5), attend(q, k, v, near), atol=1e-5)
+assert torch.allclose(attend_window(q, k, v, None, 5), attend(q, k, v, near), atol=1e-5)
 
 # %% [markdown]
 r"""
@@ -1004,13 +1039,6 @@ parameters, and what they remember, at almost no cost in FLOPs.
 
 # %%
 #| export
-def value_layers(config: GPTConfig) -> list[int]:
-    """Return the layers that have value embeddings: every other one, the last included."""
-    if not config.value_embeddings:
-        return []
-    return list(range((config.n_layer - 1) % 2, config.n_layer, 2))
-
-
 class ValueGate(Linear):
     """Adds looked-up values to the computed ones, weighed by a gate in (0, 3) for each head."""
 
@@ -1049,14 +1077,14 @@ into one small module. Each of its methods does nothing when its addition is off
 
 # %%
 #| export
-class Additions(nn.Module):
+class Additions(NoAdditions):
     """What a modern model adds around its blocks; each method changes nothing when it is off."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         width = config.n_kv_head * config.head_dim
-        tables = {str(i): nn.Embedding(config.padded_vocab, width) for i in value_layers(config)}
+        tables = {str(i): nn.Embedding(config.padded_vocab, width) for i in config.value_layers()}
         self.values = nn.ModuleDict(tables)
         if config.residual_scalars:
             self.stream_scale = nn.Parameter(torch.empty(config.n_layer))
@@ -1165,7 +1193,8 @@ And the windows: the same attention over 2,048 positions, with and without.
 
 # %%
 q, k, v = torch.randn(3, 1, 4, 2048, 32, generator=torch.Generator().manual_seed(0))
-whole, near = (milliseconds(lambda w=w: attend(q, k, v, window=w), 5) for w in (None, 512))
+whole = milliseconds(lambda: attend(q, k, v), 5)
+near = milliseconds(lambda: attend_window(q, k, v, None, 512), 5)
 print(f"a window of 512 takes {near / whole:.0%} of the time of full attention over 2,048")
 for config in (GPTConfig.classic(12, 32768, 2048), GPTConfig.modern(12, 32768, 2048)):
     with torch.device("meta"):
@@ -1186,8 +1215,8 @@ At depth 12 the modern model holds more than twice the parameters of the classic
 
 `nanochat.model` now holds `GPTConfig`, `GPT` and their parts: `Linear`, `rms_norm`,
 `rotary_angles`, `rotate`, `attend`, `attend_window`, `Attention`, `ValueGate`, `MLP`, `Block`,
-`Additions`, `token_loss` and `init_weights`. You can build a model from one number, classic or
-modern, and say beforehand what it weighs and costs.
+`NoAdditions`, `Additions`, `token_loss` and `init_weights`. You can build a model from one number,
+classic or modern, and say beforehand what it weighs and costs.
 
 **Pitfalls**
 

@@ -1102,7 +1102,6 @@ value embeddings of a modern model would give a file that loads and talks nonsen
 # %%
 #| export convert
 import re
-from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -1175,9 +1174,8 @@ def to_transformers(model: GPT, directory: str | Path) -> Path:
     model with additions: that class is the classic model.
     """
     config, directory = model.config, Path(directory)
-    classic = asdict(GPTConfig())
-    used = [name for name in MODERN if getattr(config, name) != classic[name]]
-    if used and used != ["rope_base"]:
+    used = [name for name in config.additions() if name != "rope_base"]
+    if used:
         raise UserError(
             f"transformers has only the classic model, and this one has {', '.join(used)}; "
             f"train one with GPTConfig.classic to export it."

@@ -181,12 +181,15 @@ class MetricsLog:
         return MetricsLog(self.path, **{**self.static, **static})
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event; the line is written whole and flushed."""
+        """Append one event; a line that a killed process left torn is ended first."""
         if self.path is None:
             return
-        line = json.dumps({"event": event, **self.static, **fields}, ensure_ascii=False)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        line = json.dumps({"event": event, **self.static, **fields}, ensure_ascii=False) + "\n"
+        with open(self.path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode("utf-8"))
 
 
 def read_metrics(path: str | Path, event: str | None = None, **where: Any) -> list[dict]:

@@ -4,7 +4,6 @@ Exported from chapters/05_pretraining.py (chapter 05, Pretraining); edit there, 
 """
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -86,9 +85,8 @@ def to_transformers(model: GPT, directory: str | Path) -> Path:
     model with additions: that class is the classic model.
     """
     config, directory = model.config, Path(directory)
-    classic = asdict(GPTConfig())
-    used = [name for name in MODERN if getattr(config, name) != classic[name]]
-    if used and used != ["rope_base"]:
+    used = [name for name in config.additions() if name != "rope_base"]
+    if used:
         raise UserError(
             f"transformers has only the classic model, and this one has {', '.join(used)}; "
             f"train one with GPTConfig.classic to export it."

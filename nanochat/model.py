@@ -21,6 +21,7 @@ __all__ = [
     "Linear",
     "MLP",
     "MODERN",
+    "NoAdditions",
     "ValueGate",
     "attend",
     "attend_window",
@@ -29,7 +30,6 @@ __all__ = [
     "rotary_angles",
     "rotate",
     "token_loss",
-    "value_layers",
 ]
 
 
@@ -80,6 +80,15 @@ class GPTConfig:
         short = -(-self.seq_len // (4 * 128)) * 128
         letters = [self.windows[i % len(self.windows)] for i in range(self.n_layer - 1)] + ["L"]
         return [short if c == "S" and short < self.seq_len else None for c in letters]
+
+    def value_layers(self) -> list[int]:
+        """Layers that have value embeddings: every other one, the last included."""
+        every_other = range((self.n_layer - 1) % 2, self.n_layer, 2)
+        return list(every_other) if self.value_embeddings else []
+
+    def additions(self) -> list[str]:
+        """Names of the fields in which this differs from the classic model."""
+        return [name for name in MODERN if getattr(self, name) != getattr(GPTConfig, name)]
 
     @classmethod
     def for_depth(
@@ -140,17 +149,12 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention of q (B, H, T, D) over k, v (B, H_kv, S, D), S >= T; returns (B, H, T, D).
 
     The T queries are the last T of the S positions. `mask` (B, 1, T, S), True where a query may
-    look, replaces the causal rule (rows of different lengths in one batch, chapter 8). With a
-    `window` a query sees itself and so many positions before it (section 9).
+    look, replaces the causal rule (rows of different lengths in one batch, chapter 8).
     """
-    if window is not None and k.size(2) > window + 1:
-        return attend_window(q, k, v, mask, window)
     n_new, n_all = q.size(2), k.size(2)
     if mask is None and 1 < n_new < n_all:
         mask = torch.ones(n_new, n_all, dtype=torch.bool, device=q.device).tril(n_all - n_new)
@@ -190,7 +194,7 @@ class Attention(nn.Module):
         self.k = Linear(config.n_embd, kv_width)
         self.v = Linear(config.n_embd, kv_width)
         self.proj = Linear(config.n_embd, config.n_embd)
-        self.gate = ValueGate(config) if layer in value_layers(config) else None
+        self.gate = ValueGate(config) if layer in config.value_layers() else None
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Any = None, value: Tensor | None = None
@@ -206,7 +210,10 @@ class Attention(nn.Module):
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)  # (B, H_kv, S, D)
             mask = kv_cache.mask
-        y = attend(q, k, v, mask, self.window)
+        if self.window is None:
+            y = attend(q, k, v, mask)
+        else:
+            y = attend_window(q, k, v, mask, self.window)  # section 9
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -251,6 +258,29 @@ def token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tens
     return total if reduction == "sum" else total / (targets != -1).sum().clamp(min=1)
 
 
+class NoAdditions(nn.Module):
+    """The four places where a model may add to the classic one, with nothing added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.ModuleDict()  # tables of value embeddings, by layer
+
+    def smear(self, x: Tensor, kv_cache: Any = None) -> Tensor:
+        return x
+
+    def mix(self, layer: int, x: Tensor, start: Tensor) -> Tensor:
+        return x
+
+    def value(self, layer: int, idx: Tensor) -> Tensor | None:
+        return None
+
+    def back_out(self, x: Tensor, middle: Tensor) -> Tensor:
+        return x
+
+    def init_weights(self, draw: Callable[[Tensor, float], None]) -> None:
+        pass
+
+
 class GPT(nn.Module):
     """A decoder-only transformer: token ids in, logits or loss out (chapter 3).
 
@@ -263,7 +293,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.padded_vocab, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.head = Linear(config.n_embd, config.padded_vocab)
-        self.additions = Additions(config)  # section 9; the classic model has none
+        self.additions = Additions(config) if config.additions() else NoAdditions()
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
         self.restore_angles()
@@ -370,6 +400,8 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
     token over a cache reads only the keys in its window.
     """
     n_new, n_all, grouped = q.size(2), k.size(2), q.size(1) != k.size(1)
+    if n_all <= window + 1:  # nothing is out of sight
+        return attend(q, k, v, mask)
     if n_new == 1:
         mask = None if mask is None else mask[..., -window - 1 :]
         return attend(q, k[:, :, -window - 1 :], v[:, :, -window - 1 :], mask)
@@ -393,13 +425,6 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
     return torch.cat((first, later), dim=2)[:, :, :T]
 
 
-def value_layers(config: GPTConfig) -> list[int]:
-    """Return the layers that have value embeddings: every other one, the last included."""
-    if not config.value_embeddings:
-        return []
-    return list(range((config.n_layer - 1) % 2, config.n_layer, 2))
-
-
 class ValueGate(Linear):
     """Adds looked-up values to the computed ones, weighed by a gate in (0, 3) for each head."""
 
@@ -412,14 +437,14 @@ class ValueGate(Linear):
         return v + gate.unsqueeze(-1) * value.view_as(v).to(v.dtype)
 
 
-class Additions(nn.Module):
+class Additions(NoAdditions):
     """What a modern model adds around its blocks; each method changes nothing when it is off."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         width = config.n_kv_head * config.head_dim
-        tables = {str(i): nn.Embedding(config.padded_vocab, width) for i in value_layers(config)}
+        tables = {str(i): nn.Embedding(config.padded_vocab, width) for i in config.value_layers()}
         self.values = nn.ModuleDict(tables)
         if config.residual_scalars:
             self.stream_scale = nn.Parameter(torch.empty(config.n_layer))

@@ -81,6 +81,9 @@ def test_the_log_keeps_events_in_order_and_survives_a_torn_line(tmp_path):
     assert [e["step"] for e in read_metrics(log.path, "step")] == [1, 2]
     assert [e["step"] for e in read_metrics(log.path, "step", stage="sft")] == [2]
     assert len(read_metrics(log.path)) == 3
+    log.write("step", step=3)  # after a restart: the torn line must not swallow this one
+    assert [e["step"] for e in read_metrics(log.path, "step")] == [1, 2, 3]
+    assert log.path.read_text().count("\n") == 5
     assert read_metrics(tmp_path / "absent.jsonl") == []
     for line in log.path.read_text().splitlines()[:3]:
         assert json.loads(line)["stage"] in ("base", "sft")

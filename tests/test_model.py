@@ -13,6 +13,7 @@ from nanochat.model import (
     MODERN,
     GPTConfig,
     attend,
+    attend_window,
     init_weights,
     rms_norm,
     rotary_angles,
@@ -377,7 +378,7 @@ def test_a_window_equals_a_mask(n_new, window, groups):
     k, v = torch.randn(2, 2, n_kv_head, n_new, 8, generator=generator, requires_grad=True)
     distance = torch.arange(n_new)[:, None] - torch.arange(n_new)
     near = (distance >= 0) & (distance <= window)
-    ours, masked = attend(q, k, v, window=window), attend(q, k, v, near)
+    ours, masked = attend_window(q, k, v, None, window), attend(q, k, v, near)
     torch.testing.assert_close(ours, masked, atol=1e-5, rtol=1e-4)
     weights = torch.randn(ours.shape, generator=generator)
     for one, other in zip(
