@@ -411,16 +411,15 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
         near = (distance >= 0) & (distance <= window)
         near = near if mask is None else near & mask
         return F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
-    B, H, T, D = q.shape
-    n_blocks = -(-T // window)
-    q, k, v = (F.pad(t, (0, 0, 0, n_blocks * window - T)) for t in (q, k, v))
+    B, T, block = q.size(0), q.size(2), max(1, window // 4)
+    q, k, v = (F.pad(t, (0, 0, 0, (window - T) % block)) for t in (q, k, v))
     first = attend(q[:, :, :window], k[:, :, :window], v[:, :, :window])
-    later = q[:, :, window:].unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
-    pairs = (t.unfold(2, 2 * window, window) for t in (k, v))  # (B, H_kv, blocks, D, 2 window)
-    k, v = (t.transpose(1, 2).flatten(0, 1).transpose(-1, -2) for t in pairs)
-    distance = torch.arange(window, 2 * window)[:, None] - torch.arange(2 * window)
-    near = ((distance >= 0) & (distance <= window)).to(q.device)  # (window, 2 window)
-    later = F.scaled_dot_product_attention(later, k, v, attn_mask=near, enable_gqa=grouped)
+    q = q[:, :, window:].unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
+    parts = (t.unfold(2, window + block, block) for t in (k, v))  # (B, H_kv, blocks, D, keys)
+    k, v = (t.transpose(1, 2).flatten(0, 1).transpose(-1, -2) for t in parts)
+    ahead = torch.arange(window + block) - torch.arange(block)[:, None]  # (block, keys)
+    near = ((ahead >= 0) & (ahead <= window)).to(q.device)
+    later = F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
     later = later.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # (B, H, T - window, D)
     return torch.cat((first, later), dim=2)[:, :, :T]
 

@@ -406,9 +406,9 @@ def test_flops_count_windows_and_not_look_ups():
     with plain, FlopCounterMode(display=False) as counter:
         model(idx, idx).backward()
     counted = counter.get_total_flops() / 1024
-    # A block of queries is compared with two windows of keys, the first block with one.
-    width = 12 * config.n_embd
-    extra = width * sum(w * (1024 - w) // 1024 for w in config.window_sizes() if w)
+    # Behind the first window, a block of w / 4 queries is compared with w + w / 4 keys.
+    short = [w for w in config.window_sizes() if w]
+    extra = 12 * config.n_embd * sum((1024 - w) * w / 4 / 1024 for w in short)
     assert counted == pytest.approx(model.flops_per_token() + extra, rel=0.01)
 
 
