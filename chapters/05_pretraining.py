@@ -775,10 +775,13 @@ raw numbers. There is nothing to execute.
 
 # %%
 #| export checkpoint
+import hashlib
 import os
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -816,6 +819,10 @@ What belongs into a checkpoint? Everything that the rest of the run depends on:
 | the step, from which rate and momentum follow | `meta.json` |
 | the sizes of the model, the fingerprint of the tokenizer | `meta.json` |
 | the state of random generators | nowhere: all draws depend on seed and position |
+| what the files should be, a SHA-256 of each | `meta.json` |
+
+The last line is for what no rename can prevent: a disk that flips a bit, a copy that was cut off, a
+hand that edited. A file that is not the one we wrote is refused when it is loaded.
 """
 
 
@@ -841,6 +848,25 @@ def latest_step(directory: str | Path) -> int | None:
     return max(saved_steps(directory), default=None)
 
 
+def best_step(directory: str | Path) -> int | None:
+    """Return the step whose checkpoint has the lowest score, None when none was given a score."""
+    scores = {}
+    for step in saved_steps(directory):
+        score = read_json(Path(directory) / f"step_{step:06d}" / "meta.json").get("score")
+        if score is not None:
+            scores[step] = score
+    return min(scores, key=scores.get, default=None)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def put_aside(folder: Path) -> Path:
     """Rename a checkpoint out of sight, if it is there; return its new name, to be deleted."""
     aside = folder.with_name(f".{folder.name}.old")
@@ -859,10 +885,12 @@ def save_checkpoint(
     optimizer_state: dict[str, Tensor] | None,
     meta: dict[str, Any],
     keep: int = 1,
+    score: float | None = None,
 ) -> Path:
-    """Write `step_NNNNNN/` with model, optimizer and meta; the newest `keep` stay.
+    """Write `step_NNNNNN/` with model, optimizer and meta; the newest `keep` stay, and the best.
 
-    `optimizer_state` is what `optimizer.named_state(model)` gives; None saves the model alone.
+    `optimizer_state` is what `optimizer.named_state(model)` gives; None saves the model alone. The
+    best is the one with the lowest `score`, if scores are given (bits per byte, say).
 
     All files are written under a temporary name, synced, then renamed at once: a process killed at
     any moment leaves the old checkpoint or the new one. A full disk raises UserError and leaves
@@ -880,8 +908,10 @@ def save_checkpoint(
             save_file(state, temporary / "optimizer.safetensors")
         versions = {"torch": torch.__version__}
         facts = {"step": step, "config": model.config.to_dict(), "versions": versions, **meta}
+        files = sorted(temporary.glob("*.safetensors"))
+        facts |= {"sha256": {file.name: file_hash(file) for file in files}, "score": score}
         write_json(temporary / "meta.json", facts)
-        for file in temporary.glob("*.safetensors"):
+        for file in files:
             with open(file, "rb+") as handle:
                 os.fsync(handle.fileno())
         old = put_aside(final)
@@ -894,7 +924,8 @@ def save_checkpoint(
             f"cannot save the checkpoint of step {step} in {directory}: {reason}; "
             f"free some space or choose another folder, then run again: training resumes."
         ) from error
-    for past in saved_steps(directory)[:-keep]:
+    best = best_step(directory)
+    for past in (step for step in saved_steps(directory)[:-keep] if step != best):
         shutil.rmtree(put_aside(directory / f"step_{past:06d}"), ignore_errors=True)
     return final
 
@@ -917,6 +948,9 @@ def load_checkpoint(
         raise UserError(f"no checkpoint {step or ''} in {directory} (steps there: {found}).")
     meta = read_json(folder / "meta.json")
     try:
+        for name, expected in meta["sha256"].items():
+            if file_hash(folder / name) != expected:
+                raise OSError(f"{name} is not the file that was saved")
         model = GPT(GPTConfig(**meta["config"]))
         model.load_state_dict(load_file(folder / "model.safetensors"))
         optimizer_file = folder / "optimizer.safetensors"
@@ -947,9 +981,64 @@ with tempfile.TemporaryDirectory() as _place:
         load_checkpoint(_place)
         raise AssertionError("a broken file must be refused")
     except UserError as error:
-        assert "is broken" in str(error)
+        assert "is not the file that was saved" in str(error)
 assert _found.meta["step"] == 10 and _found.meta["data"] == {"row": 3}
 assert all(torch.equal(a, b) for a, b in zip(_model.parameters(), _found.model.parameters()))
+
+# %% [markdown]
+r"""
+Writing takes time: two gigabytes of a model of depth 12 with its optimizer, some seconds on a fast
+disk, and all GPUs wait. They need not. What must be done at once is a *copy* into main memory,
+before the next step changes the weights; a thread can write the copy while training goes on. One
+write at a time, and an error in the thread must not get lost: it comes out at the next call.
+"""
+
+
+# %%
+#| export checkpoint
+class BackgroundSaver:
+    """Saves checkpoints in a thread. Call `wait` before the result is needed, and at the end."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def save(
+        self,
+        directory: str | Path,
+        step: int,
+        model: GPT,
+        state: dict | None,
+        meta: dict,
+        **options,
+    ) -> None:
+        """Copy model and optimizer state now and write them later; as `save_checkpoint`."""
+        self.wait()
+
+        def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+
+        weights = copied(model.state_dict())
+        frozen = SimpleNamespace(config=model.config, state_dict=lambda: weights)
+        state = None if state is None else copied(state)
+
+        def write() -> None:
+            try:
+                save_checkpoint(directory, step, frozen, state, meta, **options)
+            except BaseException as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=write, name=f"save step {step}")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Wait for the write under way, if there is one; raise what it raised."""
+        if self.thread:
+            self.thread.join()
+        self.thread, error, self.error = None, self.error, None
+        if error:
+            raise error
+
 
 # %% [markdown]
 r"""
@@ -1425,10 +1514,10 @@ r"""
 ## Recap
 
 `nanochat.train` now holds `fit`, `accumulate_gradients` and `SingleProcess`; `nanochat.checkpoint`
-holds `Checkpoint`, `save_checkpoint`, `load_checkpoint`, `saved_steps`, `latest_step` and
-`put_aside`; `nanochat.convert` holds `to_transformers`, `from_transformers` and `from_nanochat`.
-You can train a model for any number of steps, cut its batch as your memory wants, lose the machine,
-and say beforehand what it will cost.
+holds `Checkpoint`, `save_checkpoint`, `load_checkpoint`, `BackgroundSaver`, `saved_steps`,
+`latest_step`, `best_step`, `file_hash` and `put_aside`; `nanochat.convert` holds
+`to_transformers`, `from_transformers` and `from_nanochat`. You can train a model for any number of
+steps, cut its batch as your memory wants, lose the machine, and say beforehand what it will cost.
 
 **Pitfalls**
 

@@ -1,18 +1,28 @@
 """nanochat.checkpoint: what was saved comes back, and nothing half-written is ever seen."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from nanochat import checkpoint
-from nanochat.checkpoint import latest_step, load_checkpoint, save_checkpoint, saved_steps
+from nanochat.checkpoint import (
+    BackgroundSaver,
+    best_step,
+    latest_step,
+    load_checkpoint,
+    save_checkpoint,
+    saved_steps,
+)
 from nanochat.common import UserError
 from nanochat.model import GPT, GPTConfig
 from nanochat.optim import build_optimizer
@@ -65,9 +75,63 @@ def test_absent_and_broken_checkpoints_say_so(tmp_path):
     folder = save_checkpoint(tmp_path, 1, *trained(), {})
     with pytest.raises(UserError, match="steps there: 1"):
         load_checkpoint(tmp_path, 5)
-    (folder / "model.safetensors").write_bytes(b"junk")
+    whole = (folder / "model.safetensors").read_bytes()
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1  # one bit of one weight: still a perfect safetensors file
+    for content in (b"junk", whole[:-8], bytes(flipped)):
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match="is broken .model.safetensors is not the file that"):
+            load_checkpoint(tmp_path)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="is broken"):
         load_checkpoint(tmp_path)
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    model, state = trained()
+    for step, score in ((10, 2.0), (20, 1.2), (30, 1.5), (40, None), (50, 1.9)):
+        save_checkpoint(tmp_path, step, model, state, {}, keep=2, score=score)
+    assert saved_steps(tmp_path) == [20, 40, 50] and best_step(tmp_path) == 20
+    save_checkpoint(tmp_path, 60, model, state, {}, score=1.1)
+    assert saved_steps(tmp_path) == [60] and best_step(tmp_path) == 60
+    assert best_step(tmp_path / "none") is None
+
+
+def test_a_background_save_holds_what_was_there_when_it_was_called(tmp_path, monkeypatch):
+    write, started, go_on = checkpoint.save_file, threading.Event(), threading.Event()
+
+    def slow(tensors, path):
+        started.set()
+        go_on.wait(10)
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    model, state = trained()
+    before = model.head.weight.detach().clone()
+    moment = state["head.weight.mean"].clone()
+    saver = BackgroundSaver()
+    saver.save(tmp_path, 5, model, state, {"note": 1})
+    assert started.wait(10) and saved_steps(tmp_path) == []  # still at it
+    with torch.no_grad():  # training goes on
+        model.head.weight.add_(1)
+        state["head.weight.mean"].add_(1)
+    go_on.set()
+    saver.wait()
+    found = load_checkpoint(tmp_path)
+    assert torch.equal(found.model.head.weight, before) and found.meta["note"] == 1
+    assert torch.equal(found.optimizer_state["head.weight.mean"], moment)
+
+
+def test_an_error_of_a_background_save_comes_out_at_the_next_call(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    saver = BackgroundSaver()
+    saver.save(tmp_path / "file", 5, *trained(), {})
+    with pytest.raises(UserError, match="cannot save the checkpoint of step 5"):
+        saver.save(tmp_path, 6, *trained(), {})
+    saver.save(tmp_path, 6, *trained(), {})
+    saver.wait()
+    saver.wait()
+    assert saved_steps(tmp_path) == [6]
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_nothing(tmp_path, monkeypatch):
@@ -111,3 +175,16 @@ def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert load_checkpoint(tmp_path).meta["step"] >= 5
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 and fork are POSIX")
+def test_twenty_kills_change_nothing(tmp_path):
+    """A run killed 20 times, also inside of saves, ends with the weights of one never killed."""
+    program = Path(__file__).with_name("kill_training.py")
+    done = subprocess.run(
+        [sys.executable, program, tmp_path], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["kills"] == 20 and found["equal"]
+    assert found["inside_a_save"] >= 3 and found["lost_steps"] <= found["save_every"]
