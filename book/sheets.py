@@ -57,16 +57,17 @@ def sheet_files(book: Book) -> dict[str, str]:
                 raise BookError(f"exercises/{path.name}: no chapter has this name")
             sheets.append(read_sheet(path))
             text = path.read_text(encoding="utf-8")
-            for folder, instead in (("exercises", STUB), ("exercises/solutions", r"\2")):
-                notebook = sheet_notebook(book, path, BLOCK.sub(instead, text), sheets[-1])
+            for folder, given in (
+                ("exercises", BLOCK.sub(STUB, text)),
+                ("exercises/solutions", text),  # with its markers: nbgrader asks for them
+            ):
+                notebook = sheet_notebook(book, path, given, sheets[-1])
                 files[f"{folder}/{path.stem}.ipynb"] = as_text(notebook)
         except BookError as error:
             problems += str(error).splitlines()
         except SyntaxError as error:
-            reason = f"not Python once solutions are taken out or unwrapped ({error.msg})"
+            reason = f"not Python once solutions are taken out ({error.msg})"
             problems.append(f"exercises/{path.name}: a cell is {reason}")
-    used = [i for sheet in sheets for i in sheet.exercises]
-    problems += [f"exercises: id {i!r} is used twice" for i in set(used) if used.count(i) > 1]
     if problems:
         raise BookError("\n".join(problems))
     if sheets:
@@ -115,8 +116,12 @@ def read_sheet(path: Path) -> Sheet:
         if "exercise" in cell.directives:
             fault, exercise = read_exercise(cell, path.stem.split("_")[0])
             problems += [f"{where}: {fault}"] if fault else []
-            if exercise:
+            if exercise and exercise.id in found:
+                problems.append(f"{where}: the id {exercise.id!r} is used twice")
+            elif exercise:
                 found[exercise.id], places[exercise.id] = exercise, where
+    if problems:  # what stands behind an exercise that could not be read is no second problem
+        raise BookError("\n".join(problems))
     for cell in (c for c in cells if behind(c)):
         fault = add(found, cell, behind(cell))
         problems += [f"exercises/{path.name}:{cell.line}: {fault}"] if fault else []
@@ -154,6 +159,8 @@ def add(found: dict[str, Exercise], cell: Cell, kind: str) -> str:
     if id not in found:
         return f"`#| {kind} {id}`: no exercise has this id"
     exercise = found[id]
+    if (kind == "hints" and exercise.hints) or (kind == "checks" and exercise.checks):
+        return f"a second `#| {kind} {id}`"
     if kind == "hints":
         try:
             hints = ast.literal_eval(cell.source.partition("=")[2].strip())
