@@ -69,7 +69,9 @@ def pack(message: tuple, functions: list | None = None) -> bytes:
             functions.append(x)
             return {"function": len(functions) - 1}
         wanted = "numbers, text, lists, tuples, dicts, sets, tensors"
-        raise TypeError(f"an answer takes and returns plain data ({wanted}), not {type(x).__name__}")
+        raise TypeError(
+            f"an answer takes and returns plain data ({wanted}), not {type(x).__name__}"
+        )
 
     text = json.dumps(tree(message)).encode()
     if len(text) > TEXT_LIMIT or len(blob) > BLOB_LIMIT:
@@ -252,6 +254,8 @@ def answer_process(channel: Channel) -> None:
         exec(compile(given, "<given>", "exec"), names)
         names.update({k: lambda *_: None for k in ("check", "hint", "progress")})
         exec(compile(source, "<answer>", "exec"), names)
+        if name not in names:
+            raise NameError(f"the cell does not define {name!r}")
         answer = names[name]
         reply = ("function",) if callable(answer) else ("value", answer)
     except BaseException as error:
@@ -290,6 +294,8 @@ def wall_in(folder: str) -> None:
         os.dup2(null, handle)
     os.close(null)
     os.chdir(folder)
+    os.environ.update(TMPDIR=folder, TEMP=folder, TMP=folder)
+    tempfile.tempdir = folder
     sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
     sys.path.append(str(Path(nanochat.__file__).parent))  # for `protect`: this may be read
     protect(folder, EXERCISE_SECONDS, psutil.Process().memory_info().vms // 2**20 + MEMORY_MB)
@@ -338,7 +344,7 @@ def words_of(error: BaseException) -> tuple[str, str]:
         text = str(error)[:300]
     except BaseException:
         text = ""
-    if type(error) is NameError:
+    if type(error) is NameError and error.name:
         text += " (of a notebook only the marked cell is read: define in it what it needs)"
     return known[0].__name__, text.encode("utf-8", "replace").decode()
 

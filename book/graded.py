@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ __all__ = ["check", "hint", "progress", "close"]
 
 ROOT = Path(__file__).parents[1]
 EXERCISES, WORK = ROOT / "exercises", ROOT / "work"
+MARKS = {"passed": ("\u2713", "#0072b2"), "FAILED": ("\u2717", "#d55e00"), "unseen": ("?", "#666")}
 SEEN: dict[Path, tuple[float, Sheet, dict]] = {}  # sheets as last read, with their namespaces
 
 
@@ -24,6 +26,7 @@ class Property:
     name: str
     mistake: str
     test: Callable[[Any], None]
+    gpu: bool = False  # cannot be verified without one
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Outcome:
     name: str
     passed: bool
     words: str = ""  # what was seen and what is likely wrong; empty when it passed
+    verified: bool = True  # False: this machine cannot tell, and nothing is given for it
+
+    @property
+    def mark(self) -> str:
+        return "passed" if self.passed else "FAILED" if self.verified else "unseen"
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Result:
     def __str__(self) -> str:
         lines = [f"{self.id}: {self.score:g} of {self.points} points"]
         for outcome in self.outcomes:
-            lines.append(f"  {'passed' if outcome.passed else 'FAILED'}  {outcome.name}")
+            lines.append(f"  {outcome.mark}  {outcome.name}")
             lines += [f"          {line}" for line in outcome.words.splitlines()]
         return "\n".join(lines)
 
@@ -57,7 +65,7 @@ class Result:
     def _repr_html_(self) -> str:
         rows = []
         for outcome in self.outcomes:
-            mark, colour = ("\u2713", "#0072b2") if outcome.passed else ("\u2717", "#d55e00")
+            mark, colour = MARKS[outcome.mark]
             words = html.escape(outcome.words).replace("\n", "<br>")
             rows.append(
                 f'<tr><td style="color:{colour};font-weight:bold">{mark}</td>'
@@ -118,22 +126,31 @@ def define(source: str, given: dict, name: str) -> Any:
     return names[name]
 
 
-def properties(exercise: Exercise, given: dict) -> list[Property]:
-    """The properties that the exercise's `#| checks` cell declares with `@says(name, mistake)`."""
+def properties(exercise: Exercise, given: dict, hidden: str = "") -> list[Property]:
+    """The properties that the `#| checks` cell declares with `@says(name, mistake)`.
+
+    One with `gpu=True` is not verified on a machine without a GPU. `hidden` is the source of more.
+    """
     found: list[Property] = []
 
-    def says(name: str, mistake: str) -> Callable:
-        return lambda test: found.append(Property(name, mistake, test))
+    def says(name: str, mistake: str, gpu: bool = False) -> Callable:
+        return lambda test: found.append(Property(name, mistake, test, gpu))
 
-    names = {**given, "says": says, "close": close}
-    exec(compile(exercise.checks, f"checks of {exercise.id}", "exec"), names)
+    for source in (exercise.checks, hidden):
+        names = {**given, "says": says, "close": close}
+        exec(compile(source, f"checks of {exercise.id}", "exec"), names)
     return found
 
 
-def examine(exercise: Exercise, given: dict, answer: Any) -> Result:
+def examine(exercise: Exercise, given: dict, answer: Any, hidden: str = "") -> Result:
     """Try every property on the answer. What an answer raises costs it that property only."""
+    import torch
+
     outcomes = []
-    for one in properties(exercise, given):
+    for one in properties(exercise, given, hidden):
+        if one.gpu and not torch.cuda.is_available():
+            outcomes.append(Outcome(one.name, False, "not verified here: it needs a GPU", False))
+            continue
         try:
             one.test(answer)
             outcomes.append(Outcome(one.name, True))
@@ -141,16 +158,22 @@ def examine(exercise: Exercise, given: dict, answer: Any) -> Result:
             outcomes.append(Outcome(one.name, False, str(error) or "not written yet"))
         except AssertionError as error:
             outcomes.append(Outcome(one.name, False, f"{error}\n{one.mistake}".strip()))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             words = f"{type(error).__name__}: {error}"[:300]
             outcomes.append(Outcome(one.name, False, f"{words}\n{one.mistake}"))
     return Result(exercise.id, exercise.points, outcomes)
 
 
-def check(id: str, answer: Any) -> Result:
-    """Check an answer, keep the best score in work/progress.json and say what is still wrong."""
+def check(id: str, answer: Any) -> Result | float:
+    """Check an answer, keep the best score in work/progress.json and say what is still wrong.
+
+    When nbgrader runs the notebook, what comes back is the score as the number that it asks for.
+    """
     exercise, _, given = find(id)
     result = examine(exercise, given, answer)
+    if os.environ.get("NBGRADER_EXECUTION"):
+        print(result)
+        return result.score
     record = read_progress()
     entry = record.setdefault(id, {"best": 0.0, "tries": 0, "hints": 0})
     entry["best"], entry["tries"] = max(entry["best"], result.score), entry["tries"] + 1
