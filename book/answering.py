@@ -38,7 +38,7 @@ FORKS = sys.platform == "linux"  # elsewhere a fork of a process that has loaded
 
 
 def pack(message: tuple, functions: list | None = None) -> bytes:
-    """A message as bytes. Functions in it are kept in `functions`, and only their number is sent."""
+    """A message as bytes. Functions in it are added to `functions`, their number is sent."""
     blob = bytearray()
 
     def put(data: bytes) -> list[int]:
@@ -68,10 +68,8 @@ def pack(message: tuple, functions: list | None = None) -> bytes:
         if callable(x) and functions is not None:
             functions.append(x)
             return {"function": len(functions) - 1}
-        wanted = "numbers, text, lists, tuples, dicts, sets, tensors"
-        raise TypeError(
-            f"an answer takes and returns plain data ({wanted}), not {type(x).__name__}"
-        )
+        wanted = "plain data (numbers, text, lists, tuples, dicts, sets, tensors)"
+        raise TypeError(f"an answer takes and returns {wanted}, not {type(x).__name__}")
 
     text = json.dumps(tree(message)).encode()
     if len(text) > TEXT_LIMIT or len(blob) > BLOB_LIMIT:
@@ -310,9 +308,9 @@ def wall_in(folder: str) -> None:
     def guard(event: str, args: tuple) -> None:
         if event in refused or event.startswith("socket."):
             raise PermissionError(f"an answer may not use {event}")
-        if event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], (str, bytes)):
-            if real_path(os.fsdecode(args[0])).startswith(closed):
-                raise PermissionError("an answer may not read the book's exercises")
+        looks = event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], (str, bytes))
+        if looks and real_path(os.fsdecode(args[0])).startswith(closed):
+            raise PermissionError("an answer may not read the book's exercises")
 
     sys.addaudithook(guard)
 

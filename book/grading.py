@@ -153,7 +153,8 @@ class Grader:
 
         torch.manual_seed(0)
         given, hidden = self.given[sheet.name], self.hidden.get(exercise.id, "")
-        names = sheet.given, source, exercise.answer, exercise.replaces
+        plain = re.sub(r"(?m)^\s*[%!].*$", "", source)  # %%time and the like do no harm
+        names = sheet.given, plain, exercise.answer, exercise.replaces
         with time_limit(CHECK_SECONDS), Answer(self.nursery, *names) as answer:
             try:
                 value = answer.value()
@@ -263,9 +264,10 @@ def write_grades(grades: dict[str, dict], out: Path) -> None:
     table.writerow(["student", "score", "points", *(c["sheet"] for c in first), *ids])
     for name, grade in grades.items():
         safe = f"'{name}" if name[0] in "=+-@" else name  # no formula in a spreadsheet
-        scores = [e["score"] for c in grade["chapters"] for e in c["exercises"]]
-        chapters = [c["score"] for c in grade["chapters"]]
-        table.writerow([safe, grade["score"], grade["points"], *chapters, *scores])
+        scores = [c["score"] for c in grade["chapters"]]
+        scores += [e["score"] for c in grade["chapters"] for e in c["exercises"]]
+        row = [f"{score:g}" for score in (grade["score"], grade["points"], *scores)]
+        table.writerow([safe, *row])
         atomic_write(out / "feedback" / f"{name}.html", feedback(name, grade))
     atomic_write(out / "grades.csv", text.getvalue())
 

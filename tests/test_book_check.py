@@ -181,7 +181,7 @@ def test_two_solution_blocks_at_different_depths(sample):
     [
         ("# END SOLUTION", "# END", "`# BEGIN SOLUTION` has no partner"),
         ("# BEGIN SOLUTION", "# Begin solution", "no partner or is misspelt"),
-        (" minutes=5", "", "write `#| exercise id=... points=... minutes=... level=... answer=...`"),
+        (" minutes=5", "", "write `#| exercise id=... points=... minutes=... level="),
         ("points=2", "points=two", "points, minutes and level are whole numbers"),
         ("# BEGIN SOLUTION\n    return x * x\n    # END SOLUTION", "return 1", "an exercise needs"),
         ("#| exercise", "#| excercise", "misspelt directive"),
