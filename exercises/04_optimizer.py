@@ -34,8 +34,8 @@ With $t$ the number of this step, counted from 1:
 
 $$m \leftarrow \beta_1 m + (1-\beta_1)\,g,\qquad v \leftarrow \beta_2 v + (1-\beta_2)\,g^2,$$
 
-$$w \leftarrow (1-\eta\lambda)\,w
-- \eta\,\frac{m/(1-\beta_1^t)}{\sqrt{v/(1-\beta_2^t)} + \epsilon}.$$
+$$w \leftarrow (1-\eta\lambda)\,w -
+\eta\,\frac{m/(1-\beta_1^t)}{\sqrt{v/(1-\beta_2^t)} + \epsilon}.$$
 
 What is remembered between steps is $m$ and $v$ as they stand in the first line. Four details are
 easy to get wrong, and a run with any of them wrong still trains, a little worse.
