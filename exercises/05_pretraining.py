@@ -38,9 +38,9 @@ def global_gradient(weight, micro_batches):
 ```
 
 It is right as long as all targets count. With masks, a token of a short reply weighs more than one
-of a long reply; and a micro-batch without any trained token is a mean over nothing, 0/0. Both were
-in a real project: the first made its models a little worse for months, the second turned whole runs
-into NaN. Mend it: the result must not depend on how the batch is cut.
+of a long reply, and nothing shows it. And a micro-batch without any trained token is a mean over
+nothing, 0/0: that turned the fine-tuning of a real project into NaN on small machines, where the
+micro-batches are small. Mend it: the result must not depend on how the batch is cut.
 """
 
 
@@ -200,8 +200,9 @@ r"""
 A run must know its length before it starts, because the fall of its rate ends there. There are
 three ways to say how long: a number of steps; a budget of FLOPs; or a **ratio**, so many tokens
 for each weight that multiplies (the block matrices and the head; the embedding only looks up). If
-more than one is given, the first of these three counts. In one published run all parameters were
-counted where only the multiplying ones were meant, and at depth 6 that is three times as many.
+more than one is given, the first of these three counts. (nanochat's first release counted all
+parameters for its ratio, later ones only those that multiply. Two ratios can be compared only if
+both say what they count.)
 
 Return the number of optimizer steps, of `batch_tokens` tokens each. Round down, so that no budget
 is overspent, but make at least one step. At least one of the three is always given.
@@ -373,12 +374,11 @@ check("05-bill", bill)
 
 # %%
 #| checks 05-bill
-from nanochat.model import GPT, GPTConfig
-
-with torch.device("meta"):  # sizes without numbers
-    model = GPT(GPTConfig.for_depth(12, 32768, 2048))
-counts = model.num_params()
-flops = 12 * (counts["matrix"] + counts["head"]) * model.flops_per_token()
+channels, positions, tokens = 768, 2048, 32768
+block = 4 * channels * channels + 2 * channels * 4 * channels  # q, k, v, o; up and down
+attended = 2 * positions * channels * 2 * 3  # scores and values; multiply-add; thrice with backward
+multiplying = 12 * block + tokens * channels
+flops = 12 * multiplying * (6 * multiplying + 12 * attended)
 
 
 def near(found, expected):
