@@ -34,8 +34,8 @@ With $t$ the number of this step, counted from 1:
 
 $$m \leftarrow \beta_1 m + (1-\beta_1)\,g,\qquad v \leftarrow \beta_2 v + (1-\beta_2)\,g^2,$$
 
-$$w \leftarrow (1-\eta\lambda)\,w
-- \eta\,\frac{m/(1-\beta_1^t)}{\sqrt{v/(1-\beta_2^t)} + \epsilon}.$$
+$$w \leftarrow (1-\eta\lambda)\,w -
+\eta\,\frac{m/(1-\beta_1^t)}{\sqrt{v/(1-\beta_2^t)} + \epsilon}.$$
 
 What is remembered between steps is $m$ and $v$ as they stand in the first line. Four details are
 easy to get wrong, and a run with any of them wrong still trains, a little worse.
@@ -83,15 +83,10 @@ def draw(n, seed):
     return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def torch_adamw(param, grads, **settings):
-    """What torch.optim.AdamW makes of a parameter: (param, mean, square) after all gradients."""
-    theirs = torch.nn.Parameter(param.clone())
-    optimizer = torch.optim.AdamW([theirs], **settings)
-    for grad in grads:
-        theirs.grad = grad
-        optimizer.step()
-    state = optimizer.state[theirs]
-    return theirs.detach(), state["exp_avg"], state["exp_avg_sq"]
+def remembered(values, beta):
+    """A running mean written out: the latest of n values weighs 1 - beta, each older one less."""
+    n = len(values)
+    return sum((1 - beta) * beta ** (n - 1 - i) * value for i, value in enumerate(values))
 
 
 @says(
@@ -104,8 +99,8 @@ def _(adamw_step):
     for step, grad in enumerate(grads, 1):
         answer = adamw_step(draw(3, 9), grad, mean, square, step, 0.1, (0.8, 0.95), 1e-8, 0.0)
         _, mean, square = answer
-    _, *expected = torch_adamw(draw(3, 9), grads, lr=0.1, betas=(0.8, 0.95), weight_decay=0.0)
-    assert close(mean, expected[0]) and close(square, expected[1])
+    assert close(mean, remembered(grads, 0.8))
+    assert close(square, remembered([grad**2 for grad in grads], 0.95))
 
 
 @says(
