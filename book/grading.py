@@ -91,7 +91,8 @@ def marked_cells(content: bytes) -> Iterator[tuple[str, str]]:
         mark = cell.get("metadata", {}).get("nbgrader", {})
         first = MARK.match(source)
         if cell["cell_type"] == "code" and (mark.get("solution") or first):
-            yield mark.get("grade_id") or first[1], source
+            plain = re.sub(r"(?m)^\s*[%!].*$", "", source)  # %%time and the like do no harm
+            yield str(mark.get("grade_id") or first[1]), plain
 
 
 def read_answers(paths: list[Path]) -> tuple[dict[str, list[str]], list[str]]:
@@ -105,7 +106,7 @@ def read_answers(paths: list[Path]) -> tuple[dict[str, list[str]], list[str]]:
                     raise ValueError(f"larger than {ALL_MB} MB")
                 try:
                     for id, source in marked_cells(content):
-                        found = answers.setdefault(str(id), [])
+                        found = answers.setdefault(id, [])
                         if source not in found:
                             found.append(source)
                 except Exception as error:  # whatever a broken notebook makes the reader raise
@@ -153,8 +154,7 @@ class Grader:
 
         torch.manual_seed(0)
         given, hidden = self.given[sheet.name], self.hidden.get(exercise.id, "")
-        plain = re.sub(r"(?m)^\s*[%!].*$", "", source)  # %%time and the like do no harm
-        names = sheet.given, plain, exercise.answer, exercise.replaces
+        names = sheet.given, source, exercise.answer, exercise.replaces
         with time_limit(CHECK_SECONDS), Answer(self.nursery, *names) as answer:
             try:
                 value = answer.value()

@@ -147,7 +147,8 @@ class Settings:
 
     Rates are the optimizer's initial rates at width 768 (chapter 4); `*_lr` of later stages are
     factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes.
-    `micro_batch` 0 means as many rows as fit, `processes` 0 one for each GPU.
+    `micro_batch` 0 means as many rows as fit, `processes` 0 one for each GPU. `mine` is a folder of
+    solved exercises whose functions replace the book's (section 7).
     """
 
     name: str = "laptop"
@@ -184,6 +185,7 @@ class Settings:
     processes: int = 1
     device: str = "auto"
     dtype: str = "auto"
+    mine: str = ""
 
 
 # %% [markdown]
@@ -529,6 +531,7 @@ class Run:
         another recipe, and names what differs; also for a recipe that cannot work.
         """
         check_recipe(recipe)
+        use_mine(recipe)
         directory = Path(directory or runs_directory() / recipe.name)
         path = directory / "recipe.json"
         if path.exists():
@@ -565,6 +568,7 @@ class Run:
 
     def engine(self, stage: str) -> Engine:
         """Load a stage's model, ready to chat."""
+        use_mine(self.recipe)
         device = pick_device(self.recipe.device)
         model = self.checkpoint(stage, device).model.eval()
         model.compute_dtype = compute_dtype(self.recipe, device)
@@ -1243,7 +1247,36 @@ For several processes we start the command line under torchrun's launcher: the r
 `python -m nanochat pretrain --folder RUN`, open the same folder and find the same recipe. Rank 0
 alone writes. The notebook that launched them streams what they print, and if one of them stops with
 a mistake of the user, the same sentence is raised here.
+
+There is one more thing to decide before the work begins: whose code does it. Many exercises ask for
+a function that the package has. `make capstone MINE=1`, or a recipe with `mine="work"`, looks
+through your notebooks in `work/` for them. Each answer is checked again, in a process of its own.
+One that passes takes the place of the book's function wherever a module holds it, in every rank.
+One that does not pass stops the run before it begins, with the property it lacks; one that is not
+written yet is left alone. Which of your functions did the work stands in the log and in the report.
 """
+
+
+# %%
+#| export
+def use_mine(recipe: Recipe) -> list[str]:
+    """Put the learner's functions in `recipe.mine` in place of the book's; return which.
+
+    Without `mine` the book's are put back. Raises UserError for an answer that fails its checks,
+    for a folder that is not there, and without a clone of the book, where the exercises are.
+    """
+    if not recipe.mine and "book.mine" not in sys.modules:
+        return []
+    try:
+        from book.mine import switch
+    except ModuleNotFoundError as error:
+        if error.name not in ("book", "book.mine"):
+            raise
+        raise UserError(
+            f"mine={recipe.mine!r} needs the exercises of the book, and its folder book/ is not "
+            f"beside nanochat/; run this from a clone of the book."
+        ) from None
+    return switch(recipe.mine)
 
 
 # %%
@@ -1258,6 +1291,10 @@ def run_stage_here(run: Run, stage: str, world: Any = None) -> dict[str, Any]:
         "sft": lambda: finetune(run, "sft", world),
         "rl": lambda: reinforce(run, world),
     }[stage]
+    used = use_mine(run.recipe)
+    if used and (world is None or world.is_main):
+        print(f"{stage}: with your code for {', '.join(used)}", flush=True)
+        run.log.write("mine", stage=stage, used=used)
     began, device = time.perf_counter(), world.device if world else pick_device(run.recipe.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -1750,6 +1787,14 @@ def exchange_rows(run: Run) -> list[list[str]]:
 
 
 # %%
+#| export report
+def mine_rows(run: Run) -> list[list[str]]:
+    """Return the learner's exercises that the run used and the functions they replaced."""
+    used = {name: None for event in read_metrics(run.log.path, "mine") for name in event["used"]}
+    return [name.rstrip(")").split(" (") for name in used]
+
+
+# %%
 #| test
 assert "<script>" not in html_table([["said"], ["<script>alert(1)</script>"]])
 assert markdown_table([["a|b"], ["c\nd"]]) == "| a\\|b |\n| --- |\n| c d |"
@@ -1788,12 +1833,15 @@ def write_report(run: Run) -> tuple[Path, Path]:
         "What each stage brought": stage_table(run),
         "The last exchange": exchange_rows(run),
         "What it cost": cost_table(run),
+        "Your code": [["exercise", "in place of"], *mine_rows(run)],
         "The machine": [["fact", "value"], *map(list, machine_of(run).items())],
         "The recipe": [["setting", "value"], *([k, str(v)] for k, v in vars(run.recipe).items())],
     }
     title = f"Report card of run {run.recipe.name}"
     text, page = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>"]
     for head, rows in sections.items():
+        if len(rows) == 1:  # only its heads
+            continue
         text += [f"## {head}", markdown_table(rows)]
         page += [f"<h2>{html.escape(head)}</h2>", html_table(rows)]
         if head == "What each stage brought":
