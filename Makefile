@@ -54,8 +54,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 capstone: $(READY)
-	$(PY) -m nanochat capstone --profile $(PROFILE) \
-		$(if $(MINE),--set mine=work --set name=$(PROFILE)-mine)
+	$(PY) -m nanochat capstone --profile $(PROFILE)$(if $(MINE), --set mine=work --set name=$(PROFILE)-mine)
 
 chat: $(READY)
 	$(PY) -m nanochat chat
