@@ -254,11 +254,13 @@ def by_svd(matrix):
 
 
 def seconds(function, matrix):
-    times = []
-    for _ in range(3):
+    threads, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)  # on a busy machine a second thread mostly waits
+    for _ in range(5):
         start = time.perf_counter()
         function(matrix)
         times.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return min(times)
 
 
