@@ -858,28 +858,32 @@ in three ways:
 The 95 % interval of every number is about ±0.03. Answer each question with a letter.
 
 `base`: Why does the base model score 0.25 by letter and 0.36 by likelihood?
-**A** It knows nothing; 0.36 is luck.
-**B** It knows some answers, but has not learned to bind a choice to its letter.
-**C** Likelihood shows the right answer to the model and so gives it away.
-**D** The letters are special tokens that pretraining never saw.
+
+- **A** It knows nothing; 0.36 is luck.
+- **B** It knows some answers, but has not learned to bind a choice to its letter.
+- **C** Likelihood shows the right answer to the model and so gives it away.
+- **D** The letters are special tokens that pretraining never saw.
 
 `written`: After SFT the same model gets 0.31 by letter and 0.24 written. Why?
-**A** Generation draws at random, so a quarter of the answers is lost by chance.
-**B** Written answers are compared with a harder key.
-**C** By letter it must say one of four letters; written, it may say anything, and form can fail.
-**D** The logits at the first place are computed before the softmax.
+
+- **A** Generation draws at random, so a quarter of the answers is lost by chance.
+- **B** Written answers are compared with a harder key.
+- **C** By letter it must say one of four letters; written, it may say anything, and form can fail.
+- **D** The logits at the first place are computed before the softmax.
 
 `gain`: What has SFT taught the model, by this table?
-**A** Many new facts: 0.01 became 0.24.
-**B** The form of an answer and the letters; what it knows has hardly changed.
-**C** Nothing: all changes are within the error bars.
-**D** To forget: likelihood should have risen as much as the letter did.
+
+- **A** Many new facts: 0.01 became 0.24.
+- **B** The form of an answer and the letters; what it knows has hardly changed.
+- **C** Nothing: all changes are within the error bars.
+- **D** To forget: likelihood should have risen as much as the letter did.
 
 `compare`: Somebody reports 0.37 by likelihood for model X, you measured 0.31 by letter for model Y.
-**A** X is better by six points.
-**B** Y is better, since the letter is the harder test.
-**C** They are equal, because both beat 0.25.
-**D** Nothing follows; judge both in one way.
+
+- **A** X is better by six points.
+- **B** Y is better, since the letter is the harder test.
+- **C** They are equal, because both beat 0.25.
+- **D** Nothing follows; judge both in one way.
 """
 
 # %%
