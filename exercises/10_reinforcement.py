@@ -801,8 +801,8 @@ This reward was in use for a day, and the share of "right" replies rose to 97 %:
 
 The model had found out that it is paid wherever the digits of the answer stand: in a list of all
 numbers to 200, inside a longer number, in what the calculator printed. Write the reward that we
-mean: 1.0 if the number after the last `####` in the model's **own text** (its parts joined) is the answer, else
-0.0.
+mean: 1.0 if the number after the last `####` in the model's **own text** (its parts joined) is the
+answer, else 0.0.
 
 `parts` is a list of `{"type": ..., "text": ...}`. The types are `"text"` (the model's words),
 `"python"` (its calls) and `"python_output"` (forced results). From chapter 9 you have
