@@ -371,136 +371,94 @@ def predict_hours(first, second, tokens):
 
 # %% [markdown]
 r"""
-## 4. The test that was in the training set
+## 4. Spot the leak
 
-A run reports 0.95 on its held-out questions. A friend types ten questions of her own, and three are
-answered. One explanation is a leak. nanochat's spelling test was drawn with the numbers of the
-training set, only negated; Python's random generator takes a seed and its negative for the same,
-so the test **was** the training set, for weeks.
+Five people trained a model on sums and spelling, and each reports the share of right answers on
+three sets of 200 items: items of the training set, items of the test set, and **fresh** items,
+which a friend wrote by the same rules after the run had ended. (200 items: a share is known to
+about 0.07 either way.)
 
-Write the check that would have found it on the first day: the positions, rising, of the test
-questions that are in the training set. Capitals do not matter, nor do spaces and line ends between
-words or around. Apart from that, two questions are the same or they are not: a sum with 30 is not a
-sum with 3. Real sets have millions of questions, so do not compare each with each.
+| run | training | test | fresh |
+| --- | ---: | ---: | ---: |
+| A | 0.94 | 0.93 | 0.95 |
+| B | 0.97 | 0.96 | 0.42 |
+| C | 0.98 | 0.45 | 0.43 |
+| D | 0.55 | 0.54 | 0.78 |
+| E | 0.52 | 0.97 | 0.50 |
+
+What explains each run best? Give a number.
+
+1. It has learnt the task.
+2. The test items stood in the training set.
+3. It knows the training items by heart; the test is honest.
+4. The fresh items are easier than the others, whatever the rules said.
+5. The test gives its answers away at the moment of asking: in the prompt or in the scorer.
 """
 
+# %%
+#| exercise id=12-leak points=2 minutes=8 level=2 answer=explained
+# A dict from each run to a number: {"A": ..., "B": ..., "C": ..., "D": ..., "E": ...}
+# BEGIN SOLUTION
+explained = {"A": 1, "B": 2, "C": 3, "D": 4, "E": 5}
+# END SOLUTION
 
 # %%
-#| exercise id=12-leak points=2 minutes=15 level=2 answer=leaked
-def leaked(train: list, test: list) -> list:
-    """Return the indices of the test questions that also stand in the training set.
+check("12-leak", explained)
 
-    Args:
-        train, test: questions, as texts.
-    """
-
-    # BEGIN SOLUTION
-    def plain(text):
-        return " ".join(text.lower().split())
-
-    seen = {plain(question) for question in train}
-    return [i for i, question in enumerate(test) if plain(question) in seen]
-    # END SOLUTION
-
-
-# %%
-check("12-leak", leaked)
 
 # %%
 #| checks 12-leak
-import time
-
-TRAIN = ["What is 12 plus 30?", "Spell the word apple.", "Who are you?"]
-
-
-@says("copies are found by their place in the test", "Positions in the test set, not in training.")
-def _(leaked):
-    test = ["What is 1 plus 1?", "Who are you?", "What is 12 plus 30?", "Who are you?"]
-    assert list(leaked(TRAIN, test)) == [1, 2, 3]
+@says("run A", "What would a leak do to the fresh items? Nothing lifts those but learning.")
+def _(explained):
+    assert explained["A"] == 1
 
 
-@says(
-    "capitals and spaces hide nothing",
-    "Bring both sides into one form first: lower case, one space between words, none around.",
-)
-def _(leaked):
-    test = ["  what is 12 PLUS 30?\n", "Spell\tthe  word\napple.", "Whoareyou?"]
-    assert list(leaked(TRAIN, test)) == [0, 1]
+@says("run B", "The test looks like the training set, and new items of the same kind do not.")
+def _(explained):
+    assert explained["B"] == 2
 
 
-@says(
-    "a similar question is another question",
-    "Look for equal texts; neither a part of a text nor the same words in another order.",
-)
-def _(leaked):
-    test = ["What is 12 plus 3?", "is 12 plus 30?", "What is 30 plus 12?", "Spell the word apples."]
-    assert list(leaked(TRAIN, test)) == []
+@says("run C", "Test and fresh agree, so the test tells the truth, however sad. What of the rest?")
+def _(explained):
+    assert explained["C"] == 3
+
+
+@says("run D", "A leak lifts the test, never the fresh items. The odd column here is the last.")
+def _(explained):
+    assert explained["D"] == 4
 
 
 @says(
-    "thousands of questions take no time",
-    "Searching a list looks at each element; a set finds a text at once.",
+    "run E",
+    "Had it learnt test items in training, it would know its training items at least as well.",
 )
-def _(leaked):
-    train = [f"what is {i} plus {i + 1}?" for i in range(3000)]
-    test = [f"what is {i} plus {i + 2}?" for i in range(3000)]
-    began = time.perf_counter()
-    assert not any(question in train for question in test)  # already in one form
-    slow = time.perf_counter() - began
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        assert list(leaked(train, test)) == []
-        times.append(time.perf_counter() - began)
-    assert 3 * min(times) < slow, f"{min(times):.3f} s, a search of the list {slow:.3f} s"
+def _(explained):
+    assert explained["E"] == 5
 
 
 # %%
 #| hints 12-leak
 hints = [
-    "Two steps: bring every text into one form; then ask a container that answers at once.",
-    '`" ".join(text.lower().split())` is that form.',
-    "A set of the training texts in that form, then one pass over `enumerate(test)`.",
+    "For each run find the columns that agree, and the one that does not.",
+    "Ask of the odd column: is it too high or too low, and who touched these items?",
+    "Knowing by heart lifts what was trained on. A leak makes the test a part of that.",
 ]
 
+# %%
+#| wrong 12-leak: run C
+explained = {"A": 1, "B": 2, "C": 2, "D": 4, "E": 5}
 
 # %%
-#| wrong 12-leak: capitals and spaces hide nothing
-def leaked(train, test):
-    seen = set(train)
-    return [i for i, question in enumerate(test) if question in seen]
-
+#| wrong 12-leak: run E
+explained = {"A": 1, "B": 2, "C": 3, "D": 4, "E": 2}
 
 # %%
-#| wrong 12-leak: thousands of questions take no time
-def leaked(train, test):
-    seen = [" ".join(question.lower().split()) for question in train]
-    return [i for i, question in enumerate(test) if " ".join(question.lower().split()) in seen]
-
-
-# %%
-#| wrong 12-leak: a similar question is another question
-def leaked(train, test):
-    import re
-
-    def words(text):
-        return frozenset(re.findall(r"\w+", text.lower()))
-
-    seen = {words(question) for question in train}
-    return [i for i, question in enumerate(test) if words(question) in seen]
-
+#| wrong 12-leak: run D
+explained = {"A": 1, "B": 2, "C": 3, "D": 1, "E": 5}
 
 # %%
 #| right 12-leak
-def leaked(train, test):
-    import re
-
-    def plain(text):
-        return re.sub(r"\s+", " ", text).strip().casefold()
-
-    known = dict.fromkeys(map(plain, train))
-    return sorted({i for i in range(len(test)) if plain(test[i]) in known})
-
+explained = {run: number for number, run in enumerate("ABCDE", start=1)}
 
 # %% [markdown]
 r"""

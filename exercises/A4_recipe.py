@@ -2,8 +2,9 @@
 r"""
 # Exercises for appendix A4: the recipe of a run
 
-Everything here is about the hours around the learning: sizes that are legal, a batch that divides,
-a bill that is known before, a run that goes on where it broke, a log that survives a power cut.
+Everything here is about the hours around the learning: sizes that are legal, memory that is known
+before and a bill that is known after, a run that goes on where it broke, a log that survives a
+power cut.
 `check` says which properties your answer has, `hint` helps three times, `progress()` shows your
 points.
 """
@@ -121,130 +122,108 @@ def sizes(depth, aspect=64, head_dim=128):
 
 # %% [markdown]
 r"""
-## 2. A batch that divides
+## 2. Will it fit?
 
-"AssertionError" without a word was all that nanochat's users saw when the batch did not divide by
-rows and processes; four threads asked what it meant. Write the function that finds numbers which
-work.
+A card of 24 GB, depth 12 (12 layers, 768 channels), rows of 2,048 tokens, the 65,536 ids of the
+classic recipe. How many rows fit into a micro-batch? Predict on paper with the chapter's rules:
 
-A step takes `batch_tokens` tokens. Each of `processes` processes does the same number of rows of
-`seq_len` tokens, in `accumulation` passes of `micro_batch` rows. At most `fits` rows fit into the
-memory. If the batch is not legal, take the nearest legal one, and at least one row for each
-process. Of the micro-batches that come out even, take the largest: fewer passes are faster.
+- the matrices have $12\,L\,C^2$ weights, the two tables (embedding and head) $2\,V\,C$;
+- weights and gradients take 4 bytes a weight each; the optimizer keeps one number of 4 bytes for
+  each weight of the matrices (Muon), two for each of the tables (AdamW);
+- activations: 34 values of 2 bytes for each token, layer and channel;
+- logits and what the loss makes of them: 14 bytes for each token and id.
+
+Give in bytes `fixed`, what is needed without any row; `activations` and `logits` of one row; then
+`rows`, how many whole rows fit beside the fixed part into 80 % of 24e9 bytes; and `rows_chunked`,
+the same if the loss is computed in eight portions, so that an eighth of the logits lives at a time.
 """
 
+# %%
+#| exercise id=A4-fit points=2 minutes=15 level=2 answer=fit
+# A dict: {"fixed": ..., "activations": ..., "logits": ..., "rows": ..., "rows_chunked": ...}
+# BEGIN SOLUTION
+matrices, tables = 12 * 12 * 768**2, 2 * 65536 * 768
+fixed = 8 * (matrices + tables) + 4 * matrices + 8 * tables
+activations, logits = 34 * 2 * 2048 * 12 * 768, 14 * 2048 * 65536
+free = 0.8 * 24e9 - fixed
+fit = {"fixed": fixed, "activations": activations, "logits": logits}
+fit.update(rows=int(free / (activations + logits)))
+fit.update(rows_chunked=int(free / (activations + logits / 8)))
+# END SOLUTION
 
 # %%
-#| exercise id=A4-batch points=2 minutes=15 level=2 answer=plan_batch
-def plan_batch(batch_tokens: int, seq_len: int, processes: int, fits: int) -> dict:
-    """Return dict(batch_tokens, micro_batch, accumulation) with which a step comes out even.
-
-    batch_tokens == micro_batch * accumulation * seq_len * processes, micro_batch <= fits.
-    """
-    # BEGIN SOLUTION
-    unit = seq_len * processes
-    rows = max(round(batch_tokens / unit), 1)
-    micro = max(n for n in range(1, min(fits, rows) + 1) if rows % n == 0)
-    return {"batch_tokens": rows * unit, "micro_batch": micro, "accumulation": rows // micro}
-    # END SOLUTION
-
+check("A4-fit", fit)
 
 # %%
-check("A4-batch", plan_batch)
+#| checks A4-fit
+from nanochat.model import GPTConfig
+from nanochat.recipe import memory_estimate
+
+NONE, ONE = (memory_estimate(GPTConfig.for_depth(12, 65536, 2048), rows) for rows in (0, 1))
+LEFT = 0.8 * 24e9 - sum(NONE.values())
 
 
-# %%
-#| checks A4-batch
-@says("a legal batch stays as it is", "If rows and processes divide it, nothing is rounded.")
-def _(plan_batch):
-    for batch, seq_len, processes in ((524288, 2048, 8), (4096, 256, 1), (12288, 512, 2)):
-        assert plan_batch(batch, seq_len, processes, 1)["batch_tokens"] == batch
+def near(found, expected):
+    return close(found, expected, 0.01 * expected)
 
 
 @says(
-    "another batch becomes the nearest legal one",
-    "5,000 tokens in rows of 256 are 19.5 rows for one process; 20 rows are nearer than 19.",
+    "what is needed without any row",
+    "Weights, gradients and the optimizer's numbers: one for a matrix weight, two for a table's.",
 )
-def _(plan_batch):
-    for batch, seq_len, processes in ((5000, 256, 1), (10_000, 512, 3), (5200, 256, 4)):
-        unit = seq_len * processes
-        nearest = min(range(unit, 20 * batch, unit), key=lambda legal: abs(legal - batch))
-        assert plan_batch(batch, seq_len, processes, 1)["batch_tokens"] == nearest
+def _(fit):
+    assert near(fit["fixed"], sum(NONE.values()))
 
 
-@says("every process has a row", "A batch of less than one row each becomes one row each, not 0.")
-def _(plan_batch):
-    plan = plan_batch(100, 256, 2, 8)
-    assert plan == {"batch_tokens": 512, "micro_batch": 1, "accumulation": 1}
+@says("the activations of a row", "34 values of two bytes, times tokens, layers and channels.")
+def _(fit):
+    assert near(fit["activations"], ONE["activations"])
+
+
+@says("the logits of a row", "14 bytes for each of 2,048 tokens and each of 65,536 ids.")
+def _(fit):
+    assert near(fit["logits"], ONE["logits"])
+
+
+@says("whole rows beside the fixed part", "Take the fixed part off 80 % of 24e9, then divide.")
+def _(fit):
+    assert fit["rows"] == LEFT // (ONE["activations"] + ONE["logits"])
 
 
 @says(
-    "passes come out even and fit",
-    "micro_batch must divide the rows of a process: a last pass with fewer rows would weigh more.",
+    "rows with the loss in eight portions",
+    "Only the logits shrink to an eighth; the activations of a row stay, and limit you now.",
 )
-def _(plan_batch):
-    for rows, fits in ((12, 5), (30, 9), (7, 6)):
-        plan = plan_batch(rows * 256 * 2, 256, 2, fits)
-        assert plan["micro_batch"] * plan["accumulation"] == rows and plan["micro_batch"] <= fits
-
-
-@says(
-    "the micro-batch is the largest that works",
-    "Each pass costs a fixed time as well; 12 rows of which 6 fit take two passes, not four.",
-)
-def _(plan_batch):
-    for rows, fits, micro in ((12, 6, 6), (12, 4, 4), (12, 100, 12), (15, 5, 5)):
-        assert plan_batch(rows * 256, 256, 1, fits)["micro_batch"] == micro
+def _(fit):
+    assert fit["rows_chunked"] == LEFT // (ONE["activations"] + ONE["logits"] / 8)
 
 
 # %%
-#| hints A4-batch
+#| hints A4-fit
 hints = [
-    "What is the smallest number of tokens by which a legal batch can grow?",
-    "unit = seq_len * processes; rows of a process = batch over unit, rounded, at least 1.",
-    "micro_batch is the largest n up to min(fits, rows) with rows % n == 0.",
+    "There is a part that does not depend on rows and a part for each row. Which item is in which?",
+    "Bytes of a matrix weight: 4 + 4 + 4. Bytes of a table weight: 4 + 4 + 8.",
+    "The fixed part is 2.63e9, a row takes 1.28e9 + 1.88e9; with portions 1.28e9 + 0.23e9.",
 ]
 
+# %%
+#| wrong A4-fit: what is needed without any row
+fit = {"fixed": 16 * (84934656 + 100663296), "activations": 34 * 2 * 2048 * 12 * 768}
+fit.update(logits=14 * 2048 * 65536, rows=5, rows_chunked=10)
 
 # %%
-#| wrong A4-batch: another batch becomes the nearest legal one
-def plan_batch(batch_tokens, seq_len, processes, fits):
-    unit = seq_len * processes
-    rows = max(batch_tokens // unit, 1)
-    micro = max(n for n in range(1, min(fits, rows) + 1) if rows % n == 0)
-    return {"batch_tokens": rows * unit, "micro_batch": micro, "accumulation": rows // micro}
-
+#| wrong A4-fit: rows with the loss in eight portions
+fit = {"fixed": 12 * 84934656 + 16 * 100663296, "activations": 34 * 2 * 2048 * 12 * 768}
+fit.update(logits=14 * 2048 * 65536, rows=5, rows_chunked=40)
 
 # %%
-#| wrong A4-batch: passes come out even and fit
-def plan_batch(batch_tokens, seq_len, processes, fits):
-    unit = seq_len * processes
-    rows = max(round(batch_tokens / unit), 1)
-    micro = min(fits, rows)
-    return {"batch_tokens": rows * unit, "micro_batch": micro, "accumulation": -(-rows // micro)}
-
+#| wrong A4-fit: the activations of a row
+fit = {"fixed": 12 * 84934656 + 16 * 100663296, "activations": 34 * 2048 * 12 * 768}
+fit.update(logits=14 * 2048 * 65536, rows=5, rows_chunked=10)
 
 # %%
-#| wrong A4-batch: the micro-batch is the largest that works
-def plan_batch(batch_tokens, seq_len, processes, fits):
-    unit = seq_len * processes
-    rows = max(round(batch_tokens / unit), 1)
-    micro = rows
-    while micro > fits or rows % micro:
-        micro //= 2 if micro % 2 == 0 else micro
-    return {"batch_tokens": rows * unit, "micro_batch": micro, "accumulation": rows // micro}
-
-
-# %%
-#| right A4-batch
-def plan_batch(batch_tokens, seq_len, processes, fits):
-    row = seq_len * processes
-    rows = (2 * batch_tokens + row) // (2 * row) or 1
-    passes = -(-rows // fits)
-    while rows % passes:
-        passes += 1
-    return dict(batch_tokens=rows * row, micro_batch=rows // passes, accumulation=passes)
-
+#| right A4-fit
+fit = dict(fixed=2.63e9, activations=1.283e9, logits=1.879e9, rows=5, rows_chunked=10)
 
 # %% [markdown]
 r"""
@@ -430,79 +409,117 @@ def scaled(depth, ratio=12.0):
 
 # %% [markdown]
 r"""
-## 4. The bill
+## 4. The bill afterwards
 
-Before anything runs: how long, and how much? `gpus` GPUs of `peak` FLOP/s each deliver a share
-`utilisation` of their peak, and each costs `rent` dollars an hour. People who guess often think
-that eight GPUs cost eight times as much as one. They cost the same, if they are used equally well,
-and you have the model today.
+The estimate before a run counts pretraining. The bill counts hours: every stage, the judging of its
+model as well, and **all** GPUs all the time, also while the tokenizer trains on one CPU core and
+seven GPUs wait. The log has an event for each finished stage, such as
+
+    {"stage": "base", "seconds": 7200.0, "judge_seconds": 300.0, "processes": 8}
+
+`judge_seconds` is missing where nothing was judged, `processes` where it is 1. A kill at a bad
+moment logs a stage twice; then the later event counts. As many GPUs are rented as the largest
+stage uses.
 """
 
 
 # %%
-#| exercise id=A4-bill points=1 minutes=6 level=1 answer=bill
-def bill(flops: float, gpus: int, peak: float, utilisation: float, rent: float) -> tuple:
-    """Return (hours, dollars) of a run of `flops` floating point operations."""
+#| exercise id=A4-rent points=1 minutes=10 level=1 answer=rent
+def rent(stages: list, price: float) -> float:
+    """Return the dollars of a run.
+
+    Args:
+        stages: dict(stage, seconds[, judge_seconds][, processes]) in the order of the log.
+        price: dollars of one GPU for an hour.
+    """
     # BEGIN SOLUTION
-    hours = flops / (gpus * peak * utilisation) / 3600
-    return hours, hours * gpus * rent
+    last = {event["stage"]: event for event in stages}.values()
+    seconds = sum(event["seconds"] + event.get("judge_seconds", 0.0) for event in last)
+    gpus = max([event.get("processes", 1) for event in last], default=0)
+    return seconds / 3600 * gpus * price
     # END SOLUTION
 
 
 # %%
-check("A4-bill", bill)
+check("A4-rent", rent)
 
 
 # %%
-#| checks A4-bill
-@says("the hours of one GPU", "Operations over operations a second are seconds; 3,600 to the hour.")
-def _(bill):
-    assert close(bill(3.6e18, 1, 1e15, 0.5, 2.0)[0], 2.0)
+#| checks A4-rent
+def stage(name, seconds, **more):
+    return {"stage": name, "seconds": seconds, **more}
 
 
-@says("the dollars of one GPU", "The rent is paid for each hour.")
-def _(bill):
-    assert close(bill(3.6e18, 1, 1e15, 0.5, 2.0)[1], 4.0)
+@says("hours times price on one GPU", "3,600 seconds are an hour; stages are added.")
+def _(rent):
+    assert close(rent([stage("tokenizer", 600.0), stage("base", 6600.0)], 3.0), 6.0)
+    assert close(rent([], 3.0), 0.0)
 
 
-@says("eight GPUs take an eighth of the time", "All of them work on the same operations.")
-def _(bill):
-    assert close(bill(3.92e19, 8, 9.89e14, 0.4, 3.0)[0], 3.92e19 / 8 / 9.89e14 / 0.4 / 3600)
+@says(
+    "all GPUs are paid all the time",
+    "Eight GPUs are rented for the whole run, also for the stages that use one process.",
+)
+def _(rent):
+    run = [stage("tokenizer", 1800.0), stage("base", 3600.0, processes=8), stage("rl", 1800.0)]
+    assert close(rent(run, 3.0), 2 * 8 * 3.0)
 
 
-@says("eight GPUs cost as much as one", "An eighth of the hours, and eight rents in each.")
-def _(bill):
-    assert close(bill(1e19, 8, 1e15, 0.4, 3.0)[1], bill(1e19, 1, 1e15, 0.4, 3.0)[1], 1e-6)
+@says("judging is paid, too", "While a model is examined the meter runs: add judge_seconds.")
+def _(rent):
+    run = [stage("base", 3000.0, judge_seconds=600.0), stage("sft", 1800.0, judge_seconds=1800.0)]
+    assert close(rent(run, 2.0), 4.0)
+
+
+@says("a stage logged twice is paid once", "The later event holds the time of the whole stage.")
+def _(rent):
+    run = [stage("base", 3600.0), stage("mid", 1800.0), stage("mid", 3600.0)]
+    assert close(rent(run, 3.0), 6.0)
 
 
 # %%
-#| hints A4-bill
+#| hints A4-rent
 hints = [
-    "How many operations do all GPUs together really do in a second?",
-    "gpus * peak * utilisation a second; then seconds to hours.",
-    "dollars = hours * gpus * rent.",
+    "Three numbers: seconds in all, GPUs that are rented, price. Which events count?",
+    "A dict from stage to event keeps the later of two by itself.",
+    "sum of seconds and judge_seconds, over 3600, times the largest processes, times price.",
 ]
 
 
 # %%
-#| wrong A4-bill: eight GPUs cost as much as one
-def bill(flops, gpus, peak, utilisation, rent):
-    hours = flops / (gpus * peak * utilisation) / 3600
-    return hours, hours * rent
+#| wrong A4-rent: all GPUs are paid all the time
+def rent(stages, price):
+    last = {event["stage"]: event for event in stages}.values()
+    hours = [(e["seconds"] + e.get("judge_seconds", 0.0)) * e.get("processes", 1) for e in last]
+    return sum(hours) / 3600 * price
 
 
 # %%
-#| wrong A4-bill: eight GPUs take an eighth of the time
-def bill(flops, gpus, peak, utilisation, rent):
-    hours = flops / (peak * utilisation) / 3600
-    return hours, hours * rent
+#| wrong A4-rent: judging is paid, too
+def rent(stages, price):
+    last = {event["stage"]: event for event in stages}.values()
+    gpus = max([event.get("processes", 1) for event in last], default=0)
+    return sum(event["seconds"] for event in last) / 3600 * gpus * price
 
 
 # %%
-#| right A4-bill
-def bill(flops, gpus, peak, utilisation, rent):
-    gpu_hours = flops / 3600 / utilisation / peak
-    return gpu_hours / gpus, rent * gpu_hours
+#| wrong A4-rent: a stage logged twice is paid once
+def rent(stages, price):
+    seconds = sum(event["seconds"] + event.get("judge_seconds", 0.0) for event in stages)
+    return seconds / 3600 * max([e.get("processes", 1) for e in stages], default=0) * price
+
+
+# %%
+#| right A4-rent
+def rent(stages, price):
+    seconds, gpus, seen = 0.0, 1, set()
+    for event in reversed(stages):
+        if event["stage"] not in seen:
+            seen.add(event["stage"])
+            seconds += event["seconds"]
+            seconds += event.get("judge_seconds") or 0.0
+            gpus = max(gpus, event.get("processes") or 1)
+    return price * gpus * seconds / 3600
 
 
 # %% [markdown]
