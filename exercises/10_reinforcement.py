@@ -344,6 +344,12 @@ def _(policy_loss):
     logprobs, targets = negative(3, 5), torch.full((3, 5), 7)
     targets[:, 3:] = -1
     assert close(policy_loss(logprobs, targets, ADVANTAGES), by_hand(logprobs, (3, 3, 3), "tokens"))
+    for normalize in ("tokens", "sequences"):
+        clean = torch.where(targets < 0, 0.0, logprobs)
+        found, expected = (
+            policy_loss(x, targets, ADVANTAGES, normalize) for x in (logprobs, clean)
+        )
+        assert close(found, expected), normalize
 
 
 @says(
@@ -618,7 +624,7 @@ def _(kl_and_entropy):
 def _(kl_and_entropy):
     policy, reference = two_models(2, 6)
     targets = ALL.clone()
-    targets[:, 4:] = -1
+    targets[:, :2], targets[:, 4:] = 0, -1
     found = kl_and_entropy(policy, reference, targets)
     alone = kl_and_entropy(policy[:, :4], reference[:, :4], ALL[:, :4])
     assert all(close(a, float(b)) for a, b in zip(found, alone, strict=True))
@@ -795,7 +801,8 @@ This reward was in use for a day, and the share of "right" replies rose to 97 %:
 
 The model had found out that it is paid wherever the digits of the answer stand: in a list of all
 numbers to 200, inside a longer number, in what the calculator printed. Write the reward that we
-mean: 1.0 if the number after the last `####` in the model's **own text** is the answer, else 0.0.
+mean: 1.0 if the number after the last `####` in the model's **own text** (its parts joined) is the
+answer, else 0.0.
 
 `parts` is a list of `{"type": ..., "text": ...}`. The types are `"text"` (the model's words),
 `"python"` (its calls) and `"python_output"` (forced results). From chapter 9 you have
@@ -831,12 +838,16 @@ def says_text(*texts):
     return [{"type": "text", "text": text} for text in texts]
 
 
-@says("a right reply is paid 1.0", "The number may carry commas and stand in any text part.")
+@says(
+    "a right reply is paid 1.0",
+    "The number may carry commas; the text parts are joined as they are.",
+)
 def _(answer_reward):
     tool = {"type": "python_output", "text": "42"}
     assert close(
         answer_reward([*says_text("17 and 25: "), tool, *says_text("#### 42")], PROBLEM), 1
     )
+    assert close(answer_reward(says_text("#### 4", "2"), PROBLEM), 1)
     assert close(answer_reward(says_text("#### 1,042"), {"question": "", "answer": "1042"}), 1)
 
 

@@ -229,7 +229,7 @@ def _(event):
 
 @says("what it carries is JSON", "`str` of a dict is Python's spelling, with single quotes.")
 def _(event):
-    assert json.loads(event(TOKEN).strip()[5:]) == TOKEN
+    assert list(json.loads(event(TOKEN).strip()[5:]).items()) == list(TOKEN.items())
 
 
 @says("text is sent as it is", "[DONE] has no quotes around it: clients compare it as a word.")
@@ -969,6 +969,144 @@ door = {"compare": "b", "hash": "a", "host": "a"}
 # %%
 #| right 11-door
 door = dict(host="c", hash="a", compare="b")
+
+# %% [markdown]
+r"""
+## 8. The oldest turn goes
+
+A model with a window of 2,048 tokens cannot read a talk of 3,000. Cutting in the middle of a
+message leaves half a sentence in front of the model; a talk that begins with an answer is a form
+that it has never seen. So whole turns go, the oldest first and as few as possible, what is left
+begins with a question, and the system message stays always: it says how to behave. And the answer
+needs room, too: `reserve` tokens stay free.
+
+`messages` are pairs (role, tokens), in order: perhaps one `"system"`, then `"user"` and
+`"assistant"` in turn, the last one `"user"`. Return the positions of the messages that are kept, or
+None if not even the last question fits. An error that says so is better than a silent cut.
+"""
+
+
+# %%
+#| exercise id=11-window points=2 minutes=15 level=2 answer=kept
+def kept(messages: list, window: int, reserve: int) -> list | None:
+    """Return the positions of the messages that go into the prompt, rising.
+
+    Args:
+        messages: (role, number of tokens) pairs.
+        window: tokens that prompt and answer may have together.
+        reserve: tokens kept free for the answer.
+    """
+    # BEGIN SOLUTION
+    system = [i for i, (role, _) in enumerate(messages) if role == "system"]
+    for start, (role, _) in enumerate(messages):
+        chosen = system + [*range(start, len(messages))]
+        if role == "user" and sum(messages[i][1] for i in chosen) + reserve <= window:
+            return chosen
+    return None
+    # END SOLUTION
+
+
+# %%
+check("11-window", kept)
+
+
+# %%
+#| checks 11-window
+def talk(*sizes, system=None):
+    roles = ["user", "assistant"] * len(sizes)
+    first = [("system", system)] if system else []
+    return [*first, *zip(roles, sizes)]
+
+
+@says("a talk that fits stays whole", "Up to and including the last token of the window.")
+def _(kept):
+    assert list(kept(talk(10, 10, 10), 30, 0)) == [0, 1, 2]
+    assert list(kept(talk(10, 10, 10, system=5), 35, 0)) == [0, 1, 2, 3]
+
+
+@says("as few old turns go as possible", "Drop from the front, and stop as soon as the rest fits.")
+def _(kept):
+    assert list(kept(talk(10, 10, 10, 10, 10), 30, 0)) == [2, 3, 4]
+    assert list(kept(talk(50, 10, 10, 10, 10), 35, 0)) == [2, 3, 4]
+
+
+@says("what is left begins with a question", "A question goes together with its answer.")
+def _(kept):
+    assert list(kept(talk(10, 10, 10), 25, 0)) == [2]
+    assert list(kept(talk(30, 5, 5, 5, 5), 24, 0)) == [2, 3, 4]
+
+
+@says("the system message stays", "It is always kept, and its tokens count.")
+def _(kept):
+    assert list(kept(talk(10, 10, 10, 10, 10, system=10), 40, 0)) == [0, 3, 4, 5]
+
+
+@says("the answer has its room", "Prompt and reserve together must fit into the window.")
+def _(kept):
+    assert list(kept(talk(10, 10, 10, 10, 10), 50, 20)) == [2, 3, 4]
+
+
+@says("a question that cannot fit is None", "Say so with None; do not send an empty prompt.")
+def _(kept):
+    assert kept(talk(10, 10, 40), 30, 0) is None and kept(talk(10, system=25), 30, 0) is None
+
+
+# %%
+#| hints 11-window
+hints = [
+    "Where may the kept part begin? List the places, oldest first, and take the first that fits.",
+    "The places are the positions of user messages; the system message is added to each.",
+    "For each start with role user: system + range(start, n); sum of tokens + reserve <= window.",
+]
+
+
+# %%
+#| wrong 11-window: what is left begins with a question
+def kept(messages, window, reserve):
+    system = [i for i, (role, _) in enumerate(messages) if role == "system"]
+    for start in range(len(system), len(messages)):
+        chosen = system + [*range(start, len(messages))]
+        if sum(messages[i][1] for i in chosen) + reserve <= window:
+            return chosen
+    return None
+
+
+# %%
+#| wrong 11-window: the answer has its room
+def kept(messages, window, reserve):
+    system = [i for i, (role, _) in enumerate(messages) if role == "system"]
+    for start, (role, _) in enumerate(messages):
+        chosen = system + [*range(start, len(messages))]
+        if role == "user" and sum(messages[i][1] for i in chosen) <= window:
+            return chosen
+    return None
+
+
+# %%
+#| wrong 11-window: a question that cannot fit is None
+def kept(messages, window, reserve):
+    system = [i for i, (role, _) in enumerate(messages) if role == "system"]
+    for start, (role, _) in enumerate(messages):
+        chosen = system + [*range(start, len(messages))]
+        if role == "user" and sum(messages[i][1] for i in chosen) + reserve <= window:
+            return chosen
+    return system
+
+
+# %%
+#| right 11-window
+def kept(messages, window, reserve):
+    room, best, system = window - reserve, None, []
+    if messages[0][0] == "system":
+        room, system = room - messages[0][1], [0]
+    for start in range(len(messages) - 1, len(system) - 1, -1):
+        room -= messages[start][1]
+        if room < 0:
+            break
+        if messages[start][0] == "user":
+            best = system + list(range(start, len(messages)))
+    return best
+
 
 # %% [markdown]
 r"""

@@ -176,11 +176,11 @@ def draw(top):
     "here; whoever uses x8 multiplies by it.",
 )
 def _(quantize):
-    x = draw(3e-6)
-    x8, scale = quantize(x)
-    back = x8.float() * scale
-    large = x.abs() > 3e-6 / 448 / 32
-    assert ((back - x).abs()[large] <= x.abs()[large] / 15.9).all()
+    for top in (3e-6, 1e-10):
+        x = draw(top)
+        x8, scale = quantize(x)
+        large = x.abs() > top / 448 / 32
+        assert ((x8.float() * scale - x).abs()[large] <= x.abs()[large] / 15.9).all()
 
 
 @says(
@@ -376,7 +376,7 @@ def _(chunked_loss):
 
 @says(
     "never holds the logits of many rows",
-    "Give head at most max_rows rows, reduce its logits to a number at once, and keep none of them.",
+    "Give head at most max_rows rows, reduce its logits to a number at once, and keep none.",
 )
 def _(chunked_loss):
     sizes, given = [], []
@@ -659,10 +659,8 @@ def by_mask(n_tokens, window, block):
 
 def compare(count_blocks, cases):
     for n_tokens, window, block in cases:
-        found, expected = (
-            tuple(count_blocks(n_tokens, window, block)),
-            by_mask(*(n_tokens, window, block)),
-        )
+        found = tuple(count_blocks(n_tokens, window, block))
+        expected = by_mask(n_tokens, window, block)
         assert found == expected, f"{n_tokens} tokens, window {window}, block {block}: {found}."
 
 
@@ -729,10 +727,6 @@ def count_blocks(n_tokens, window, block):
         if apart * block < window + block:
             computed += n - apart
             masked += n - apart if apart == 0 or (apart + 1) * block > window else 0
-    if window % block == 0:
-        extra = window // block + 1
-        if extra <= n - 1:
-            pass
     return computed, masked
 
 
@@ -767,7 +761,7 @@ def slow(q, k, v, window):
 
 Cut the queries into blocks of `window` tokens. The queries of a block see keys of their own block
 and of the one before, nothing else: $2 T \cdot$ `window` scores in all. Be at least twice as fast
-as the code above with 2,048 tokens and a window of 64; ten times is within reach. `T` is a
+as the code above with 3,072 tokens and a window of 64; ten times is within reach. `T` is a
 multiple of `window`.
 """
 
@@ -820,11 +814,13 @@ def slow(q, k, v, window):
 
 
 def seconds(function, *args):
-    times = []
+    threads, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)  # on a busy machine a second thread mostly waits
     for _ in range(3):
         start = time.perf_counter()
         function(*args)
         times.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return min(times)
 
 
@@ -856,8 +852,9 @@ def _(local_attention):
     "nothing in Python that can be a dimension.",
 )
 def _(local_attention):
-    q, k, v = draw(1, 4, 2048, 64)
-    ratio = seconds(slow, q, k, v, 64) / seconds(local_attention, q, k, v, 64)
+    q, k, v = draw(1, 1, 3072, 64)
+    fast = seconds(local_attention, q, k, v, 64)
+    ratio = seconds(slow, q, k, v, 64) / fast
     assert ratio > 2, f"it is {ratio:.1f} times as fast."
 
 
@@ -867,7 +864,7 @@ hints = [
     "Make the blocks a dimension: (B, H, T / window, window, D). What do the keys look like then?",
     "The keys of a block are the block before and the block itself, side by side: torch.cat of the "
     "blocks shifted by one and the blocks. F.pad puts an empty one in front.",
-    "The mask is (blocks, window, 2 * window): query i of a block stands at window + i, key j at j; "
+    "The mask is (blocks, window, 2 * window): query i stands at window + i, key j at j; "
     "their distance is between 0 and window - 1; and mask[0, :, :window] is False.",
 ]
 
