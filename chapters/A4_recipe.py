@@ -1833,15 +1833,14 @@ def write_report(run: Run) -> tuple[Path, Path]:
         "What each stage brought": stage_table(run),
         "The last exchange": exchange_rows(run),
         "What it cost": cost_table(run),
-        "Your code": [["exercise", "in place of"], *mine_rows(run)],
         "The machine": [["fact", "value"], *map(list, machine_of(run).items())],
         "The recipe": [["setting", "value"], *([k, str(v)] for k, v in vars(run.recipe).items())],
     }
+    if mine_rows(run):
+        sections["Your code"] = [["exercise", "in place of"], *mine_rows(run)]
     title = f"Report card of run {run.recipe.name}"
     text, page = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>"]
     for head, rows in sections.items():
-        if len(rows) == 1:  # only its heads
-            continue
         text += [f"## {head}", markdown_table(rows)]
         page += [f"<h2>{html.escape(head)}</h2>", html_table(rows)]
         if head == "What each stage brought":

@@ -100,7 +100,16 @@ def test_a_python_that_is_too_old_is_one_sentence(tmp_path):
 def test_the_verbs_are_there_and_chapter_asks_which(tmp_path):
     (tmp_path / ".nanochat-ready").touch()
     shown = make("help").stdout
-    for verb in ("capstone", "chat", "lab", "chapter N=03", "chapters", "test", "check", "grade DIR"):
+    for verb in (
+        "capstone",
+        "chat",
+        "lab",
+        "chapter N=03",
+        "chapters",
+        "test",
+        "check",
+        "grade DIR",
+    ):
         assert f"make {verb}" in shown
     venv = [f"VENV={tmp_path}"]
     os.utime(tmp_path / ".nanochat-ready", (4e9, 4e9))

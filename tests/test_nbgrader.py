@@ -46,7 +46,9 @@ def test_generate_assignment_and_autograde(tmp_path):
     source = tmp_path / "source" / "one" / f"{NAME}.ipynb"
     source.parent.mkdir(parents=True)
     source.write_text(json.dumps(sheet_notebook(load_book(ROOT), path, text, sheet)))
-    (tmp_path / "nbgrader_config.py").write_text("c = get_config()\nc.CourseDirectory.course_id='c'")
+    (tmp_path / "nbgrader_config.py").write_text(
+        "c = get_config()\nc.CourseDirectory.course_id='c'"
+    )
     run(tmp_path, "generate_assignment", "one", "--create")
     release = (tmp_path / "release" / "one" / f"{NAME}.ipynb").read_text()
     assert "SOLUTION" not in release and release.count("raise NotImplementedError()") == len(
