@@ -366,7 +366,7 @@ check("06-factor", loss_factor)
     "With one rank there is nothing to average: the factor is one over its tokens.",
 )
 def _(loss_factor):
-    assert close(loss_factor([40], 0), 1 / 40, atol=1e-9)
+    assert close(loss_factor([40], 0), 1 / 40, atol=1e-9) and loss_factor([1], 0) == 1
 
 
 @says(
