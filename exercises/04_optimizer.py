@@ -553,11 +553,11 @@ r"""
 
 A real project's fine-tuning took its rate from a schedule without a clamp, $1 - i / n$, where $n$
 is the number of **optimizer steps** of the run. The loop asked for the rate at every
-**micro-batch**, and $i$ was the number of the micro-batch, from 0. The optimizer stepped after
-every 128th of them, with the rate just computed. The run ended without an error and reported
-success.
+**micro-batch**, and $i$ was the number of the micro-batch, from 0. The run destroyed the weights it
+had begun with, ended without an error and reported success.
 
-Predict, with pencil and paper, for $n = 1000$: the factor of the last optimizer step, and how many
+Say the optimizer steps after every 128th micro-batch, with the rate just computed. Predict, with
+pencil and paper, for $n = 1000$: the factor of the last optimizer step, and how many
 of the 1000 steps had a positive factor.
 """
 
@@ -874,8 +874,7 @@ r"""
 Weight decay pulls every weight towards zero; the step pulls it wherever the gradient says. Where
 the two disagree, plain decay undoes a part of what the step has just learnt. **Cautious** decay
 shrinks a weight only where the step does not make it larger: where `update * param` is not
-negative (the update is *subtracted*). In nanochat's log this was one of few changes of its month
-with a solid gain.
+negative (the update is *subtracted*). nanochat's log notes a solid gain from it.
 
 Return `param` after a step of rate `lr` along `update`, with cautious decay. Like the step, the
 decay is multiplied by the rate.

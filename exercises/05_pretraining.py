@@ -441,8 +441,8 @@ bill = {"flops": 1.17e18, "minutes": 6.17, "dollars": 2.47}
 r"""
 ## 4. Clipping
 
-A single bad batch can give a gradient a hundred times as long as usual, and one step along it ruins
-hours. **Clipping** shortens a gradient that is longer than `max_norm` to that length and leaves its
+A single bad batch can give a gradient far longer than usual, and one step along it can ruin hours.
+**Clipping** shortens a gradient that is longer than `max_norm` to that length and leaves its
 direction alone. The length is that of *all* gradients together, as if they were one long vector.
 
 Return the clipped gradients and the norm before clipping, which one logs. (nanochat took clipping
