@@ -977,6 +977,100 @@ def cautious_step(param, update, lr, weight_decay):
 
 # %% [markdown]
 r"""
+## 8. Read a sweep
+
+The validation losses (nats per token) of the comparison in section 6 of the chapter, after 70
+steps. The vocabulary has 1,024 tokens, and $\ln 1024 = 6.93$.
+
+| optimizer | rate: loss | rate: loss | rate: loss |
+|---|---|---|---|
+| SGD + momentum | 0.3: 3.61 | 1.0: 8.76 | |
+| AdamW | 0.002: 4.20 | 0.005: 3.32 | 0.012: 3.25 |
+| Muon + AdamW | 0.01: 2.96 | 0.02: 2.82 | 0.04: 2.68 |
+
+`"sgd"`: what does the 8.76 say?
+
+- `"a"`: 70 steps are too few for that rate.
+- `"b"`: The rate is too high: the model ends worse than one that knows nothing.
+- `"c"`: SGD cannot train a transformer.
+
+`"next"`: which runs would you add first?
+
+- `"a"`: Higher rates for AdamW and for Muon + AdamW.
+- `"b"`: Higher rates for Muon + AdamW, to see how low it gets.
+- `"c"`: Rates between those in the table, for both.
+
+`"claim"`: which sentence does the table support?
+
+- `"a"`: Muon + AdamW is better than AdamW.
+- `"b"`: Muon + AdamW needs no tuning: each of its rates beats each of AdamW's.
+- `"c"`: In this model and at the best of the rates tried, Muon + AdamW ends lower after 70 steps.
+"""
+
+# %%
+#| exercise id=04-sweep points=1 minutes=10 level=1 answer=reading
+# reading = {"sgd": letter, "next": letter, "claim": letter}
+# BEGIN SOLUTION
+reading = {"sgd": "b", "next": "a", "claim": "c"}
+# END SOLUTION
+
+# %%
+check("04-sweep", reading)
+
+
+# %%
+#| checks 04-sweep
+@says(
+    "what the 8.76 says",
+    "Hold it against 6.93, and against the other rate of the same optimizer.",
+)
+def _(reading):
+    assert reading["sgd"] == "b"
+
+
+@says(
+    "which runs come next",
+    "Where in its row does the best rate of each optimizer lie? A best value at the edge of a sweep "
+    "is not known to be the best, and a fair comparison treats both sides alike.",
+)
+def _(reading):
+    assert reading["next"] == "a"
+
+
+@says(
+    "which claim is supported",
+    "One model, one length, one seed, three rates: a claim must not be wider than its evidence.",
+)
+def _(reading):
+    assert reading["claim"] == "c"
+
+
+# %%
+#| hints 04-sweep
+hints = [
+    "A sweep is finished when its best value has a worse one on either side.",
+    "For the claim, ask of each sentence what else you would have to measure before you sign it.",
+    "The best rates of both, 0.012 and 0.04, are the highest that were tried.",
+]
+
+# %%
+#| wrong 04-sweep: what the 8.76 says
+reading = {"sgd": "c", "next": "a", "claim": "c"}
+
+# %%
+#| wrong 04-sweep: which runs come next
+reading = {"sgd": "b", "next": "b", "claim": "c"}
+
+# %%
+#| wrong 04-sweep: which claim is supported
+reading = {"sgd": "b", "next": "a", "claim": "a"}
+
+# %%
+#| right 04-sweep
+reading = dict(zip(("claim", "next", "sgd"), "cab"))
+
+# %% [markdown]
+r"""
 ## Open question
 
 Swap two parts of Muon in a copy of `muon_update`: orthogonalise each gradient first and take the
