@@ -926,12 +926,14 @@ def _(contaminated):
     items = ["who is it that sells warm bread every night", "sells bread warm every"]
     assert contaminated(items, documents, 4) == [True, False]
     assert contaminated([TEXT], documents, 12) == [True]
+    assert contaminated([" ".join(TEXT.split()[2:10])], documents) == [True]
 
 
 @says("n - 1 words are not enough", "Exactly n words in a row; and a short item is never flagged.")
 def _(contaminated):
     assert contaminated(["he sells warm bread daily"], [TEXT], 4) == [False]
-    assert contaminated(["warm bread", "bread for one morning"], [TEXT], 4) == [False, False]
+    ends = ["warm bread", "bread for one morning", "he eats bread every morning"]
+    assert contaminated(ends, [TEXT], 4) == [False, False, False]
 
 
 @says("capitals and commas hide nothing", "Compare words in lower case, without punctuation.")
