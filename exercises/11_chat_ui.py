@@ -506,6 +506,7 @@ def _(shown):
 @says("the answer ends before the stop string", "Neither the stop string nor what follows shows.")
 def _(shown):
     assert "".join(shown(["one two", " STOP three", " four"], ["STOP"])) == "one two "
+    assert shown(["a SSTOP", "b"], ["STOP"]) == ["a S", "", ""]
 
 
 @says(
