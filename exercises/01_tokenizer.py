@@ -85,13 +85,6 @@ def _(merge):
     assert merge([7], (5, 6), 256) == [7] and merge([], (5, 6), 256) == []
 
 
-@says("the list that came in is unchanged", "Build a new list; others may still hold the old one.")
-def _(merge):
-    ids = [1, 5, 6, 2]
-    assert merge(ids, (5, 6), 256) is not None
-    assert ids == [1, 5, 6, 2]
-
-
 # %%
 #| hints 01-merge
 hints = [
@@ -127,14 +120,17 @@ def merge(ids, pair, new_id):
 
 
 # %%
-#| wrong 01-merge: the list that came in is unchanged
+#| wrong 01-merge: pairs inside the list are replaced
 def merge(ids, pair, new_id):
-    i = 0
-    while i < len(ids) - 1:
-        if (ids[i], ids[i + 1]) == pair:
-            ids[i : i + 2] = [new_id]
-        i += 1
-    return ids
+    for i in range(len(ids) - 1):
+        if (ids[i], ids[i + 1]) == pair and ids[i] != ids[i + 1]:
+            return [*ids[:i], new_id, *ids[i + 2 :]]  # the first occurrence only
+    out, i = [], 0
+    while i < len(ids):
+        hit = tuple(ids[i : i + 2]) == pair
+        out.append(new_id if hit else ids[i])
+        i += 1 + hit
+    return out
 
 
 # %%

@@ -681,8 +681,8 @@ def batch_of(tokens, starts, T):
     return torch.tensor([[int(tokens[s + t]) for t in range(T + 1)] for s in starts.tolist()])
 ```
 
-Write it so that it is at least ten times as fast. The ids on disk are small integers; an embedding
-wants int64.
+Write it so that it is at least five times as fast; a good one is a hundred times as fast. The ids
+on disk are small integers; an embedding wants int64.
 """
 
 
@@ -744,15 +744,15 @@ def _(batch_of):
 
 
 @says(
-    "at least ten times as fast as one by one",
+    "at least five times as fast as one by one",
     "Every int(tokens[i]) is a trip through Python. One index of the shape of the result, or one "
     "slice a row, needs no trip for each token.",
 )
 def _(batch_of):
-    case = some(20_000, 64, 256)
+    case = some(5_000, 64, 256)
     slow = seconds(one_by_one, *case)
-    fast = min(seconds(batch_of, *case) for _ in range(5))
-    assert fast * 10 < slow, f"yours {fast * 1000:.1f} ms, one by one {slow * 1000:.1f} ms"
+    fast = min(seconds(batch_of, *case) for _ in range(3))
+    assert fast * 5 < slow, f"yours {fast * 1000:.1f} ms, one by one {slow * 1000:.1f} ms"
 
 
 # %%
@@ -766,7 +766,7 @@ hints = [
 
 
 # %%
-#| wrong 02-batch: at least ten times as fast as one by one
+#| wrong 02-batch: at least five times as fast as one by one
 def batch_of(tokens, starts, T):
     out = torch.empty(len(starts), T + 1, dtype=torch.int64)
     for b, start in enumerate(starts.tolist()):

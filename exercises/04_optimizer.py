@@ -285,14 +285,17 @@ def _(orthogonalize):
 
 
 @says(
-    "a tall matrix gives and costs what its transpose does",
-    "When there are more rows than columns, work on the transpose and turn the result back.",
+    "a long thin matrix is cheap, tall or wide",
+    "When there are more rows than columns, and only then, work on the transpose and turn the "
+    "result back.",
 )
 def _(orthogonalize):
     tall = draw(768, 8)
     assert close(orthogonalize(tall), orthogonalize(tall.T.contiguous()).T, atol=1e-3)
-    slow, fast = seconds(orthogonalize, tall), seconds(orthogonalize, tall.T.contiguous())
-    assert slow < 8 * fast + 0.002, f"the tall one takes {slow / fast:.0f} times as long."
+    square = seconds(orthogonalize, draw(64, 96))  # as many numbers
+    for thin in (tall, tall.T.contiguous()):
+        ratio = seconds(orthogonalize, thin) / (square + 0.0005)
+        assert ratio < 8, f"{tuple(thin.shape)} takes {ratio:.0f} times as long as (64, 96)."
 
 
 @says(
@@ -348,7 +351,7 @@ def orthogonalize(matrix, dtype=torch.float32):
 
 
 # %%
-#| wrong 04-muon: a tall matrix gives and costs what its transpose does
+#| wrong 04-muon: a long thin matrix is cheap, tall or wide
 def orthogonalize(matrix, dtype=torch.float32):
     x = matrix.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
@@ -451,6 +454,7 @@ def _(lr_multiplier):
         found = [lr_multiplier(60 + i, 100, warmdown=0.4, final=final) for i in range(41)]
         assert all(close(f, e, atol=1e-9) for f, e in zip(found, line))
     assert close(lr_multiplier(20, 25, final=0.0), 5 / 12.5, atol=1e-9), "warmdown * n_steps = 12.5"
+    assert close(lr_multiplier(50, 100, 0.5, 0.8, 0.0), 5 / 8, atol=1e-9), "no plateau between"
 
 
 @says(
@@ -549,11 +553,11 @@ r"""
 
 A real project's fine-tuning took its rate from a schedule without a clamp, $1 - i / n$, where $n$
 is the number of **optimizer steps** of the run. The loop asked for the rate at every
-**micro-batch**, and $i$ was the number of the micro-batch, from 0. The optimizer stepped after
-every 128th of them, with the rate just computed. The run ended without an error and reported
-success.
+**micro-batch**, and $i$ was the number of the micro-batch, from 0. The run destroyed the weights it
+had begun with, ended without an error and reported success.
 
-Predict, with pencil and paper, for $n = 1000$: the factor of the last optimizer step, and how many
+Say the optimizer steps after every 128th micro-batch, with the rate just computed. Predict, with
+pencil and paper, for $n = 1000$: the factor of the last optimizer step, and how many
 of the 1000 steps had a positive factor.
 """
 
@@ -870,8 +874,7 @@ r"""
 Weight decay pulls every weight towards zero; the step pulls it wherever the gradient says. Where
 the two disagree, plain decay undoes a part of what the step has just learnt. **Cautious** decay
 shrinks a weight only where the step does not make it larger: where `update * param` is not
-negative (the update is *subtracted*). In nanochat's log this was one of few changes of its month
-with a solid gain.
+negative (the update is *subtracted*). nanochat's log notes a solid gain from it.
 
 Return `param` after a step of rate `lr` along `update`, with cautious decay. Like the step, the
 decay is multiplied by the rate.
@@ -971,6 +974,100 @@ def cautious_step(param, update, lr, weight_decay):
     shrunk = torch.where(against, param, param * (1 - lr * weight_decay))
     return shrunk - lr * update
 
+
+# %% [markdown]
+r"""
+## 8. Read a sweep
+
+The validation losses (nats per token) of the comparison in section 6 of the chapter, after 70
+steps. The vocabulary has 1,024 tokens, and $\ln 1024 = 6.93$.
+
+| optimizer | rate: loss | rate: loss | rate: loss |
+|---|---|---|---|
+| SGD + momentum | 0.3: 3.61 | 1.0: 8.76 | |
+| AdamW | 0.002: 4.20 | 0.005: 3.32 | 0.012: 3.25 |
+| Muon + AdamW | 0.01: 2.96 | 0.02: 2.82 | 0.04: 2.68 |
+
+`"sgd"`: what does the 8.76 say?
+
+- `"a"`: 70 steps are too few for that rate.
+- `"b"`: The rate is too high: the model ends worse than one that knows nothing.
+- `"c"`: SGD cannot train a transformer.
+
+`"next"`: which runs would you add first?
+
+- `"a"`: Higher rates for AdamW and for Muon + AdamW.
+- `"b"`: Higher rates for Muon + AdamW, to see how low it gets.
+- `"c"`: Rates between those in the table, for both.
+
+`"claim"`: which sentence does the table support?
+
+- `"a"`: Muon + AdamW is better than AdamW.
+- `"b"`: Muon + AdamW needs no tuning: each of its rates beats each of AdamW's.
+- `"c"`: In this model and at the best of the rates tried, Muon + AdamW ends lower after 70 steps.
+"""
+
+# %%
+#| exercise id=04-sweep points=1 minutes=10 level=1 answer=reading
+# reading = {"sgd": letter, "next": letter, "claim": letter}
+# BEGIN SOLUTION
+reading = {"sgd": "b", "next": "a", "claim": "c"}
+# END SOLUTION
+
+# %%
+check("04-sweep", reading)
+
+
+# %%
+#| checks 04-sweep
+@says(
+    "what the 8.76 says",
+    "Hold it against 6.93, and against the other rate of the same optimizer.",
+)
+def _(reading):
+    assert reading["sgd"] == "b"
+
+
+@says(
+    "which runs come next",
+    "Where in its row does the best rate of each optimizer lie? A best value at the edge of a sweep "
+    "is not known to be the best, and a fair comparison treats both sides alike.",
+)
+def _(reading):
+    assert reading["next"] == "a"
+
+
+@says(
+    "which claim is supported",
+    "One model, one length, one seed, three rates: a claim must not be wider than its evidence.",
+)
+def _(reading):
+    assert reading["claim"] == "c"
+
+
+# %%
+#| hints 04-sweep
+hints = [
+    "A sweep is finished when its best value has a worse one on either side.",
+    "For the claim, ask of each sentence what else you would have to measure before you sign it.",
+    "The best rates of both, 0.012 and 0.04, are the highest that were tried.",
+]
+
+# %%
+#| wrong 04-sweep: what the 8.76 says
+reading = {"sgd": "c", "next": "a", "claim": "c"}
+
+# %%
+#| wrong 04-sweep: which runs come next
+reading = {"sgd": "b", "next": "b", "claim": "c"}
+
+# %%
+#| wrong 04-sweep: which claim is supported
+reading = {"sgd": "b", "next": "a", "claim": "a"}
+
+# %%
+#| right 04-sweep
+reading = dict(zip(("claim", "next", "sgd"), "cab"))
 
 # %% [markdown]
 r"""

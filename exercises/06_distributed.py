@@ -332,7 +332,8 @@ Which factor makes that the gradient of the mean loss over all tokens of all ran
 With factor one over *its own* tokens, a rank with 10 trained tokens counts as much as one with
 1,000. Chapter 5 had the same trap within one process. Here there is a second one: somebody who has
 read chapter 5 divides by the number of all tokens, and gets gradients that are too small, by a
-factor that depends on how many GPUs were rented.
+factor that depends on how many GPUs were rented. (Adam forgives a constant factor; clipping, and
+plain descent, do not.)
 
 `counts` holds the number of trained tokens of every rank (one small all-reduce finds it out). A
 rank may have none; all may have none.
@@ -366,7 +367,7 @@ check("06-factor", loss_factor)
     "With one rank there is nothing to average: the factor is one over its tokens.",
 )
 def _(loss_factor):
-    assert close(loss_factor([40], 0), 1 / 40, atol=1e-9)
+    assert close(loss_factor([40], 0), 1 / 40, atol=1e-9) and loss_factor([1], 0) == 1
 
 
 @says(
@@ -689,7 +690,8 @@ memory = {"state": 3.52, "plain": 9.76, "stage 1": 6.68, "stage 2": 3.95}
 r"""
 ## 6. Is it worth eight GPUs?
 
-Seconds for one optimizer step, measured on 1 to 8 GPUs of one machine. **Strong** scaling keeps
+Before you rent eight GPUs for a week you time one optimizer step on 1, 2, 4 and 8 of them. Here is
+such a table; its numbers are made up, and rounded for easy arithmetic. **Strong** scaling keeps
 the global batch: all GPUs together train on 524,288 tokens. **Weak** scaling keeps the batch of
 each GPU at 65,536 tokens, so the global batch grows.
 

@@ -12,6 +12,7 @@ properties your answer has, `hint(id)` helps three times, `progress()` shows you
 import math
 import random
 import re
+import statistics
 
 import torch
 from torch import Tensor
@@ -26,20 +27,21 @@ r"""
 CORE averages 22 tasks. On some of them a coin is right half of the time, on others a guess is
 right one time in ten thousand. Averaging raw accuracies would reward a model for nothing. So each
 accuracy is put on a scale on which guessing is 0 and perfect is 1. A model may do worse than
-guessing; then the score is below 0, and we want to see that.
+guessing; then the score is below 0, and we want to see that. The error bar of CORE centres two
+thousand resampled accuracies at once, so a whole tensor must pass through as one number does.
 """
 
 
 # %%
 #| exercise id=07-centred points=1 minutes=5 level=1 answer=centered replaces=evaluation.centered
-def centered(accuracy: float, baseline: float) -> float:
+def centered(accuracy: float | Tensor, baseline: float) -> float | Tensor:
     """Put an accuracy on a scale where guessing is 0 and perfect is 1.
 
     Args:
-        accuracy: share of right answers, 0 to 1.
+        accuracy: share of right answers, 0 to 1; a number or a tensor of them.
         baseline: accuracy of blind guessing, 0 up to but not including 1.
     Returns:
-        At most 1; negative when guessing would have been better.
+        At most 1, negative when guessing would have been better; of the kind of accuracy.
     """
     # BEGIN SOLUTION
     return (accuracy - baseline) / (1 - baseline)
@@ -72,6 +74,12 @@ def _(centered):
     assert all(centered(b - 0.05, b) < -0.01 for b in BASELINES[1:])
 
 
+@says("many accuracies at once", "Plain arithmetic works on tensors; float(), if and max() do not.")
+def _(centered):
+    many = torch.tensor([0.0, 0.25, 0.4, 1.0], dtype=torch.float64)
+    assert close(centered(many, 0.0), many)
+
+
 # %%
 #| hints 07-centred
 hints = [
@@ -90,7 +98,14 @@ def centered(accuracy, baseline):
 # %%
 #| wrong 07-centred: worse than guessing is negative
 def centered(accuracy, baseline):
-    return max(0.0, (accuracy - baseline) / (1 - baseline))
+    score = (accuracy - baseline) / (1 - baseline)
+    return score.clamp(min=0) if isinstance(score, Tensor) else max(0.0, score)
+
+
+# %%
+#| wrong 07-centred: many accuracies at once
+def centered(accuracy, baseline):
+    return round(float(accuracy - baseline) / (1 - baseline), 6)
 
 
 # %%
@@ -681,7 +696,98 @@ def bootstrap(values, picks, level=0.95):
 
 # %% [markdown]
 r"""
-## 7. Read the controls
+## 7. How many items does a claim need?
+
+An accuracy from n items has a standard error of $\sqrt{p(1-p)/n}$, and a 95 % interval reaches
+about 1.96 of those to either side. COPA, one of the 22 CORE tasks, has 100 items with two choices
+each. Predict:
+
+- `copa`: how far the 95 % interval reaches to one side, at an accuracy of 0.70 on COPA;
+- `needed`: how many items it takes to reach 0.02 to one side, at an accuracy of 0.50;
+- `halve`: how many times as many items make any such interval half as wide;
+- `one_item`: by how much CORE rises when one more COPA item is right. (Centre it, and remember that
+  CORE is a mean over 22 tasks.)
+
+Within 3 % is right.
+"""
+
+# %%
+#| exercise id=07-items points=1 minutes=10 level=1 answer=forecast
+# A dict: {"copa": ..., "needed": ..., "halve": ..., "one_item": ...}
+# BEGIN SOLUTION
+forecast = {
+    "copa": 1.96 * math.sqrt(0.7 * 0.3 / 100),
+    "needed": 0.5 * 0.5 * (1.96 / 0.02) ** 2,
+    "halve": 4,
+    "one_item": 1 / 100 / (1 - 0.5) / 22,
+}
+# END SOLUTION
+
+# %%
+check("07-items", forecast)
+
+# %%
+#| checks 07-items
+from nanochat.evaluation import centered as on_the_scale
+
+
+def reach(p, n):
+    return statistics.NormalDist().inv_cdf(0.975) * math.sqrt(p * (1 - p) / n)
+
+
+def near(found, expected):
+    return abs(found - expected) < 0.03 * expected
+
+
+@says("the interval on COPA", "1.96 standard errors, with n = 100 and p = 0.7.")
+def _(answer):
+    assert near(answer["copa"], reach(0.7, 100))
+
+
+@says("items for two points", "Solve 1.96 sqrt(p (1 - p) / n) = 0.02 for n.")
+def _(answer):
+    assert near(reach(0.5, answer["needed"]), 0.02)
+    assert near(answer["needed"], (reach(0.5, 1) / 0.02) ** 2)
+
+
+@says("half as wide", "The number of items stands under a root.")
+def _(answer):
+    assert near(reach(0.3, 50 * answer["halve"]), reach(0.3, 50) / 2)
+
+
+@says("one item of COPA", "0.01 of accuracy, on the centred scale, shared by 22 tasks.")
+def _(answer):
+    assert near(answer["one_item"], (on_the_scale(0.71, 0.5) - on_the_scale(0.70, 0.5)) / 22)
+
+
+# %%
+#| hints 07-items
+hints = [
+    "Three of the four come from one formula; put in what is known and solve for the rest.",
+    "n = p (1 - p) (1.96 / 0.02)^2; and one item of 100 is 0.01 of accuracy.",
+    "Centring divides by 1 - 0.5, the mean by 22. Half the width costs four times the items.",
+]
+
+
+# %%
+#| wrong 07-items: half as wide
+forecast = {"copa": 0.0898, "needed": 2401, "halve": 2, "one_item": 0.00091}
+
+# %%
+#| wrong 07-items: one item of COPA
+forecast = {"copa": 0.0898, "needed": 2401, "halve": 4, "one_item": 0.01 / 22}
+
+# %%
+#| wrong 07-items: the interval on COPA
+forecast = {"copa": 0.0458, "needed": 2401, "halve": 4, "one_item": 0.00091}
+
+# %%
+#| right 07-items
+forecast = {"copa": 0.09, "needed": 2400.0, "halve": 4.0, "one_item": 1 / 1100}
+
+# %% [markdown]
+r"""
+## 8. Read the controls
 
 Somebody hands you this table: accuracy of one model with its 95 % interval, and the controls of
 the chapter beside it: always giving the commonest answer, always the longest one, answers dealt out
@@ -703,7 +809,8 @@ For each task choose the explanation that the table supports best:
 - **D** The right answers sound likely by themselves; nobody needs the question.
 - **E** The scorer is broken: even answers dealt out at random are "right" too often.
 
-Ask of E first; it makes all the others meaningless.
+Ask of E first; it makes all the others meaningless. Where two controls explain a score, take the
+one that needs no model.
 """
 
 # %%
@@ -772,7 +879,7 @@ explanations = dict(zip(("riddles", "proverbs", "endings", "pronouns", "facts"),
 
 # %% [markdown]
 r"""
-## 8. Has it seen the test?
+## 9. Has it seen the test?
 
 A test that stands in the training text measures memory. The usual alarm looks for runs of n words
 that a test item and a training document have in common. A copy rarely keeps capitals and commas,
@@ -819,12 +926,14 @@ def _(contaminated):
     items = ["who is it that sells warm bread every night", "sells bread warm every"]
     assert contaminated(items, documents, 4) == [True, False]
     assert contaminated([TEXT], documents, 12) == [True]
+    assert contaminated([" ".join(TEXT.split()[2:10])], documents) == [True]
 
 
 @says("n - 1 words are not enough", "Exactly n words in a row; and a short item is never flagged.")
 def _(contaminated):
     assert contaminated(["he sells warm bread daily"], [TEXT], 4) == [False]
-    assert contaminated(["warm bread", "bread for one morning"], [TEXT], 4) == [False, False]
+    ends = ["warm bread", "bread for one morning", "he eats bread every morning"]
+    assert contaminated(ends, [TEXT], 4) == [False, False, False]
 
 
 @says("capitals and commas hide nothing", "Compare words in lower case, without punctuation.")

@@ -403,10 +403,11 @@ def _(draw):
 def _(draw):
     extra = torch.randint(2**20, (512,), generator=torch.Generator().manual_seed(2))
     counts = 2**20 + torch.stack((extra, -extra), 1).flatten()  # 1,024 rungs of 2**30 in all
-    edges = counts.cumsum(0)[:-1].double()  # exact
-    p = (counts / 2**30).expand(2046, 1024)
+    below = torch.arange(7, 1023, 8)
+    edges = counts.cumsum(0)[below].double()  # exact
+    p = (counts / 2**30).expand(2 * len(below), 1024)
     found = draw(p, torch.cat((edges - 0.5, edges + 0.5)) / 2**30)
-    assert found.tolist() == [*range(1023), *range(1, 1024)]
+    assert found.tolist() == [*below.tolist(), *(below + 1).tolist()]
 
 
 # %%
@@ -545,14 +546,10 @@ def _(shaped):
 @says("top_p keeps the token that reaches the limit", "0.4 is not 0.65 yet, so a second one stays.")
 def _(shaped):
     assert close(shaped(P.log(), top_p=0.65), kept(1, 3))
+    assert close(shaped(P.log(), top_p=0.01), kept(1))
     assert close(shaped(P.log(), top_p=0.85), kept(1, 2, 3)) and close(
         shaped(P.log(), top_p=1.0), P
     )
-
-
-@says("top_p keeps one token at least", "A limit below the likeliest token still keeps that token.")
-def _(shaped):
-    assert close(shaped(P.log(), top_p=0.01), kept(1))
 
 
 @says(
@@ -1287,7 +1284,8 @@ def _(value_of):
 def _(value_of):
     texts = ("7 ** 7 ** 7", "10 ** 20 * 10 ** 20", "9 ** 99", "1e31", "1e999", "1" + " + 1" * 400)
     assert [t for t in texts if value_of(t) is not None] == []
-    assert value_of("10 ** 30") == 10**30
+    assert value_of("10 ** 30") == 10**30 and value_of("1 ** 100") == 1
+    assert value_of("1" + 499 * " ") == 1 and value_of("1" + 500 * " ") is None
 
 
 @says("never raises", "A division by zero, a broken text, a root of -1: all of them are None.")

@@ -133,16 +133,10 @@ def speaker(ids, i):
     return NAMES[starts[-1] - 256].split("_")[0] if starts else "nobody"
 
 
-@says("every turn stands between its marks", "bos, then user_start text user_end, and so on.")
+@says("turns, calls and outputs stand between their marks", "bos, user_start text user_end, ...")
 def _(render):
-    assert list(render(PLAIN)[0]) == chat.render({"messages": PLAIN}, Toy())[0]
-
-
-@says(
-    "a call and its output have marks of their own", "python_start 3*7 python_end, output_start ..."
-)
-def _(render):
-    assert list(render(TOOL)[0]) == chat.render({"messages": TOOL}, Toy())[0]
+    for messages in (PLAIN, TOOL):
+        assert list(render(messages)[0]) == chat.render({"messages": messages}, Toy())[0]
 
 
 @says("the user's turns are not trained", "Whatever the person says has mask 0, its marks as well.")

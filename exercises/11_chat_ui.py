@@ -331,12 +331,8 @@ def written(values, end="\n"):
 def _(read_stream):
     stream = "".join(written(VALUES)) + "data: [DONE]\n\n"
     assert read_stream(list(stream)) == VALUES
-    assert read_stream([stream[i : i + 7] for i in range(0, len(stream), 7)]) == VALUES
-
-
-@says("a chunk may hold several events", "Go through all lines of a chunk, not only the first.")
-def _(read_stream):
-    assert read_stream(["".join(written(VALUES))]) == VALUES
+    for size in (7, 50, 1000):
+        assert read_stream([stream[i : i + size] for i in range(0, len(stream), size)]) == VALUES
 
 
 @says("nothing counts after [DONE]", "[DONE] ends the stream; the rest is not an answer.")
@@ -510,6 +506,7 @@ def _(shown):
 @says("the answer ends before the stop string", "Neither the stop string nor what follows shows.")
 def _(shown):
     assert "".join(shown(["one two", " STOP three", " four"], ["STOP"])) == "one two "
+    assert shown(["a SSTOP", "b"], ["STOP"]) == ["a S", "", ""]
 
 
 @says(

@@ -198,11 +198,15 @@ def _(moved_by):
 
 @says(
     "a gain within the noise is no gain",
-    "Two standard errors: of 10 items one answer more is a gain of 0.10, and may be luck.",
+    "Two standard errors, with the variances of both shares, each over n.",
 )
 def _(moved_by):
     assert moved_by([0.02, 0.03, 0.10, 0.12], 0.0, 10) is None
     assert moved_by([0.02, 0.03, 0.10, 0.12], 0.0, 1000) == "sft"
+    for n, expected in ((43, None), (49, "rl")):
+        assert moved_by([0.1, 0.2, 0.3, 0.5], 0.0, n) == expected
+    for n, expected in ((17, None), (20, "mid")):
+        assert moved_by([0.2, 0.5, 0.5, 0.5], 0.0, n) == expected
 
 
 @says(

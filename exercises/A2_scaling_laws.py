@@ -417,7 +417,7 @@ def optimal(compute, A, B, a, b):
     def loss(log_n):
         return A * math.exp(-a * log_n) + B * math.exp(-b * (math.log(compute / 6) - log_n))
 
-    for _ in range(200):  # halve in three until the valley is found
+    for _ in range(200):  # cut off a third, again and again
         left, right = low + (high - low) / 3, high - (high - low) / 3
         low, high = (low, right) if loss(left) < loss(right) else (left, high)
     return math.exp(low), compute / 6 / math.exp(low)
@@ -628,10 +628,16 @@ def _(outliers):
         assert (size, seed) in [tuple(run) for run in outliers(broken((size, seed, 0.4)))]
 
 
-@says("does not blame the good runs beside it", "The median of a size stays with its good runs.")
+@says("blames no good run", "Residuals from the median of a size; noise as 1.4826 times a median.")
 def _(outliers):
     found = [tuple(run) for run in outliers(broken((1, 2, 0.6)))]
     assert [run for run in found if run != (1, 2)] == []
+    table = np.array(broken((1, 2, 0.6)))
+    away = table - np.median(table, axis=1, keepdims=True)
+    noise = 1.4826 * np.median(np.abs(away))
+    for times, expected in ((4.7, []), (5.3, [(1, 2)])):  # 5 is the limit
+        rows = broken((1, 2, 0.6 + times * noise - away[1, 2]))
+        assert [tuple(run) for run in outliers(rows)] == expected
 
 
 @says("too good is suspect as well", "A residual counts by its size, not by its sign.")
@@ -655,7 +661,7 @@ hints = [
 
 
 # %%
-#| wrong A2-outlier: does not blame the good runs beside it
+#| wrong A2-outlier: blames no good run
 def outliers(losses, limit=5.0):
     residuals = [[loss - statistics.fmean(row) for loss in row] for row in losses]
     noise = 1.4826 * statistics.median(abs(r) for row in residuals for r in row)
