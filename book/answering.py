@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,10 @@ def pack(message: tuple, functions: list | None = None) -> bytes:
     return struct.pack(">II", len(text), len(blob)) + text + blob
 
 
-def unpack(text: bytes, blob: bytes, function: Any = None) -> tuple:
+def unpack(data: bytes, function: Any = None) -> tuple:
     """The message; `function(number)` makes what stands in for a function of the other side."""
+    size = 8 + struct.unpack(">II", data[:8])[0]
+    text, blob = data[8:size], data[size:]
 
     def value(x: Any) -> Any:
         if isinstance(x, list):
@@ -96,8 +99,8 @@ def unpack(text: bytes, blob: bytes, function: Any = None) -> tuple:
             return dtype(content)
         if kind == "tensor":
             name, shape, start, end = content
-            data = bytearray(blob[start:end])
-            flat = torch.frombuffer(data, dtype=dtype(name)) if data else torch.empty(0)
+            part = bytearray(blob[start:end])
+            flat = torch.frombuffer(part, dtype=dtype(name)) if part else torch.empty(0)
             return flat.to(dtype(name)).reshape(shape)
         return function(content)
 
@@ -114,17 +117,19 @@ class Channel:
     """Messages over a socket. A deadline is a time of `time.monotonic()`."""
 
     def __init__(self, sock: socket.socket):
-        self.sock = sock
+        self.sock, self.last = sock, b""  # `last` is the message that came in last
 
     def send(self, data: bytes, deadline: float | None = None) -> None:
         self.sock.settimeout(max(deadline - time.monotonic(), 1e-3) if deadline else None)
         self.sock.sendall(data)
 
     def receive(self, deadline: float | None = None, function: Any = None) -> tuple:
-        sizes = struct.unpack(">II", self.read(8, deadline))
-        if sizes[0] > TEXT_LIMIT or sizes[1] > BLOB_LIMIT:
+        head = self.read(8, deadline)
+        text, blob = struct.unpack(">II", head)
+        if text > TEXT_LIMIT or blob > BLOB_LIMIT:
             raise ValueError("too large a message")
-        return unpack(*(self.read(size, deadline) for size in sizes), function)
+        self.last = head + self.read(text + blob, deadline)
+        return unpack(self.last, function)
 
     def read(self, size: int, deadline: float | None) -> bytes:
         data = bytearray()
@@ -259,13 +264,20 @@ def answer_process(channel: Channel) -> None:
     except BaseException as error:
         reply = ("error", *words_of(error))
 
+    dropped: list[int] = []  # results of functions that the answer no longer holds
+
     def function(number: int) -> Any:
         def ask(*args: Any, **kwargs: Any) -> Any:
-            channel.send(pack(("ask", number, args, kwargs)))
+            gone = dropped[:]
+            del dropped[: len(gone)]
+            channel.send(pack(("ask", number, args, kwargs, gone)))
             kind, *rest = channel.receive(function=function)
             if kind == "error":
                 raise error_of(*rest)
-            return rest[0]
+            value, place = rest
+            if isinstance(value, torch.Tensor):
+                weakref.finalize(value, dropped.append, place)
+            return value
 
         return ask
 
@@ -280,7 +292,10 @@ def answer_process(channel: Channel) -> None:
         except BaseException:
             os._exit(0)
         try:
-            reply = "value", answer(*args, **kwargs)
+            before = channel.last
+            value = answer(*args, **kwargs)
+            after = pack((args, kwargs), [])
+            reply = "value", value, None if after == before else after
         except BaseException as error:
             reply = ("error", *words_of(error))
 
@@ -390,15 +405,18 @@ class Answer:
         if not self.channel:
             self.value()
         functions: list = []
-        return self.exchange(pack((args, kwargs), functions), functions)[1]
+        _, value, changed = self.exchange(pack((args, kwargs), functions), functions)
+        if changed is not None:
+            copy_into((args, kwargs), unpack(changed, functions.__getitem__))
+        return value
 
     def exchange(self, data: bytes, functions: list = ()) -> tuple:
         """Send and wait for the reply, calling `functions` on the way; raise what it raised."""
-        begin, limit = time.monotonic(), min(CALL_SECONDS, self.left)
+        begin, limit, held = time.monotonic(), min(CALL_SECONDS, self.left), {}
         try:
             self.channel.send(data, begin + limit)
             while (reply := self.channel.receive(begin + limit))[0] == "ask":
-                self.channel.send(answer_ask(functions, *reply[1:]), begin + limit)
+                self.channel.send(answer_ask(functions, held, *reply[1:]), begin + limit)
             if reply[0] not in ("value", "function", "error"):
                 raise ValueError(reply[0])
         except TimeoutError:
@@ -414,9 +432,39 @@ class Answer:
         return reply
 
 
-def answer_ask(functions: list, number: int, args: tuple, kwargs: dict) -> bytes:
-    """Call one of the functions that a check handed to the answer."""
+def copy_into(old: Any, new: Any) -> None:
+    """Do to what a check handed over what the answer has done to its copy."""
+    if isinstance(old, torch.Tensor):
+        with torch.no_grad():
+            old.copy_(new)
+    elif isinstance(old, (list, tuple)) and len(old) == len(new):
+        for number, (a, b) in enumerate(zip(old, new)):
+            if isinstance(a, (list, tuple, dict, set, torch.Tensor)) and type(a) is type(b):
+                copy_into(a, b)
+            elif isinstance(old, list):
+                old[number] = b
+    elif isinstance(old, list):
+        old[:] = new
+    elif isinstance(old, dict) and old.keys() == new.keys():
+        copy_into([*old.values()], [*new.values()])
+        old.update({k: v for k, v in new.items() if not isinstance(v, (list, dict, torch.Tensor))})
+    elif isinstance(old, (dict, set)):
+        old.clear()
+        old.update(new)
+
+
+def answer_ask(
+    functions: list, held: dict, number: int, args: tuple, kwargs: dict, dropped: list
+) -> bytes:
+    """Call one of the functions that a check handed to the answer.
+
+    Its result lives here for as long as the answer holds it: a check may look whether it does.
+    """
+    for place in dropped:
+        held.pop(place, None)
+    place = max(held, default=0) + 1
     try:
-        return pack(("value", functions[number](*args, **kwargs)))
+        held[place] = functions[number](*args, **kwargs)
+        return pack(("value", held[place], place))
     except Exception as error:
         return pack(("error", *words_of(error)))
