@@ -40,11 +40,13 @@ FORKS = sys.platform == "linux"  # elsewhere a fork of a process that has loaded
 
 def pack(message: tuple, functions: list | None = None) -> bytes:
     """A message as bytes. Functions in it are added to `functions`, their number is sent."""
-    blob = bytearray()
+    blobs, size = [], 0
 
     def put(data: bytes) -> list[int]:
-        blob.extend(data)
-        return [len(blob) - len(data), len(blob)]
+        nonlocal size
+        blobs.append(data)
+        size += len(data)
+        return [size - len(data), size]
 
     def tree(x: Any) -> Any:
         if x is None or isinstance(x, bool):
@@ -73,9 +75,9 @@ def pack(message: tuple, functions: list | None = None) -> bytes:
         raise TypeError(f"an answer takes and returns {wanted}, not {type(x).__name__}")
 
     text = json.dumps(tree(message)).encode()
-    if len(text) > TEXT_LIMIT or len(blob) > BLOB_LIMIT:
-        raise ValueError(f"{(len(text) + len(blob)) / 2**20:.0f} MB is too much for an answer")
-    return struct.pack(">II", len(text), len(blob)) + text + blob
+    if len(text) > TEXT_LIMIT or size > BLOB_LIMIT:
+        raise ValueError(f"{(len(text) + size) / 2**20:.0f} MB is too much for an answer")
+    return b"".join([struct.pack(">II", len(text), size), text, *blobs])
 
 
 def unpack(data: bytes, function: Any = None) -> tuple:
@@ -118,6 +120,8 @@ class Channel:
 
     def __init__(self, sock: socket.socket):
         self.sock, self.last = sock, b""  # `last` is the message that came in last
+        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, buffer, 1 << 20)
 
     def send(self, data: bytes, deadline: float | None = None) -> None:
         self.sock.settimeout(max(deadline - time.monotonic(), 1e-3) if deadline else None)
@@ -132,13 +136,13 @@ class Channel:
         return unpack(self.last, function)
 
     def read(self, size: int, deadline: float | None) -> bytes:
-        data = bytearray()
-        while len(data) < size:
+        data, have = bytearray(size), 0
+        while have < size:
             self.sock.settimeout(max(deadline - time.monotonic(), 1e-3) if deadline else None)
-            piece = self.sock.recv(min(size - len(data), 1 << 20))
-            if not piece:
+            n = self.sock.recv_into(memoryview(data)[have:])
+            if not n:
                 raise EOFError
-            data += piece
+            have += n
         return bytes(data)
 
 

@@ -224,7 +224,7 @@ class Progress:
     rows: list[tuple[str, float, int]]
 
     def __str__(self) -> str:
-        width = max(len(title) for title, _, _ in self.rows)
+        width = max(3, *(len(title) for title, _, _ in self.rows))
         lines = [f"{title:<{width}}  {points:6.4g} of {all:3d}" for title, points, all in self.rows]
         points, total = sum(r[1] for r in self.rows), sum(r[2] for r in self.rows)
         return "\n".join([*lines, f"{'all':<{width}}  {points:6.4g} of {total:3d}"])

@@ -4,6 +4,7 @@ import pytest
 from conftest import ROOT
 
 from book.graded import define, examine, namespace_of
+from book.grading import Grader
 from book.manuscript import load_book
 from book.sheets import read_sheet
 
@@ -37,8 +38,9 @@ def test_the_solution_has_every_property(name, id):
 @pytest.mark.parametrize("name, id", EVERY)
 def test_the_stub_has_none(name, id):
     exercise, given = exercise_of(name, id)
-    every = failed(exercise, given, exercise.solution.replace(exercise.solution, exercise.stub))
-    assert every == [o.name for o in examine(exercise, given, None).outcomes]
+    assert failed(exercise, given, exercise.stub) == [
+        o.name for o in examine(exercise, given, None).outcomes
+    ]
 
 
 @pytest.mark.parametrize("name, id", EVERY)
@@ -55,6 +57,23 @@ def test_another_right_answer_has_every_property(name, id):
     assert exercise.right
     for source in exercise.right:
         assert failed(exercise, given, source) == []
+
+
+@pytest.fixture(scope="module")
+def grader():
+    grader = Grader(list(SHEETS.values()))
+    with grader.nursery:
+        yield grader
+
+
+@pytest.mark.parametrize("name, id", EVERY)
+def test_the_grader_asks_answers_in_their_own_process_and_finds_the_same(name, id, grader):
+    exercise, _ = exercise_of(name, id)
+    result = grader.grade(SHEETS[name], exercise, exercise.solution)
+    assert result.score == exercise.points, str(result)
+    property, source = exercise.wrong[0]
+    result = grader.grade(SHEETS[name], exercise, source)
+    assert [o.name for o in result.outcomes if not o.passed] == [property], str(result)
 
 
 def test_every_chapter_has_four_exercises_and_there_are_sixty():
