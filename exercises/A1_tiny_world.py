@@ -481,7 +481,7 @@ def _(leaks):
 
 
 @says(
-    "the same words in another order are no leak",
+    "words of two texts, or in another order, are no leak",
     "It has to be a run: all n words next to each other, in their order, in one text.",
 )
 def _(leaks):
@@ -584,6 +584,20 @@ def leaks(queries, texts, n):
     every = [" " + " ".join(text.lower().split()) + " " for text in texts]
     first = [" " + " ".join(query.lower().split()[:n]) + " " for query in queries]
     return [k for k, run in enumerate(first) if any(run in text for text in every)]
+
+
+# %%
+#| wrong A1-leaks: words of two texts, or in another order, are no leak
+def leaks(queries, texts, n):
+    every = " " + " ".join(" ".join(texts).lower().split()) + " "  # one text runs into the next
+    found = []
+    for k, query in enumerate(queries):
+        words = query.lower().split()
+        size = min(n, len(words))
+        runs = (" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
+        if any(f" {run} " in every for run in runs):
+            found.append(k)
+    return found
 
 
 # %%
