@@ -451,7 +451,7 @@ def places(step, rank, world_size, batch_size, n_rows):
 r"""
 ## 4. A validation set that moves
 
-A large data set comes as shards, and one is downloaded only as it is needed. Which one is for
+A large data set comes as shards, and a shard is downloaded only when it is needed. Which one is for
 validation? This is how the first nanochat chose:
 
 ```python

@@ -617,10 +617,10 @@ def leaks(queries, texts, n):
 r"""
 ## 5. How many bits is a home?
 
-Forty people live in eight villages. To write down where each lives takes $\log_2 8 = 3$ bits a
-person, 120 bits in all: so much a model must store to know all homes, and no cleverness can make it
-less. But the tiny world deals homes *evenly*, like cards: every village gets five people. Then the
-last person's village is known when the others' are, and a few bits are saved. An even deal has
+Forty people live in eight villages. If anybody could live anywhere, each home would take
+$\log_2 8 = 3$ bits to write down, 120 bits in all, and a model that knows all homes must store that
+much. But the tiny world deals homes *evenly*, like cards: every village gets five people. Then the
+last person's village is known when the others' are, and some bits are saved. An even deal has
 another advantage: no answer is more common than the others, so guessing the common one is worth
 nothing.
 
