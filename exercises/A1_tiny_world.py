@@ -81,8 +81,8 @@ def drawn(quiz_word, words, split, n):
 def _(quiz_word):
     words = vocabulary(40)
     longer = sorted([*words, *vocabulary(60, seed=1)])
-    train = drawn(quiz_word, words, "train", 100) | drawn(quiz_word, longer, "train", 100)
-    test = drawn(quiz_word, words, "test", 100) | drawn(quiz_word, longer, "test", 100)
+    train = drawn(quiz_word, words, "train", 60) | drawn(quiz_word, longer, "train", 60)
+    test = drawn(quiz_word, words, "test", 60) | drawn(quiz_word, longer, "test", 60)
     both = sorted(train & test)
     assert not both, f"in both: {', '.join(both[:5])}"
 
