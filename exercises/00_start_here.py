@@ -240,8 +240,7 @@ bytes that every token stands for:
 $$\text{bits per byte} = \frac{\sum_i \text{nats}_i}{\ln 2 \cdot \sum_i \text{bytes}_i}.$$
 
 Special tokens, such as the one that begins a document, stand for no text: they have 0 bytes. Their
-loss does not count. It would be easy to lower bits per byte by printing more of them, and a special
-token is no part of the text that others measure on.
+loss does not count. Another tokenizer may use other marks or none, and the text is the same.
 """
 
 
@@ -337,7 +336,7 @@ def bits_per_byte(nats, n_bytes):
 r"""
 ## 4. One minute sixty
 
-A progress line said `1m 60s left`, and later `0m 59s`. Small, but a clock that is wrong once is not
+A progress line said `1m 60s left`. It is a small thing, but a clock that was wrong once is not
 believed again. This is the code, and it has two faults:
 
 ```python

@@ -451,7 +451,7 @@ def places(step, rank, world_size, batch_size, n_rows):
 r"""
 ## 4. A validation set that moves
 
-A large data set comes as shards, and one is downloaded only as it is needed. Which one is for
+A large data set comes as shards, and a shard is downloaded only when it is needed. Which one is for
 validation? This is how the first nanochat chose:
 
 ```python
@@ -461,9 +461,8 @@ def choose(names, found):
 ```
 
 While shards arrive, the last one *found* is another one each time, and the validation loss of today
-cannot be compared with that of yesterday. Later the last shard of the *data set* was fetched
-first. But when that download failed, the last training shard quietly became validation, after the
-model had been trained on it.
+cannot be compared with that of yesterday. Later the last shard of the *data set* was downloaded
+first. But when that download failed, the last training shard quietly became validation.
 
 Write `choose`: validation is the last name of the data set in name order, whatever is there. The
 training shards are those that are found, in name order, without it. If the validation shard is not
@@ -664,6 +663,11 @@ disk = {"gigabytes": 40, "gigabytes_gpt4": 40, "shards": 192, "rows_per_step": 2
 # %%
 #| wrong 02-disk: shards to download
 disk = {"gigabytes": 20, "gigabytes_gpt4": 40, "shards": 40, "rows_per_step": 256}
+
+# %%
+#| wrong 02-disk: rows in a step
+disk = {"gigabytes": 20, "gigabytes_gpt4": 40, "shards": 192, "rows_per_step": 524_288}
+
 
 # %%
 #| right 02-disk

@@ -453,6 +453,16 @@ def attend(q, k, v, mask=None):
 
 
 # %%
+#| wrong 03-attend: keeps the dtype
+def attend(q, k, v, mask=None):
+    n_new, n_all = q.size(2), k.size(2)
+    if mask is None:
+        mask = torch.ones(n_new, n_all, dtype=torch.bool).tril(n_all - n_new)
+    q, k, v = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+# %%
 #| right 03-attend
 def attend(q, k, v, mask=None):
     (B, H, T, D), (_, H_kv, S, _) = q.shape, k.shape
@@ -564,6 +574,13 @@ def window_mask(n_new, n_all, window):
 def window_mask(n_new, n_all, window):
     every = torch.ones(n_new, n_all, dtype=torch.bool)
     return every.tril() & every.triu(1 - window)
+
+
+# %%
+#| wrong 03-window: the mask is boolean
+def window_mask(n_new, n_all, window):
+    t, s = torch.arange(n_all - n_new, n_all)[:, None], torch.arange(n_all)
+    return ((s <= t) & (s > t - window)).float()
 
 
 # %%
@@ -916,6 +933,15 @@ scores = {"numbers": 2**31, "gigabytes": 8.59, "twice_as_long": 2, "grouped": 1,
 scores = {"numbers": 2**31, "gigabytes": 4.3, "twice_as_long": 4, "grouped": 1, "crossing": 4608}
 
 # %%
+#| wrong 03-scores: how many scores
+scores = {"numbers": 2**28, "gigabytes": 8.59, "twice_as_long": 4, "grouped": 1, "crossing": 4608}
+
+# %%
+#| wrong 03-scores: where attention costs as much as the weights
+scores = {"numbers": 2**31, "gigabytes": 8.59, "twice_as_long": 4, "grouped": 1, "crossing": 9216}
+
+
+# %%
 #| right 03-scores
 scores = {"numbers": 2**31, "gigabytes": 8.6, "twice_as_long": 4, "grouped": 1.0, "crossing": 4608}
 
@@ -998,6 +1024,11 @@ start = {"zero": 10.40, "gpt2": 10.55, "fan_in": 10.40}
 # %%
 #| wrong 03-start: a head with spread 0.02
 start = {"zero": 10.40, "gpt2": 10.41, "fan_in": 10.90}
+
+# %%
+#| wrong 03-start: a head of zeros
+start = {"zero": 0.0, "gpt2": 10.55, "fan_in": 10.90}
+
 
 # %%
 #| right 03-start

@@ -1030,8 +1030,8 @@ def _(reading):
 
 @says(
     "which runs come next",
-    "Where in its row does the best rate of each optimizer lie? A best value at the edge of a sweep "
-    "is not known to be the best, and a fair comparison treats both sides alike.",
+    "Where in its row does the best rate of each optimizer lie? A best value at the edge of a "
+    "sweep is not known to be the best, and a fair comparison treats both sides alike.",
 )
 def _(reading):
     assert reading["next"] == "a"

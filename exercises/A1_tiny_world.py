@@ -81,8 +81,8 @@ def drawn(quiz_word, words, split, n):
 def _(quiz_word):
     words = vocabulary(40)
     longer = sorted([*words, *vocabulary(60, seed=1)])
-    train = drawn(quiz_word, words, "train", 100) | drawn(quiz_word, longer, "train", 100)
-    test = drawn(quiz_word, words, "test", 100) | drawn(quiz_word, longer, "test", 100)
+    train = drawn(quiz_word, words, "train", 60) | drawn(quiz_word, longer, "train", 60)
+    test = drawn(quiz_word, words, "test", 60) | drawn(quiz_word, longer, "test", 60)
     both = sorted(train & test)
     assert not both, f"in both: {', '.join(both[:5])}"
 
@@ -481,7 +481,7 @@ def _(leaks):
 
 
 @says(
-    "the same words in another order are no leak",
+    "words of two texts, or in another order, are no leak",
     "It has to be a run: all n words next to each other, in their order, in one text.",
 )
 def _(leaks):
@@ -587,6 +587,20 @@ def leaks(queries, texts, n):
 
 
 # %%
+#| wrong A1-leaks: words of two texts, or in another order, are no leak
+def leaks(queries, texts, n):
+    every = " " + " ".join(" ".join(texts).lower().split()) + " "  # one text runs into the next
+    found = []
+    for k, query in enumerate(queries):
+        words = query.lower().split()
+        size = min(n, len(words))
+        runs = (" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
+        if any(f" {run} " in every for run in runs):
+            found.append(k)
+    return found
+
+
+# %%
 #| right A1-leaks
 def leaks(queries, texts, n):
     every = "\n".join(" " + " ".join(text.lower().split()) + " " for text in texts)
@@ -603,10 +617,10 @@ def leaks(queries, texts, n):
 r"""
 ## 5. How many bits is a home?
 
-Forty people live in eight villages. To write down where each lives takes $\log_2 8 = 3$ bits a
-person, 120 bits in all: so much a model must store to know all homes, and no cleverness can make it
-less. But the tiny world deals homes *evenly*, like cards: every village gets five people. Then the
-last person's village is known when the others' are, and a few bits are saved. An even deal has
+Forty people live in eight villages. If anybody could live anywhere, each home would take
+$\log_2 8 = 3$ bits to write down, 120 bits in all, and a model that knows all homes must store that
+much. But the tiny world deals homes *evenly*, like cards: every village gets five people. Then the
+last person's village is known when the others' are, and some bits are saved. An even deal has
 another advantage: no answer is more common than the others, so guessing the common one is worth
 nothing.
 
