@@ -119,7 +119,7 @@ class Channel:
     """Messages over a socket. A deadline is a time of `time.monotonic()`."""
 
     def __init__(self, sock: socket.socket):
-        self.sock, self.last = sock, b""  # `last` is the message that came in last
+        self.sock = sock
         for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, buffer, 1 << 20)
 
@@ -132,8 +132,7 @@ class Channel:
         text, blob = struct.unpack(">II", head)
         if text > TEXT_LIMIT or blob > BLOB_LIMIT:
             raise ValueError("too large a message")
-        self.last = head + self.read(text + blob, deadline)
-        return unpack(self.last, function)
+        return unpack(head + self.read(text + blob, deadline), function)
 
     def read(self, size: int, deadline: float | None) -> bytes:
         data, have = bytearray(size), 0
@@ -296,10 +295,7 @@ def answer_process(channel: Channel) -> None:
         except BaseException:
             os._exit(0)
         try:
-            before = channel.last
-            value = answer(*args, **kwargs)
-            after = pack((args, kwargs), [])
-            reply = "value", value, None if after == before else after
+            reply = "value", answer(*args, **kwargs)
         except BaseException as error:
             reply = ("error", *words_of(error))
 
@@ -409,10 +405,7 @@ class Answer:
         if not self.channel:
             self.value()
         functions: list = []
-        _, value, changed = self.exchange(pack((args, kwargs), functions), functions)
-        if changed is not None:
-            copy_into((args, kwargs), unpack(changed, functions.__getitem__))
-        return value
+        return self.exchange(pack((args, kwargs), functions), functions)[1]
 
     def exchange(self, data: bytes, functions: list = ()) -> tuple:
         """Send and wait for the reply, calling `functions` on the way; raise what it raised."""
@@ -434,27 +427,6 @@ class Answer:
         if reply[0] == "error":
             raise error_of(*reply[1:])
         return reply
-
-
-def copy_into(old: Any, new: Any) -> None:
-    """Do to what a check handed over what the answer has done to its copy."""
-    if isinstance(old, torch.Tensor):
-        with torch.no_grad():
-            old.copy_(new)
-    elif isinstance(old, (list, tuple)) and len(old) == len(new):
-        for number, (a, b) in enumerate(zip(old, new)):
-            if isinstance(a, (list, tuple, dict, set, torch.Tensor)) and type(a) is type(b):
-                copy_into(a, b)
-            elif isinstance(old, list):
-                old[number] = b
-    elif isinstance(old, list):
-        old[:] = new
-    elif isinstance(old, dict) and old.keys() == new.keys():
-        copy_into([*old.values()], [*new.values()])
-        old.update({k: v for k, v in new.items() if not isinstance(v, (list, dict, torch.Tensor))})
-    elif isinstance(old, (dict, set)):
-        old.clear()
-        old.update(new)
 
 
 def answer_ask(
