@@ -148,7 +148,7 @@ class Settings:
     Rates are the optimizer's initial rates at width 768 (chapter 4); `*_lr` of later stages are
     factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes.
     `micro_batch` 0 means as many rows as fit, `processes` 0 one for each GPU. `mine` is a folder of
-    solved exercises whose functions replace the book's (section 7).
+    solved exercises whose functions replace the book's (section 2).
     """
 
     name: str = "laptop"
@@ -488,6 +488,39 @@ def check_recipe(recipe: Recipe) -> None:
             why = f"seq_len {recipe.seq_len} x {ranks} processes" if unit > ranks else "processes"
             near = max(round(value / unit), 1) * unit
             raise UserError(f"{name} {value} is no multiple of {unit} ({why}); try {near}.")
+
+
+# %% [markdown]
+r"""
+One more thing is decided before the work begins: whose code does it. Many exercises of the book ask
+for a function that the package has. `make capstone MINE=1`, or a recipe with `mine="work"`, looks
+through your notebooks in `work/` for them. Each answer is checked again, in a process of its own.
+One that passes takes the place of the book's function wherever a module holds it, later in every
+rank too. One that does not pass stops the run, with the property that it lacks. One that is not
+written yet is left alone. Which of your functions did the work stands in the log and the report.
+"""
+
+
+# %%
+#| export
+def use_mine(recipe: Recipe) -> list[str]:
+    """Put the learner's functions in `recipe.mine` in place of the book's; return which.
+
+    Without `mine` the book's are put back. Raises UserError for an answer that fails its checks,
+    for a folder that is not there, and without a clone of the book, where the exercises are.
+    """
+    if not recipe.mine and "book.mine" not in sys.modules:
+        return []
+    try:
+        from book.mine import switch
+    except ModuleNotFoundError as error:
+        if error.name not in ("book", "book.mine"):
+            raise
+        raise UserError(
+            f"mine={recipe.mine!r} needs the exercises of the book, and its folder book/ is not "
+            f"beside nanochat/; run this from a clone of the book."
+        ) from None
+    return switch(recipe.mine)
 
 
 # %% [markdown]
@@ -1247,36 +1280,7 @@ For several processes we start the command line under torchrun's launcher: the r
 `python -m nanochat pretrain --folder RUN`, open the same folder and find the same recipe. Rank 0
 alone writes. The notebook that launched them streams what they print, and if one of them stops with
 a mistake of the user, the same sentence is raised here.
-
-There is one more thing to decide before the work begins: whose code does it. Many exercises ask for
-a function that the package has. `make capstone MINE=1`, or a recipe with `mine="work"`, looks
-through your notebooks in `work/` for them. Each answer is checked again, in a process of its own.
-One that passes takes the place of the book's function wherever a module holds it, in every rank.
-One that does not pass stops the run before it begins, with the property it lacks; one that is not
-written yet is left alone. Which of your functions did the work stands in the log and in the report.
 """
-
-
-# %%
-#| export
-def use_mine(recipe: Recipe) -> list[str]:
-    """Put the learner's functions in `recipe.mine` in place of the book's; return which.
-
-    Without `mine` the book's are put back. Raises UserError for an answer that fails its checks,
-    for a folder that is not there, and without a clone of the book, where the exercises are.
-    """
-    if not recipe.mine and "book.mine" not in sys.modules:
-        return []
-    try:
-        from book.mine import switch
-    except ModuleNotFoundError as error:
-        if error.name not in ("book", "book.mine"):
-            raise
-        raise UserError(
-            f"mine={recipe.mine!r} needs the exercises of the book, and its folder book/ is not "
-            f"beside nanochat/; run this from a clone of the book."
-        ) from None
-    return switch(recipe.mine)
 
 
 # %%

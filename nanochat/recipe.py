@@ -113,7 +113,7 @@ class Settings:
     Rates are the optimizer's initial rates at width 768 (chapter 4); `*_lr` of later stages are
     factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes.
     `micro_batch` 0 means as many rows as fit, `processes` 0 one for each GPU. `mine` is a folder of
-    solved exercises whose functions replace the book's (section 7).
+    solved exercises whose functions replace the book's (section 2).
     """
 
     name: str = "laptop"
@@ -349,6 +349,26 @@ def check_recipe(recipe: Recipe) -> None:
             why = f"seq_len {recipe.seq_len} x {ranks} processes" if unit > ranks else "processes"
             near = max(round(value / unit), 1) * unit
             raise UserError(f"{name} {value} is no multiple of {unit} ({why}); try {near}.")
+
+
+def use_mine(recipe: Recipe) -> list[str]:
+    """Put the learner's functions in `recipe.mine` in place of the book's; return which.
+
+    Without `mine` the book's are put back. Raises UserError for an answer that fails its checks,
+    for a folder that is not there, and without a clone of the book, where the exercises are.
+    """
+    if not recipe.mine and "book.mine" not in sys.modules:
+        return []
+    try:
+        from book.mine import switch
+    except ModuleNotFoundError as error:
+        if error.name not in ("book", "book.mine"):
+            raise
+        raise UserError(
+            f"mine={recipe.mine!r} needs the exercises of the book, and its folder book/ is not "
+            f"beside nanochat/; run this from a clone of the book."
+        ) from None
+    return switch(recipe.mine)
 
 
 MACHINE_FIELDS = ("micro_batch", "processes", "device", "dtype")  # where, not what, is learnt
@@ -851,26 +871,6 @@ def exchange(run: Run, stage: str) -> list[dict[str, Any]]:
         )
         run.log.write("exchange", stage=stage, **answers[-1])
     return answers
-
-
-def use_mine(recipe: Recipe) -> list[str]:
-    """Put the learner's functions in `recipe.mine` in place of the book's; return which.
-
-    Without `mine` the book's are put back. Raises UserError for an answer that fails its checks,
-    for a folder that is not there, and without a clone of the book, where the exercises are.
-    """
-    if not recipe.mine and "book.mine" not in sys.modules:
-        return []
-    try:
-        from book.mine import switch
-    except ModuleNotFoundError as error:
-        if error.name not in ("book", "book.mine"):
-            raise
-        raise UserError(
-            f"mine={recipe.mine!r} needs the exercises of the book, and its folder book/ is not "
-            f"beside nanochat/; run this from a clone of the book."
-        ) from None
-    return switch(recipe.mine)
 
 
 def run_stage_here(run: Run, stage: str, world: Any = None) -> dict[str, Any]:
