@@ -173,9 +173,14 @@ class Grader:
         if not sources:
             return self.nothing(sheet, exercise, "no cell with the mark of this exercise was found")
         written = [s for s in sources if s.strip() != exercise.stub.strip()]
-        results = [self.grade(sheet, exercise, s) for s in written[-CANDIDATES:]]
-        empty = self.nothing(sheet, exercise, "not written yet")
-        return max(results, key=lambda result: result.score, default=empty)
+        best = self.nothing(sheet, exercise, "not written yet")
+        tries = 3 if "perf_counter" in exercise.checks else 1  # a busy machine is no slow answer
+        for source in written[-CANDIDATES:] * tries:
+            result = self.grade(sheet, exercise, source)
+            best = max(result, best, key=lambda result: result.score)
+            if best.score == best.points:
+                break
+        return best
 
     def student(self, paths: list[Path]) -> dict:
         """All exercises of one student, as data for grades.json."""

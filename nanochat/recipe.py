@@ -885,7 +885,7 @@ def run_stage_here(run: Run, stage: str, world: Any = None) -> dict[str, Any]:
     }[stage]
     used = use_mine(run.recipe)
     if used and (world is None or world.is_main):
-        print(f"{stage}: with your code for {', '.join(used)}", flush=True)
+        print(f"{stage}: with your {', '.join(name.split()[0] for name in used)}", flush=True)
         run.log.write("mine", stage=stage, used=used)
     began, device = time.perf_counter(), world.device if world else pick_device(run.recipe.device)
     if device.type == "cuda":
