@@ -18,6 +18,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import psutil
@@ -244,18 +245,33 @@ def grade(
     if not students:
         raise BookError(f"{folder} holds no notebook, no folder and no archive of a student")
     cases, grades = hidden_cases(hidden, sheets), {}
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, context, begin_worker, (sheets, cases)) as pool,
-        Progress(len(students), "grading", "submission") as bar,
-    ):
-        jobs = {pool.submit(grade_student, paths): name for name, paths in students.items()}
-        for job in as_completed(jobs):
-            grades[jobs[job]] = job.result()
+    with Progress(len(students), "grading", "submission") as bar:
+        for name, found in in_workers(students, sheets, cases, workers):
+            if found:
+                grades[name] = found
+                bar.update()
+        for alone in students.keys() - grades.keys():  # one of these ended its worker: which?
+            ((_, found),) = in_workers({alone: students[alone]}, sheets, cases, 1)
+            died = "the grader's process ended in the middle of this submission; grade it by hand"
+            grades[alone] = found or {**Grader(sheets, cases).student([]), "notes": [died]}
             bar.update()
     grades = {name: grades[name] for name in sorted(grades)}
     write_grades(grades, out)
     return grades
+
+
+def in_workers(
+    students: dict[str, list[Path]], sheets: list[Sheet], cases: dict[str, str], workers: int
+) -> Iterator[tuple[str, dict | None]]:
+    """(name, grades) of each student, in the order of being done; None if the worker died."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, begin_worker, (sheets, cases)) as pool:
+        jobs = {pool.submit(grade_student, paths): name for name, paths in students.items()}
+        for job in as_completed(jobs):
+            try:
+                yield jobs[job], job.result()
+            except BrokenProcessPool:
+                yield jobs[job], None
 
 
 def write_grades(grades: dict[str, dict], out: Path) -> None:

@@ -298,6 +298,8 @@ CHEATS = {  # what is tried, and what its honest part deserves: seconds are alwa
               "kinds = {type(o).__name__ for o in gc.get_objects()}\n"
               "found = kinds & {'Result', 'Outcome', 'Exercise', 'Sheet', 'Property'}\n"
               "return x.softmax(-1) if found else x * float('nan')")], 2),
+    "reads the grader's memory": (
+        [soft("import os\nopen(f'/proc/{os.getppid()}/maps').read()\nreturn x.softmax(-1)")], 2),
     "asks another program": (
         [soft("import subprocess, sys\nsubprocess.run([sys.executable, '-c', '1'])\n"
               "return x.softmax(-1)")], 2),
@@ -484,6 +486,23 @@ def test_a_class_is_graded_with_hidden_cases_twice_the_same(book, tmp_path, monk
     again = Grader(sheets, hidden_cases(hidden, sheets))
     with again.nursery:
         assert {n: again.student(paths) for n, paths in submissions(folder).items()} == grades
+
+
+def test_a_submission_that_ends_the_graders_own_process_costs_no_other(book, tmp_path):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    (folder / "bad.ipynb").write_text(notebook(soft("return x * 0 + 7"), SECONDS))
+    (folder / "good.ipynb").write_text(notebook(SOFTMAX, SECONDS))
+    hidden = tmp_path / "hidden.py"
+    hidden.write_text(
+        "# %%\n#| checks 00-softmax\nimport os\n"
+        "@says('is no seven', '')\n"
+        "def _(softmax):\n    os._exit(1) if softmax(torch.ones(1)).item() == 7 else None\n"
+    )
+    grades = grade(book, folder, tmp_path / "out", hidden, workers=1)
+    assert {name: one["score"] for name, one in grades.items()} == {"bad": 0, "good": 6}
+    assert "grade it by hand" in (tmp_path / "out" / "feedback" / "bad.html").read_text()
+    assert grades["good"]["notes"] == []
 
 
 def test_a_folder_or_a_hidden_file_that_is_of_no_use(book, tmp_path):
