@@ -204,6 +204,22 @@ check("01-train", learn)
 
 # %%
 #| checks 01-train
+import random
+from collections import Counter
+
+
+def by_replacing(text, n_merges):
+    """Merges of one chunk of ASCII, by str.replace; None if a round has no clear winner."""
+    merges = []
+    for new_id in range(256, 256 + n_merges):
+        first, second = (Counter(zip(text, text[1:])).most_common(2) + [("", 0)] * 2)[:2]
+        if first[1] == second[1]:
+            return None
+        merges.append((ord(first[0][0]), ord(first[0][1])))
+        text = text.replace("".join(first[0]), chr(new_id))
+    return merges
+
+
 @says(
     "a chunk counts as often as it occurs",
     "A pair inside a chunk that occurs five times occurs five times.",
@@ -220,11 +236,19 @@ def _(learn):
 
 @says(
     "new symbols are merged again",
-    "After a merge the text is another one: count again, with the new symbol 256 + k in it.",
+    "After a merge the text is another one: count again, with the new symbol 256 + k in it. The "
+    "pair is merged wherever it stands, at even places and at odd ones.",
 )
 def _(learn):
     assert learn({"abababc": 1}, 2) == [(97, 98), (256, 256)]
     assert learn({"xyzxyzxyz!xyzxyz?xy": 1}, 2) == [(120, 121), (256, 122)]
+    rng, seen = random.Random(0), 0
+    while seen < 8:
+        text = "".join(rng.choices("abcd", (4, 3, 2, 1), k=60))
+        expected = by_replacing(text, 4)
+        if expected:
+            seen += 1
+            assert learn({text: 1}, 4) == expected, text
 
 
 @says("merges stay inside a chunk", "The end of a chunk and the beginning of the next are no pair.")
@@ -388,6 +412,48 @@ def learn(chunk_counts, n_merges):
                     ids[i : i + 2] = [new_id]
                 i += 1
         merges.append(best)
+    return merges
+
+
+# %%
+#| wrong 01-train: new symbols are merged again
+def learn(chunk_counts, n_merges):
+    chunks, merges = [(list(t.encode()), n) for t, n in chunk_counts.items()], []
+    for k in range(n_merges):
+        counts = {}
+        for ids, n in chunks:
+            for pair in zip(ids, ids[1:]):
+                counts[pair] = counts.get(pair, 0) + n
+        if not counts:
+            break
+        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+        for ids, _ in chunks:
+            i = 0
+            while i < len(ids) - 1:
+                if (ids[i], ids[i + 1]) == merges[-1]:
+                    ids[i : i + 2] = [256 - k]
+                i += 1
+    return merges
+
+
+# %%
+#| wrong 01-train: new symbols are merged again
+def learn(chunk_counts, n_merges):
+    chunks, merges = [(list(t.encode()), n) for t, n in chunk_counts.items()], []
+    for new_id in range(256, 256 + n_merges):
+        counts = {}
+        for ids, n in chunks:
+            for pair in zip(ids, ids[1:]):
+                counts[pair] = counts.get(pair, 0) + n
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        after = []
+        for ids, n in chunks:
+            twos = [ids[i : i + 2] for i in range(0, len(ids), 2)]  # odd places are never seen
+            after.append((sum(([new_id] if tuple(two) == best else two for two in twos), []), n))
+        chunks = after
     return merges
 
 
@@ -559,6 +625,21 @@ def encode_chunk(chunk, ranks):
         known = [(ranks[pair], i) for i, pair in enumerate(joined) if pair in ranks]
         if not known:
             return [ranks[part.encode()] for part in parts]
+        i = min(known)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+# %%
+#| wrong 01-encode: plain words as tiktoken does
+def encode_chunk(chunk, ranks):
+    parts = [bytes([b]) for b in chunk]
+    while True:  # only single bytes are joined, never what was joined before
+        known = []
+        for i, (a, b) in enumerate(zip(parts, parts[1:])):
+            if len(a) == len(b) == 1 and a + b in ranks:
+                known.append((ranks[a + b], i))
+        if not known:
+            return [ranks[part] for part in parts]
         i = min(known)[1]
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
 

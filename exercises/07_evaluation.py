@@ -11,7 +11,6 @@ properties your answer has, `hint(id)` helps three times, `progress()` shows you
 #| given
 import math
 import random
-import re
 import statistics
 
 import torch
@@ -116,16 +115,21 @@ def centered(accuracy, baseline):
 
 # %% [markdown]
 r"""
-## 2. Bits per byte
+## 2. What has no bytes does not count
 
-Losses come per token, in nats. Text is measured in bytes. `token_bytes[i]` is the number of bytes
-of token `i`, and 0 for the special tokens, which are no part of any text:
+Bits per byte is a sum of losses over a sum of bytes (sheet 0 has the formula). On real batches two
+kinds of target are not text. A target of -1 is *masked*: nothing is asked there. A *special token*
+is asked for and has a loss, but `token_bytes` gives it 0 bytes. Neither may add anything to either
+of the sums. This code counts both, and nothing about it looks wrong:
 
-$$\text{bits per byte} = \frac{\sum \text{loss}}{\ln 2 \cdot \sum \text{bytes}}$$
+```python
+def bits_per_byte(losses, targets, token_bytes):
+    n_bytes = token_bytes[targets]
+    return (losses.sum() / math.log(2) / n_bytes.sum()).item()
+```
 
-Both sums run over the targets that are text. A target of -1 is masked. What makes this exercise
-worth ten minutes: Python does not mind the index -1, and a special token has a loss although it
-has no bytes. If nothing at all is left to count, the answer is infinity.
+Python does not mind the index -1: it takes the last token of the table. Mend the function. If no
+target is left to count, the answer is infinity.
 """
 
 
@@ -166,17 +170,13 @@ def ids_of(*values):
     return torch.tensor([values])
 
 
-@says("a loss of ln 2 for each byte is one bit per byte", "Nats become bits by dividing by ln 2.")
+@says(
+    "plain text gives what the formula says",
+    "Nats become bits by dividing by ln 2; divide one sum by the other, and average no ratios.",
+)
 def _(bits_per_byte):
-    targets = ids_of(0, 1, 4, 2)
-    assert close(bits_per_byte(BYTES[targets] * math.log(2), targets, BYTES), 1.0)
-    assert close(bits_per_byte(BYTES[targets] * math.log(8), targets, BYTES), 3.0)
-
-
-@says("sums before it divides", "Divide one sum by the other; do not average ratios.")
-def _(bits_per_byte):
-    found = bits_per_byte(losses_of(1, 0, 0), ids_of(0, 1, 4), BYTES)
-    assert close(found, bits_per_byte(losses_of(0, 0, 1), ids_of(0, 1, 4), BYTES))
+    found = bits_per_byte(losses_of(1, 0.5, 2), ids_of(0, 1, 4), BYTES)
+    assert close(found, 3.5 / math.log(2) / (1 + 3 + 5))
 
 
 @says("special tokens do not count", "A special token has no bytes; leave its loss out as well.")
@@ -185,7 +185,10 @@ def _(bits_per_byte):
     assert close(with_special, bits_per_byte(losses_of(2, 3), ids_of(0, 1), BYTES))
 
 
-@says("masked targets do not count", "token_bytes[-1] is the last token of the vocabulary.")
+@says(
+    "masked targets do not count",
+    "token_bytes[-1] is the last token of the vocabulary, and its bytes do not belong here.",
+)
 def _(bits_per_byte):
     masked = bits_per_byte(losses_of(2, 7, 3), ids_of(0, -1, 1), BYTES)
     assert close(masked, bits_per_byte(losses_of(2, 3), ids_of(0, 1), BYTES))
@@ -206,12 +209,21 @@ hints = [
 
 
 # %%
-#| wrong 07-bpb: a loss of ln 2 for each byte is one bit per byte
+#| wrong 07-bpb: plain text gives what the formula says
 def bits_per_byte(losses, targets, token_bytes):
     n_bytes = token_bytes[targets.clamp(min=0)] * (targets >= 0)
     if n_bytes.sum() == 0:
         return math.inf
     return losses[n_bytes > 0].sum().item() / n_bytes.sum().item()
+
+
+# %%
+#| wrong 07-bpb: plain text gives what the formula says
+def bits_per_byte(losses, targets, token_bytes):
+    n_bytes = token_bytes[targets.clamp(min=0)] * (targets >= 0)
+    if n_bytes.sum() == 0:
+        return math.inf
+    return (losses[n_bytes > 0] / n_bytes[n_bytes > 0]).mean().item() / math.log(2)
 
 
 # %%
@@ -230,15 +242,6 @@ def bits_per_byte(losses, targets, token_bytes):
     if n_bytes.sum() == 0:
         return math.inf
     return losses[n_bytes > 0].sum().item() / math.log(2) / n_bytes.sum().item()
-
-
-# %%
-#| wrong 07-bpb: sums before it divides
-def bits_per_byte(losses, targets, token_bytes):
-    n_bytes = token_bytes[targets.clamp(min=0)] * (targets >= 0)
-    if n_bytes.sum() == 0:
-        return math.inf
-    return (losses[n_bytes > 0] / n_bytes[n_bytes > 0]).mean().item() / math.log(2)
 
 
 # %%
@@ -876,152 +879,6 @@ explanations = {"facts": "A", "pronouns": "B", "endings": "A", "proverbs": "D", 
 # %%
 #| right 07-controls
 explanations = dict(zip(("riddles", "proverbs", "endings", "pronouns", "facts"), "EDCBA"))
-
-# %% [markdown]
-r"""
-## 9. Has it seen the test?
-
-A test that stands in the training text measures memory. The usual alarm looks for runs of n words
-that a test item and a training document have in common. A copy rarely keeps capitals and commas,
-so we compare words only: `re.findall(r"\w+", text.lower())`. A run lies inside one document; the
-end of one and the beginning of the next are not neighbours. An item with fewer than n words is
-never flagged: short runs agree by chance.
-"""
-
-
-# %%
-#| exercise id=07-contamination points=2 minutes=20 level=2 answer=contaminated
-def contaminated(items: list[str], documents: list[str], n: int = 8) -> list[bool]:
-    """Which test items share a run of n words with a training document?
-
-    Args:
-        items: the texts of the test.
-        documents: the texts of the training set.
-        n: how many words in a row raise the alarm.
-    Returns:
-        One bool for each item.
-    """
-    # BEGIN SOLUTION
-
-    def runs(text):
-        words = re.findall(r"\w+", text.lower())
-        return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-    seen = set().union(*map(runs, documents))
-    return [bool(runs(item) & seen) for item in items]
-    # END SOLUTION
-
-
-# %%
-check("07-contamination", contaminated)
-
-# %%
-#| checks 07-contamination
-TEXT = "the old baker of the hill town sells warm bread every morning"
-
-
-@says("finds a run of n words", "Any run counts, at whatever place in the item and the document.")
-def _(contaminated):
-    documents = ["nothing here at all", "we know that " + TEXT + " as always"]
-    items = ["who is it that sells warm bread every night", "sells bread warm every"]
-    assert contaminated(items, documents, 4) == [True, False]
-    assert contaminated([TEXT], documents, 12) == [True]
-    assert contaminated([" ".join(TEXT.split()[2:10])], documents) == [True]
-
-
-@says("n - 1 words are not enough", "Exactly n words in a row; and a short item is never flagged.")
-def _(contaminated):
-    assert contaminated(["he sells warm bread daily"], [TEXT], 4) == [False]
-    ends = ["warm bread", "bread for one morning", "he eats bread every morning"]
-    assert contaminated(ends, [TEXT], 4) == [False, False, False]
-
-
-@says("capitals and commas hide nothing", "Compare words in lower case, without punctuation.")
-def _(contaminated):
-    assert contaminated(["He Sells, warm; BREAD - every day"], [TEXT], 4) == [True]
-    assert contaminated([TEXT + " now"], ['It sells "Warm" bread: every day'], 4) == [True]
-
-
-@says("no run crosses from one document to the next", "Cut every document into runs on its own.")
-def _(contaminated):
-    assert contaminated(["sells warm bread every"], ["he sells warm", "bread every day"], 4) == [
-        False
-    ]
-
-
-# %%
-#| hints 07-contamination
-hints = [
-    "Turn each text into its words, and the words into all runs of n neighbours.",
-    "Tuples can stand in a set; one set holds the runs of all documents.",
-    "`tuple(words[i:i+n])` for i up to len(words) - n; an item is flagged when the sets meet.",
-]
-
-
-# %%
-#| wrong 07-contamination: no run crosses from one document to the next
-def contaminated(items, documents, n=8):
-    def runs(text):
-        words = re.findall(r"\w+", text.lower())
-        return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-    seen = runs(" ".join(documents))
-    return [bool(runs(item) & seen) for item in items]
-
-
-# %%
-#| wrong 07-contamination: capitals and commas hide nothing
-def contaminated(items, documents, n=8):
-    def runs(text):
-        words = text.split()
-        return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-    seen = set().union(*map(runs, documents))
-    return [bool(runs(item) & seen) for item in items]
-
-
-# %%
-#| wrong 07-contamination: n - 1 words are not enough
-def contaminated(items, documents, n=8):
-    def runs(text):
-        words = re.findall(r"\w+", text.lower())
-        return {tuple(words[i : i + n]) for i in range(len(words))}
-
-    seen = set().union(*map(runs, documents))
-    return [bool(runs(item) & seen) for item in items]
-
-
-# %%
-#| wrong 07-contamination: finds a run of n words
-def contaminated(items, documents, n=8):
-    def words(text):
-        return set(re.findall(r"\w+", text.lower()))
-
-    return [any(len(words(item) & words(d)) >= n for d in documents) for item in items]
-
-
-# %%
-#| wrong 07-contamination: finds a run of n words
-def contaminated(items, documents, n=8):
-    def runs(text):
-        words = re.findall(r"\w+", text.lower())
-        return {tuple(words[i : i + n]) for i in range(len(words) - n)}
-
-    seen = set().union(*map(runs, documents))
-    return [bool(runs(item) & seen) for item in items]
-
-
-# %%
-#| right 07-contamination
-def contaminated(items, documents, n=8):
-    bodies = [f" {' '.join(re.findall(r'[a-z0-9_]+', d.lower()))} " for d in documents]
-    found = []
-    for item in items:
-        words = re.findall(r"[a-z0-9_]+", item.lower())
-        runs = [f" {' '.join(words[i : i + n])} " for i in range(len(words) - n + 1)]
-        found.append(any(run in body for run in runs for body in bodies))
-    return found
-
 
 # %% [markdown]
 r"""

@@ -660,297 +660,7 @@ def shaped(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
 
 # %% [markdown]
 r"""
-## 5. Half a character
-
-A token is a run of bytes, and an emoji or an accented letter may be split over several tokens.
-Whoever prints each token by itself prints broken characters. So a stream holds back the bytes of
-an unfinished character until the rest arrives. It holds back nothing else: what is finished is
-shown at once. And bytes that can never become a character (models do write them) must not block
-the stream for ever; they are shown as "\ufffd", the replacement character. What is still
-unfinished after the last piece is never shown.
-"""
-
-
-# %%
-#| exercise id=08-stream points=2 minutes=15 level=2 answer=shown
-def shown(pieces: list[bytes]) -> list[str]:
-    """What a stream shows after each piece of UTF-8.
-
-    Args:
-        pieces: bytes of one token after the other.
-    Returns:
-        One string for each piece: the characters that it completes, maybe "".
-    """
-    # BEGIN SOLUTION
-    import codecs
-
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    return [decoder.decode(piece) for piece in pieces]
-    # END SOLUTION
-
-
-# %%
-check("08-stream", shown)
-
-# %%
-#| checks 08-stream
-TEXT = "h\u00e9, \u4f60\u597d \U0001f30d!"
-
-
-@says("plain letters come at once", "A piece of finished characters is shown as it is.")
-def _(shown):
-    assert list(shown([b"Hel", b"lo", b" world"])) == ["Hel", "lo", " world"]
-
-
-@says("a split character waits and then comes whole", "Keep unfinished bytes for the next piece.")
-def _(shown):
-    found = shown([bytes([b]) for b in TEXT.encode()])
-    expected = [c for c in TEXT for c in [""] * (len(c.encode()) - 1) + [c]]
-    assert list(found) == expected
-
-
-@says("finished characters do not wait", "Hold back the last, unfinished character only.")
-def _(shown):
-    assert list(shown([b"caf\xc3", b"\xa9 au \xf0\x9f", b"\x8c\x8d"])) == [
-        "caf",
-        "\u00e9 au ",
-        "\U0001f30d",
-    ]
-
-
-@says("a byte that fits nowhere blocks nothing", "Some bytes can never be completed; go on.")
-def _(shown):
-    found = "".join(shown([b"a", b"\xff", b"b", b"c"]))
-    assert found == "a\ufffdbc"
-    assert "".join(shown([b"\xe4\xbd", b"x", b"y"])).endswith("xy")
-
-
-# %%
-#| hints 08-stream
-hints = [
-    "The state between two pieces is: the bytes of at most one unfinished character.",
-    "Python has this machine in its standard library: look for incremental decoders in `codecs`.",
-    'codecs.getincrementaldecoder("utf-8")(errors="replace"), and .decode(piece) for each piece.',
-]
-
-
-# %%
-#| wrong 08-stream: a byte that fits nowhere blocks nothing
-def shown(pieces):
-    texts, held = [], b""
-    for piece in pieces:
-        held += piece
-        for n in range(min(4, len(held) + 1)):  # cut off up to three bytes
-            try:
-                text = held[: len(held) - n].decode()
-            except UnicodeDecodeError:
-                continue
-            texts.append(text)
-            held = held[len(held) - n :]
-            break
-        else:
-            texts.append("")
-    return texts
-
-
-# %%
-#| wrong 08-stream: finished characters do not wait
-def shown(pieces):
-    texts, held = [], b""
-    for piece in pieces:  # what nanochat's server did
-        held += piece
-        text = held.decode(errors="replace")
-        texts.append("" if text.endswith("\ufffd") else text)
-        held = held if text.endswith("\ufffd") else b""
-    return texts
-
-
-# %%
-#| right 08-stream
-def shown(pieces):
-    texts, done, whole = [], 0, b""
-    for piece in pieces:
-        whole += piece
-        end = len(whole)
-        for back in range(1, min(3, len(whole)) + 1):
-            lead = whole[-back]
-            size = 2 if 0xC2 <= lead < 0xE0 else 3 if 0xE0 <= lead < 0xF0 else 4
-            if lead >= 0xC0:
-                end -= back if size > back and 0xC2 <= lead < 0xF5 else 0
-                break
-        text = whole[:end].decode(errors="replace")
-        texts.append(text[done:])
-        done = len(text)
-    return texts
-
-
-# %% [markdown]
-r"""
-## 6. A stop sequence in pieces
-
-People ask an engine to stop at a text of their choice, such as "\nUser:". Tokens do not know about
-it: the stop may begin in one piece and end three pieces later, and once half of it stands on the
-screen it cannot be taken back. So show after each piece what certainly does not belong to the
-stop, and hold back the longest end of the text that could be its beginning. When the stop is
-complete, the text before it is shown and nothing ever after. When the pieces end without it, what
-was held back comes last. With the stop `"###"`:
-
-| piece | shown after it |
-|---|---|
-| `"ab#"` | `"ab"` |
-| `"c#"` | `"#c"` |
-| (the end) | `"#"` |
-"""
-
-
-# %%
-#| exercise id=08-stop points=3 minutes=25 level=3 answer=until
-def until(pieces: list[str], stop: str) -> list[str]:
-    """What a stream shows after each piece, up to a stop sequence.
-
-    Args:
-        pieces: the text as it comes.
-        stop: at least one character.
-    Returns:
-        One string for each piece, and one more for what comes at the very end.
-    """
-    # BEGIN SOLUTION
-    texts, held, stopped = [], "", False
-    for piece in pieces:
-        held += "" if stopped else piece
-        if stop in held:
-            texts.append(held[: held.index(stop)])
-            held, stopped = "", True
-            continue
-        size = next(n for n in range(len(stop) - 1, -1, -1) if held.endswith(stop[:n]))
-        texts.append(held[: len(held) - size])
-        held = held[len(held) - size :]
-    return [*texts, held]
-    # END SOLUTION
-
-
-# %%
-check("08-stop", until)
-
-
-# %%
-#| checks 08-stop
-@says("a text without the stop comes through whole", "Joined, the strings are the text.")
-def _(until):
-    found = until(["Hello ", "wor", "ld"], "###")
-    assert len(found) == 4 and "".join(found) == "Hello world"
-
-
-@says("nothing is shown after the stop", "Not the rest of its piece, and no later piece.")
-def _(until):
-    assert list(until(["abc###def", "ghi", "j"], "###")) == ["abc", "", "", ""]
-
-
-@says("a stop over several pieces is found", "Remember the end that may be its beginning.")
-def _(until):
-    assert "".join(until(["ab#", "##"], "###")) == "ab"
-    assert "".join(until(list("one\nUser:"), "\nUser:")) == "one"
-    assert "".join(until(list("aabaab!aabaac"), "aabaac")) == "aabaab!"
-    assert "".join(until(list("aaab"), "aab")) == "a"
-
-
-@says("what cannot be the stop is shown at once", "Hold back only an end that begins the stop.")
-def _(until):
-    assert list(until(["abc", "de f", "ghij"], "###")) == ["abc", "de f", "ghij", ""]
-    assert list(until(["a##b", "c#d"], "###")) == ["a##b", "c#d", ""]
-
-
-@says("what was held back comes at the end", "A text may end like the beginning of the stop.")
-def _(until):
-    assert "".join(until(["ab#", "c##"], "###")) == "ab#c##"
-
-
-# %%
-#| hints 08-stop
-hints = [
-    "Keep one string: what has been read and not shown. After each piece, look for the stop in it.",
-    "Not found? Which is the longest beginning of the stop, shorter than itself, it ends with?",
-    "Try n from len(stop) - 1 down to 0: held.endswith(stop[:n]). Show all but those n.",
-]
-
-
-# %%
-#| wrong 08-stop: a stop over several pieces is found
-def until(pieces, stop):
-    texts, stopped = [], False
-    for piece in pieces:
-        texts.append("" if stopped else piece.split(stop)[0])
-        stopped = stopped or stop in piece
-    return [*texts, ""]
-
-
-# %%
-#| wrong 08-stop: what cannot be the stop is shown at once
-def until(pieces, stop):
-    texts, held, stopped = [], "", False
-    for piece in pieces:
-        held += "" if stopped else piece
-        if stop in held:
-            texts.append(held[: held.index(stop)])
-            held, stopped = "", True
-        else:
-            size = min(len(held), len(stop) - 1)  # always as much as the stop may need
-            texts.append(held[: len(held) - size])
-            held = held[len(held) - size :]
-    return [*texts, held]
-
-
-# %%
-#| wrong 08-stop: what was held back comes at the end
-def until(pieces, stop):
-    texts, held, stopped = [], "", False
-    for piece in pieces:
-        held += "" if stopped else piece
-        if stop in held:
-            texts.append(held[: held.index(stop)])
-            held, stopped = "", True
-            continue
-        size = max(n for n in range(len(stop)) if held.endswith(stop[:n]))
-        texts.append(held[: len(held) - size])
-        held = held[len(held) - size :]
-    return [*texts, ""]
-
-
-# %%
-#| wrong 08-stop: nothing is shown after the stop
-def until(pieces, stop):
-    texts, held = [], ""
-    for piece in pieces:
-        held += piece
-        if stop in held:
-            texts.append(held[: held.index(stop)])
-            held = ""  # and goes on with the next piece
-            continue
-        size = max(n for n in range(len(stop)) if held.endswith(stop[:n]))
-        texts.append(held[: len(held) - size])
-        held = held[len(held) - size :]
-    return [*texts, held]
-
-
-# %%
-#| right 08-stop
-def until(pieces, stop):
-    def safe(text):
-        if stop in text:
-            return text[: text.index(stop)]
-        return next((text[:i] for i in range(len(text)) if stop.startswith(text[i:])), text)
-
-    texts, seen, out = [], "", 0
-    for piece in pieces:
-        seen += piece
-        texts.append(safe(seen)[out:])
-        out = len(safe(seen))
-    return [*texts, seen.split(stop)[0][out:]]
-
-
-# %% [markdown]
-r"""
-## 7. Predict the speed before you rent the machine
+## 5. Predict the speed before you rent the machine
 
 A d24 of the classic recipe: 24 layers, 12 key-value heads of 128 channels each, 730 million
 weights that multiply. Weights and cache are in bfloat16, 2 bytes a number. The GPU fetches
@@ -1058,7 +768,7 @@ prediction = {"cache_bytes": 147e3, "grouped_bytes": 24.6e3, "alone": 2080.0, "s
 
 # %% [markdown]
 r"""
-## 8. The comma that was counted away (a real bug)
+## 6. The comma that was counted away (a real bug)
 
 People write 1,234 and Python does not read it. So nanochat's calculator began like this:
 
@@ -1184,7 +894,7 @@ def without_commas(expression):
 
 # %% [markdown]
 r"""
-## 9. A calculator that cannot be talked into anything
+## 7. A calculator that cannot be talked into anything
 
 The text comes from a model that anybody may talk to, so `eval` is out of the question. Parse the
 text with `ast.parse(text, mode="eval")` and compute the few kinds of node that you know: numbers,
@@ -1283,6 +993,7 @@ def _(value_of):
 @says("refuses what is too large", "A limit on the text, on exponents, and on every number.")
 def _(value_of):
     texts = ("7 ** 7 ** 7", "10 ** 20 * 10 ** 20", "9 ** 99", "1e31", "1e999", "1" + " + 1" * 400)
+    texts += ("1 ** 101", "(-1) ** 200", "0.5 ** 1000")
     assert [t for t in texts if value_of(t) is not None] == []
     assert value_of("10 ** 30") == 10**30 and value_of("1 ** 100") == 1
     assert value_of("1" + 499 * " ") == 1 and value_of("1" + 500 * " ") is None
@@ -1307,7 +1018,8 @@ hints = [
 #| wrong 08-calculator: knows nothing but arithmetic
 def value_of(expression):
     try:
-        if len(expression) > 500:
+        powers = [int(n) for n in re.findall(r"\*\*\s*(\d+)", expression)]
+        if len(expression) > 500 or max(powers, default=0) > 100:
             return None
         value = eval(expression, {"__builtins__": {}})  # "nothing can happen without builtins"
         return value if abs(value) <= 1e30 and not isinstance(value, complex) else None
@@ -1394,6 +1106,34 @@ def value_of(expression):
     try:
         return compute(ast.parse(expression, mode="eval").body) if len(expression) <= 500 else None
     except Exception:
+        return None
+
+
+# %%
+#| wrong 08-calculator: refuses what is too large
+def value_of(expression):
+    operators = {
+        **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul},
+        **{ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod},
+        **{ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos},
+    }
+
+    def compute(node):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            value = node.value
+        elif isinstance(node, ast.UnaryOp) and type(node.op) in operators:
+            value = operators[type(node.op)](compute(node.operand))
+        elif isinstance(node, ast.BinOp) and type(node.op) in operators:
+            value = operators[type(node.op)](compute(node.left), compute(node.right))
+        else:
+            raise ValueError
+        if isinstance(value, complex) or not abs(value) <= 1e30:  # but the power was computed
+            raise ValueError
+        return value
+
+    try:
+        return compute(ast.parse(expression, mode="eval").body) if len(expression) <= 500 else None
+    except (SyntaxError, ValueError, ArithmeticError):
         return None
 
 

@@ -158,6 +158,14 @@ def quiz_word(words, split, index):
 
 
 # %%
+#| wrong A1-seeds: every word is used
+def quiz_word(words, split, index):
+    fifth = {"train": (1, 2, 3), "validation": (4,), "test": (0,)}[split]
+    mine = [w for w in words if hashlib.sha256(w.encode()).digest()[0] % 5 in fifth]
+    return random.Random(index).choice(mine)
+
+
+# %%
 #| right A1-seeds
 import zlib
 
@@ -496,6 +504,8 @@ def _(leaks):
 def _(leaks):
     for query in ("MIRA Lives in\nDunmere", "market   of foxley\ton monday"):
         assert leaks([query], TEXTS, 4) == [0], repr(query)
+    text = "So Mira LIVES in\nDunmere ."
+    assert leaks(["mira lives in dunmere"], [text], 4) == [0], repr(text)
 
 
 @says(
@@ -596,6 +606,20 @@ def leaks(queries, texts, n):
         size = min(n, len(words))
         runs = (" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
         if any(f" {run} " in every for run in runs):
+            found.append(k)
+    return found
+
+
+# %%
+#| wrong A1-leaks: capitals and line breaks hide nothing
+def leaks(queries, texts, n):
+    every = [" " + " ".join(text.split()) + " " for text in texts]  # the texts keep their capitals
+    found = []
+    for k, query in enumerate(queries):
+        words = query.lower().split()
+        size = min(n, len(words))
+        runs = [" ".join(words[i : i + size]) for i in range(len(words) - size + 1)]
+        if any(f" {run} " in text for run in runs for text in every):
             found.append(k)
     return found
 
