@@ -7,6 +7,7 @@ dicts, sets, tensors and dtypes, or an error. Nothing is pickled.
 """
 
 import builtins
+import contextlib
 import importlib
 import json
 import os
@@ -168,7 +169,7 @@ class Nursery:
         """A channel to a new process, and its number."""
         if not FORKS:
             return self.start_alone()
-        if not self.mother:
+        if not self.mother or self.mother.poll() is not None:  # or the system has killed her
             self.control, hers = socket.socketpair()
             self.mother = self.python(f"mother({hers.fileno()}, {self.modules!r})", [hers.fileno()])
             hers.close()
@@ -207,8 +208,9 @@ class Nursery:
             kill_tree(process)
             process.wait()
         else:
-            self.control.sendall(struct.pack(">q", pid))
-            Channel(self.control).read(8, None)
+            with contextlib.suppress(OSError, EOFError):
+                self.control.sendall(struct.pack(">q", pid))
+                Channel(self.control).read(8, None)
 
 
 def mother(handle: int, modules: tuple[str, ...]) -> None:

@@ -602,6 +602,16 @@ both = lambda f, keep: second(f) if keep else first(f)
             assert max(alive) <= 1 if not keep else max(alive) == most
 
 
+@pytest.mark.skipif(not answering.FORKS, reason="Linux")
+def test_a_nursery_that_the_system_kills_is_replaced():
+    with Nursery() as nursery:
+        for _ in range(2):
+            with Answer(nursery, "", "def f(): return 3", "f") as answer:
+                assert answer.value()() == 3
+                nursery.mother.kill()
+                nursery.mother.wait()
+
+
 def test_where_there_is_no_fork_each_answer_gets_an_interpreter(monkeypatch):
     monkeypatch.setattr(answering, "FORKS", False)
     with Nursery() as nursery, Answer(nursery, "k = 3", "def f(x): return k * x", "f") as answer:
