@@ -21,8 +21,10 @@ expect = sync_api.expect
 FIRST_TRY = """\
 #| exercise id=03-rmsnorm points=2 minutes=10 level=1 answer=rms_norm
 def rms_norm(x, eps=1e-6):
-    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)"""
-SECOND_TRY = FIRST_TRY.replace("+ eps)", "+ eps).to(x.dtype)")
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)"""
+SECOND_TRY = FIRST_TRY.replace("x = x.float()", "dtype, x = x.dtype, x.float()")
+SECOND_TRY = SECOND_TRY.replace("return x * ", "return (x * ") + ").to(dtype)"
 
 
 @pytest.fixture(scope="module")
