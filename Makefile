@@ -17,12 +17,14 @@ endif
 PY := $(BIN)/python
 READY := $(VENV)/.nanochat-ready
 
-.PHONY: help capstone test lab author-lab work chapter chapters check print export chat env
+.PHONY: help capstone test lab author-lab work grade chapter chapters check print export chat env
 
 help:
 	@echo "make capstone      train and question the laptop model (PROFILE=smoke is faster)"
 	@echo "make chat          talk to the model of the last capstone"
-	@echo "make lab           JupyterLab on your own copy of the chapters, in work/"
+	@echo "make lab           JupyterLab on your own copy of the chapters and exercises, in work/"
+	@echo "make capstone MINE=1  the same with your answers to the exercises in place of the book's"
+	@echo "make grade DIR=... grade a folder of submitted notebooks, into grades/ (HIDDEN=more.py)"
 	@echo "make chapter N=03  run one chapter and show its time and memory"
 	@echo "make chapters      run all of them"
 	@echo "make test          the tests"
@@ -52,7 +54,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 capstone: $(READY)
-	$(PY) -m nanochat capstone --profile $(PROFILE)
+	$(PY) -m nanochat capstone --profile $(PROFILE)$(if $(MINE), --set mine=work --set name=$(PROFILE)-mine)
 
 chat: $(READY)
 	$(PY) -m nanochat chat
@@ -68,6 +70,10 @@ author-lab: $(READY)
 
 work: $(READY)
 	$(PY) -m book work $(N)
+
+grade: $(READY)
+	@if [ -z "$(DIR)" ]; then echo "which folder? make grade DIR=submissions" >&2; exit 2; fi
+	$(PY) -m book grade "$(DIR)" $(if $(HIDDEN),--hidden "$(HIDDEN)")
 
 chapter: $(READY)
 	@if [ -z "$(N)" ]; then echo "which chapter? make chapter N=03" >&2; exit 2; fi

@@ -13,6 +13,7 @@ VERBS = {
     "run": "run chapters in fresh kernels; time, memory and failures",
     "work": "copy notebooks and sheets into work/ for a learner",
     "lab": "JupyterLab: manuscripts as notebooks (authors)",
+    "grade": "grade a folder of submitted notebooks and archives of work/",
 }
 
 
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m book", description=__doc__)
     subparsers = parser.add_subparsers(dest="verb", required=True)
     verbs = {name: subparsers.add_parser(name, help=text) for name, text in VERBS.items()}
-    for name in list(VERBS)[:-1]:
+    for name in list(VERBS)[:-2]:
         verbs[name].add_argument("chapters", nargs="*", metavar="NN", help="numbers; default: all")
     verbs["export"].add_argument("--strict", action="store_true", help="no manuscript may miss")
     for verb in ("print", "run"):
@@ -28,6 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     verbs["print"].add_argument("--no-execute", action="store_true", help="only text and code")
     verbs["run"].add_argument("--strict", action="store_true", help="over budget is a failure")
     verbs["lab"].add_argument("--work", action="store_true", help="for learners, in work/")
+    verbs["grade"].add_argument("folder", type=Path, help="NAME.ipynb, NAME.zip, NAME/ a student")
+    verbs["grade"].add_argument("--out", type=Path, default=Path("grades"), help="default: grades")
+    verbs["grade"].add_argument("--hidden", type=Path, help="a py:percent file of further checks")
+    verbs["grade"].add_argument("--workers", type=int, default=2, help="default: 2 at a time")
     chosen, rest = parser.parse_known_args(arguments)
     if rest and chosen.verb != "lab":
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -61,6 +66,13 @@ def act(book: Book, chosen: argparse.Namespace, rest: list[str]) -> int:
         from book.running import run
 
         run(book, chosen.chapters, chosen.strict, chosen.record)
+    elif chosen.verb == "grade":
+        from book.grading import grade
+
+        grades = grade(book, chosen.folder, chosen.out, chosen.hidden, chosen.workers)
+        for name, one in grades.items():
+            print(f"{one['score']:7.2f} of {one['points']}  {name}")
+        print(f"wrote {chosen.out / 'grades.csv'}, grades.json and feedback/")
     else:
         from book.learning import lab, work
 

@@ -14,7 +14,10 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-DIRECTIVES = {"default_exp": r"\w+", "export": r"\w*", "test": "", "exercise": r"\S.*"}
+DIRECTIVES = {"default_exp": r"\w+", "export": r"\w*", "test": ""}
+# In sheets of exercises: the task, what it may use, and what stands behind it.
+DIRECTIVES |= {"exercise": r"\S.*", "given": "", "checks": r"\S+", "hints": r"\S+"}
+DIRECTIVES |= {"wrong": r"\S+: \S.*", "right": r"\S+"}
 TAGS = ("parameters", "hide-input", "gpu", "slow")
 MARKER = re.compile(r"# %%(?: \[(markdown|raw)\])?((?: .*)?)")
 MAGIC = "a magic or shell line is not plain Python; use a function of the standard library"

@@ -147,7 +147,8 @@ class Settings:
 
     Rates are the optimizer's initial rates at width 768 (chapter 4); `*_lr` of later stages are
     factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes.
-    `micro_batch` 0 means as many rows as fit, `processes` 0 one for each GPU.
+    `micro_batch` 0 means as many rows as fit, `processes` 0 one for each GPU. `mine` is a folder of
+    solved exercises whose functions replace the book's (section 2).
     """
 
     name: str = "laptop"
@@ -184,6 +185,7 @@ class Settings:
     processes: int = 1
     device: str = "auto"
     dtype: str = "auto"
+    mine: str = ""
 
 
 # %% [markdown]
@@ -490,6 +492,39 @@ def check_recipe(recipe: Recipe) -> None:
 
 # %% [markdown]
 r"""
+One more thing is decided before the work begins: whose code does it. Many exercises of the book ask
+for a function that the package has. `make capstone MINE=1`, or a recipe with `mine="work"`, looks
+through your notebooks in `work/` for them. Each answer is checked again, in a process of its own.
+One that passes takes the place of the book's function wherever a module holds it, later in every
+rank too. One that does not pass stops the run, with the property that it lacks. One that is not
+written yet is left alone. Which of your functions did the work stands in the log and the report.
+"""
+
+
+# %%
+#| export
+def use_mine(recipe: Recipe) -> list[str]:
+    """Put the learner's functions in `recipe.mine` in place of the book's; return which.
+
+    Without `mine` the book's are put back. Raises UserError for an answer that fails its checks,
+    for a folder that is not there, and without a clone of the book, where the exercises are.
+    """
+    if not recipe.mine and "book.mine" not in sys.modules:
+        return []
+    try:
+        from book.mine import switch
+    except ModuleNotFoundError as error:
+        if error.name not in ("book", "book.mine"):
+            raise
+        raise UserError(
+            f"mine={recipe.mine!r} needs the exercises of the book, and its folder book/ is not "
+            f"beside nanochat/; run this from a clone of the book."
+        ) from None
+    return switch(recipe.mine)
+
+
+# %% [markdown]
+r"""
 `Run.open` starts a run or takes one up. Here lies a trap: start `laptop`, change the depth, start
 `laptop` again. A tool that goes on regardless trains a model that no recipe describes. So a run
 remembers its recipe and refuses another one, with the difference in the message. Four fields may
@@ -529,6 +564,7 @@ class Run:
         another recipe, and names what differs; also for a recipe that cannot work.
         """
         check_recipe(recipe)
+        use_mine(recipe)
         directory = Path(directory or runs_directory() / recipe.name)
         path = directory / "recipe.json"
         if path.exists():
@@ -565,6 +601,7 @@ class Run:
 
     def engine(self, stage: str) -> Engine:
         """Load a stage's model, ready to chat."""
+        use_mine(self.recipe)
         device = pick_device(self.recipe.device)
         model = self.checkpoint(stage, device).model.eval()
         model.compute_dtype = compute_dtype(self.recipe, device)
@@ -1258,6 +1295,10 @@ def run_stage_here(run: Run, stage: str, world: Any = None) -> dict[str, Any]:
         "sft": lambda: finetune(run, "sft", world),
         "rl": lambda: reinforce(run, world),
     }[stage]
+    used = use_mine(run.recipe)
+    if used and (world is None or world.is_main):
+        print(f"{stage}: with your {', '.join(name.split()[0] for name in used)}", flush=True)
+        run.log.write("mine", stage=stage, used=used)
     began, device = time.perf_counter(), world.device if world else pick_device(run.recipe.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -1750,6 +1791,14 @@ def exchange_rows(run: Run) -> list[list[str]]:
 
 
 # %%
+#| export report
+def mine_rows(run: Run) -> list[list[str]]:
+    """Return the learner's exercises that the run used and the functions they replaced."""
+    used = {name: None for event in read_metrics(run.log.path, "mine") for name in event["used"]}
+    return [name.rstrip(")").split(" (") for name in used]
+
+
+# %%
 #| test
 assert "<script>" not in html_table([["said"], ["<script>alert(1)</script>"]])
 assert markdown_table([["a|b"], ["c\nd"]]) == "| a\\|b |\n| --- |\n| c d |"
@@ -1791,6 +1840,8 @@ def write_report(run: Run) -> tuple[Path, Path]:
         "The machine": [["fact", "value"], *map(list, machine_of(run).items())],
         "The recipe": [["setting", "value"], *([k, str(v)] for k, v in vars(run.recipe).items())],
     }
+    if mine_rows(run):
+        sections["Your code"] = [["exercise", "in place of"], *mine_rows(run)]
     title = f"Report card of run {run.recipe.name}"
     text, page = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>"]
     for head, rows in sections.items():

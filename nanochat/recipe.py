@@ -97,6 +97,7 @@ __all__ = [
     "scaled_settings",
     "train_stage",
     "train_tokenizer",
+    "use_mine",
     "utilisation",
 ]
 
@@ -111,7 +112,8 @@ class Settings:
 
     Rates are the optimizer's initial rates at width 768 (chapter 4); `*_lr` of later stages are
     factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes.
-    `micro_batch` 0 means as many rows as fit, `processes` 0 one for each GPU.
+    `micro_batch` 0 means as many rows as fit, `processes` 0 one for each GPU. `mine` is a folder of
+    solved exercises whose functions replace the book's (section 2).
     """
 
     name: str = "laptop"
@@ -148,6 +150,7 @@ class Settings:
     processes: int = 1
     device: str = "auto"
     dtype: str = "auto"
+    mine: str = ""
 
 
 def scaled_settings(depth: int, ratio: float = 12.0) -> dict[str, Any]:
@@ -348,6 +351,26 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(f"{name} {value} is no multiple of {unit} ({why}); try {near}.")
 
 
+def use_mine(recipe: Recipe) -> list[str]:
+    """Put the learner's functions in `recipe.mine` in place of the book's; return which.
+
+    Without `mine` the book's are put back. Raises UserError for an answer that fails its checks,
+    for a folder that is not there, and without a clone of the book, where the exercises are.
+    """
+    if not recipe.mine and "book.mine" not in sys.modules:
+        return []
+    try:
+        from book.mine import switch
+    except ModuleNotFoundError as error:
+        if error.name not in ("book", "book.mine"):
+            raise
+        raise UserError(
+            f"mine={recipe.mine!r} needs the exercises of the book, and its folder book/ is not "
+            f"beside nanochat/; run this from a clone of the book."
+        ) from None
+    return switch(recipe.mine)
+
+
 MACHINE_FIELDS = ("micro_batch", "processes", "device", "dtype")  # where, not what, is learnt
 
 
@@ -374,6 +397,7 @@ class Run:
         another recipe, and names what differs; also for a recipe that cannot work.
         """
         check_recipe(recipe)
+        use_mine(recipe)
         directory = Path(directory or runs_directory() / recipe.name)
         path = directory / "recipe.json"
         if path.exists():
@@ -410,6 +434,7 @@ class Run:
 
     def engine(self, stage: str) -> Engine:
         """Load a stage's model, ready to chat."""
+        use_mine(self.recipe)
         device = pick_device(self.recipe.device)
         model = self.checkpoint(stage, device).model.eval()
         model.compute_dtype = compute_dtype(self.recipe, device)
@@ -858,6 +883,10 @@ def run_stage_here(run: Run, stage: str, world: Any = None) -> dict[str, Any]:
         "sft": lambda: finetune(run, "sft", world),
         "rl": lambda: reinforce(run, world),
     }[stage]
+    used = use_mine(run.recipe)
+    if used and (world is None or world.is_main):
+        print(f"{stage}: with your {', '.join(name.split()[0] for name in used)}", flush=True)
+        run.log.write("mine", stage=stage, used=used)
     began, device = time.perf_counter(), world.device if world else pick_device(run.recipe.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

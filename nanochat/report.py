@@ -25,6 +25,7 @@ __all__ = [
     "machine_of",
     "markdown_cell",
     "markdown_table",
+    "mine_rows",
     "plot_stages",
     "plot_training",
     "stage_scores",
@@ -193,6 +194,12 @@ def exchange_rows(run: Run) -> list[list[str]]:
     return rows
 
 
+def mine_rows(run: Run) -> list[list[str]]:
+    """Return the learner's exercises that the run used and the functions they replaced."""
+    used = {name: None for event in read_metrics(run.log.path, "mine") for name in event["used"]}
+    return [name.rstrip(")").split(" (") for name in used]
+
+
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:1rem 0}th,td{padding:.2rem .7rem;text-align:right}
 th:first-child,td:first-child{text-align:left}thead{border-bottom:2px solid}
@@ -223,6 +230,8 @@ def write_report(run: Run) -> tuple[Path, Path]:
         "The machine": [["fact", "value"], *map(list, machine_of(run).items())],
         "The recipe": [["setting", "value"], *([k, str(v)] for k, v in vars(run.recipe).items())],
     }
+    if mine_rows(run):
+        sections["Your code"] = [["exercise", "in place of"], *mine_rows(run)]
     title = f"Report card of run {run.recipe.name}"
     text, page = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>"]
     for head, rows in sections.items():

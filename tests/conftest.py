@@ -157,7 +157,15 @@ r"""
 """
 
 # %%
-#| exercise id=circle/square points=2 minutes=5 level=1
+#| given
+import math
+
+# %%
+from book.graded import check, hint, progress
+
+
+# %%
+#| exercise id=00-square points=2 minutes=5 level=1 answer=square
 def square(x: float) -> float:
     """The square of x."""
     # BEGIN SOLUTION
@@ -166,7 +174,46 @@ def square(x: float) -> float:
 
 
 # %%
-assert square(3) == 9
+check("00-square", square)
+
+
+# %%
+#| checks 00-square
+@says("squares numbers", "A square is a number times itself.")
+def _(square):
+    assert close(square(3.0), 9.0)
+
+
+@says("is never negative", "Minus times minus is plus.")
+def _(square):
+    assert square(-2.0) >= 0
+
+
+# %%
+#| hints 00-square
+hints = ["What is an area?", "Multiply.", "`x * x`"]
+
+
+# %%
+#| wrong 00-square: squares numbers
+def square(x):
+    return abs(x) * 2
+
+
+# %%
+#| wrong 00-square: is never negative
+def square(x):
+    return x * abs(x)
+
+
+# %%
+#| right 00-square
+def square(x):
+    return math.pow(x, 2)
+
+
+# %%
+progress()
 ''',
 }
 

@@ -153,15 +153,15 @@ def code(text):
     return ["".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
 
 
-def test_sheets_take_the_solution_out_or_unwrap_it(sample):
+def test_sheets_take_the_solution_out_and_solutions_keep_it(sample):
     files = sheet_files(load_book(sample))
-    learner = code(files["exercises/00_circle.ipynb"])[0]
-    solution = code(files["exercises/solutions/00_circle.ipynb"])[0]
+    learner = code(files["exercises/00_circle.ipynb"])[2]
+    solution = code(files["exercises/solutions/00_circle.ipynb"])[2]
     assert learner.endswith('    raise NotImplementedError("your code here")')
     assert "return x * x" not in learner and "SOLUTION" not in learner
-    assert solution.endswith("    return x * x") and "SOLUTION" not in solution
+    assert solution.endswith("    # BEGIN SOLUTION\n    return x * x\n    # END SOLUTION")
     points = files["exercises/POINTS.md"]
-    assert "| circle/square | 2 | 5 | 1 |" in points and "| all | 1 | 2 | 5 | |" in points
+    assert "| 00-square | 2 | 5 | 1 |" in points and "| all | 1 | 2 | 5 | |" in points
 
 
 def test_two_solution_blocks_at_different_depths(sample):
@@ -170,7 +170,7 @@ def test_two_solution_blocks_at_different_depths(sample):
     edit(path, "def square", block + "def square")
     files = sheet_files(load_book(sample))
     learner, solution = (
-        code(files[f"exercises/{p}00_circle.ipynb"])[0] for p in ("", "solutions/")
+        code(files[f"exercises/{p}00_circle.ipynb"])[2] for p in ("", "solutions/")
     )
     assert learner.count("raise NotImplementedError") == 2 and "X = 1" not in learner
     assert "\nX = 1\n" in solution and "return x * x" in solution
@@ -181,10 +181,18 @@ def test_two_solution_blocks_at_different_depths(sample):
     [
         ("# END SOLUTION", "# END", "`# BEGIN SOLUTION` has no partner"),
         ("# BEGIN SOLUTION", "# Begin solution", "no partner or is misspelt"),
-        (" minutes=5", "", "write `#| exercise id=... points=... minutes=... level=...`"),
+        (" minutes=5", "", "write `#| exercise id=... points=... minutes=... level="),
         ("points=2", "points=two", "points, minutes and level are whole numbers"),
         ("# BEGIN SOLUTION\n    return x * x\n    # END SOLUTION", "return 1", "an exercise needs"),
         ("#| exercise", "#| excercise", "misspelt directive"),
+        (" answer=square", "", "answer=...`, and `replaces=module.name` where it fits"),
+        ("id=00-square", "id=01-square", "the id '01-square' does not start with 00-"),
+        ("points=2", "points=9", "points=9 is not between 1 and 5"),
+        ("#| checks 00-square", "#| checks 00-cube", "no exercise has this id"),
+        ("#| right 00-square", "#| wrong 00-square: squares", "needs two `#| wrong` cells or more"),
+        ("#| right 00-square", "#| checks 00-square", "a second `#| checks 00-square`"),
+        ('"Multiply.", ', "", "write `hints = [...]` with three texts"),
+        ('check("00-square", square)', 'check("00-square")', "no cell `check("),
         ("    return x * x", "    return (x", "this is not Python"),
         ("    # BEGIN SOLUTION", "    if x:\n    # BEGIN SOLUTION", "not Python"),
     ],
@@ -195,13 +203,18 @@ def test_a_bad_sheet_is_refused(printed, old, new, expected):
 
 
 def test_an_exercise_id_is_unique_and_a_sheet_has_a_chapter(sample):
-    text = (sample / "exercises" / "00_circle.py").read_text()
-    (sample / "exercises" / "01_ring.py").write_text(text)
+    path = sample / "exercises" / "00_circle.py"
+    text = path.read_text()
     (sample / "exercises" / "09_none.py").write_text(text)
-    with pytest.raises(
-        BookError, match="(?s)09_none.py: no chapter.*'circle/square' is used twice"
-    ):
+    (sample / "exercises" / "01_ring.py").write_text(text)
+    task = text[text.index("#| exercise") : text.index('# %%\ncheck("')]
+    path.write_text(text + f"# %%\n{task}")
+    with pytest.raises(BookError) as caught:
         sheet_files(load_book(sample))
+    first, second, third = str(caught.value).splitlines()
+    assert first == "exercises/00_circle.py:65: the id '00-square' is used twice"
+    assert second == "exercises/01_ring.py:15: the id '00-square' does not start with 01-"
+    assert third == "exercises/09_none.py: no chapter has this name"
 
 
 def test_a_learners_copy_is_never_overwritten(printed, capsys):

@@ -63,7 +63,7 @@ def test_constraints_hold_no_local_paths_and_no_gpu_libraries():
 
 
 def test_the_extras_are_those_of_the_readme():
-    assert set(EXTRAS) == {"gpu", "serve", "docs", "track", "test"}
+    assert set(EXTRAS) == {"gpu", "serve", "docs", "nbgrader", "track", "test"}
 
 
 def test_installed_packages_satisfy_the_project():
@@ -100,14 +100,28 @@ def test_a_python_that_is_too_old_is_one_sentence(tmp_path):
 def test_the_verbs_are_there_and_chapter_asks_which(tmp_path):
     (tmp_path / ".nanochat-ready").touch()
     shown = make("help").stdout
-    for verb in ("capstone", "chat", "lab", "chapter N=03", "chapters", "test", "check"):
+    for verb in (
+        "capstone",
+        "chat",
+        "lab",
+        "chapter N=03",
+        "chapters",
+        "test",
+        "check",
+        "grade DIR",
+    ):
         assert f"make {verb}" in shown
     venv = [f"VENV={tmp_path}"]
     os.utime(tmp_path / ".nanochat-ready", (4e9, 4e9))
     done = make("chapter", *venv)
     assert done.returncode != 0 and "which chapter? make chapter N=03" in done.stderr
+    done = make("grade", *venv)
+    assert done.returncode != 0 and "which folder? make grade DIR=submissions" in done.stderr
     dry = make("-n", "capstone", *venv)
-    assert dry.stdout.strip() == f"{tmp_path}/bin/python -m nanochat capstone --profile laptop"
+    plain = f"{tmp_path}/bin/python -m nanochat capstone --profile laptop"
+    assert dry.stdout.strip() == plain
+    mine = make("-n", "capstone", "MINE=1", *venv).stdout.strip()
+    assert mine == f"{plain} --set mine=work --set name=laptop-mine"
 
 
 def test_git_ignores_what_is_made_by_running():
