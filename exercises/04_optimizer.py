@@ -4,7 +4,8 @@ r"""
 
 The optimizer is the part of training where a mistake stays quiet: the loss still falls, only less.
 So each exercise here comes with the numbers that would show the mistake. An answer is a plain
-function; it returns new tensors and changes none of its arguments.
+function; it returns new tensors and changes none of its arguments. `check(id, answer)` looks at an
+answer, `hint(id)` helps, `progress()` shows your points (sheet 0 says how).
 """
 
 # %%
@@ -1076,6 +1077,7 @@ r"""
 Swap two parts of Muon in a copy of `muon_update`: orthogonalise each gradient first and take the
 momentum of the results. Train both versions at three rates each, with batches of 4 and of 64 rows.
 When does the order matter, and what does orthogonalising do to the noise of a small batch?
+(No marks.)
 """
 
 # %%

@@ -4,7 +4,8 @@ r"""
 
 No processes are started here. A list holds what each rank has, and a function that is handed to you
 plays the wire: it takes what one rank sends and gives what the other receives. That is enough to
-make every mistake that costs hours on eight GPUs, and to see it at once.
+make every mistake that costs hours on eight GPUs, and to see it at once. `check(id, answer)` looks
+at an answer, `hint(id)` helps, `progress()` shows your points (sheet 0 says how).
 """
 
 # %%
@@ -799,7 +800,7 @@ r"""
 The exchange of gradients can begin while the backward pass still runs: the gradients of the last
 layers are ready first. How much of the exchange could hide behind computing, for depths 12 and 24,
 with the bandwidth of the machine at hand (`python -m nanochat.distributed --check`) and the FLOPs
-of chapter 3? How large should a bucket be, and what goes wrong at either end?
+of chapter 3? How large should a bucket be, and what goes wrong at either end? (No marks.)
 """
 
 # %%

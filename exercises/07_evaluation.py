@@ -886,7 +886,7 @@ r"""
 
 CORE of one recipe, trained seven times, lay between 0.2512 and 0.2677. You change the learning
 rate, train once, and measure 0.2665. What would convince you that the change helps? How many runs
-would that take, and is there a cheaper number than CORE to look at?
+would that take, and is there a cheaper number than CORE to look at? (No marks.)
 """
 
 # %%

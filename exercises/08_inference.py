@@ -901,7 +901,7 @@ text with `ast.parse(text, mode="eval")` and compute the few kinds of node that 
 the operators `+ - * / // % **`, and a sign. Whatever else the tree holds has no meaning and gives
 None. So does everything that cannot be computed, and everything too large: a text longer than 500
 characters, a number beyond 1e30. `7**7**7` is seven characters long and has 700,000 digits, so
-look at a power *before* you compute it: its exponent must not be above 100.
+look at a power *before* you compute it: its exponent must lie between -100 and 100.
 """
 
 
@@ -993,7 +993,7 @@ def _(value_of):
 @says("refuses what is too large", "A limit on the text, on exponents, and on every number.")
 def _(value_of):
     texts = ("7 ** 7 ** 7", "10 ** 20 * 10 ** 20", "9 ** 99", "1e31", "1e999", "1" + " + 1" * 400)
-    texts += ("1 ** 101", "(-1) ** 200", "0.5 ** 1000")
+    texts += ("1 ** 101", "(-1) ** 200", "1 ** -101")
     assert [t for t in texts if value_of(t) is not None] == []
     assert value_of("10 ** 30") == 10**30 and value_of("1 ** 100") == 1
     assert value_of("1" + 499 * " ") == 1 and value_of("1" + 500 * " ") is None
@@ -1196,7 +1196,7 @@ r"""
 
 Two people send prompts to your engine. One sends 50 tokens and wants 500, the other sends 500 and
 wants 50. Which of the two costs you more on a GPU, and which on your laptop? Should they share a
-batch?
+batch? (No marks.)
 """
 
 # %%

@@ -1054,7 +1054,7 @@ r"""
 
 Your model answers well and never says "I do not know". Where in the pipeline of this chapter could
 it learn to? Which conversations would you add, how would you make sure that it does not simply
-refuse everything, and how would you measure both?
+refuse everything, and how would you measure both? (No marks.)
 """
 
 # %%

@@ -38,7 +38,9 @@ model in this chapter. It points uphill: a step of `+ lr * g` earns more.
 
 # %%
 #| exercise id=10-reinforce points=2 minutes=15 level=2 answer=reinforce_gradient
-def reinforce_gradient(logits: Tensor, arms: Tensor, coins: Tensor, baseline: float = 0.0):
+def reinforce_gradient(
+    logits: Tensor, arms: Tensor, coins: Tensor, baseline: float = 0.0
+) -> Tensor:
     """Estimate the gradient of the mean pay from pulls.
 
     Args:
@@ -438,9 +440,11 @@ A reply with a calculator call holds tokens that the model did not choose: the e
 result in. Trained on, they teach the model to make results up. Here is a `reply_targets` as a first
 version of such a program had it:
 
-    def reply_targets(prompt, reply, mask):
-        row = prompt + reply
-        return [-1] * len(prompt) + row[len(prompt) + 1 :]
+```python
+def reply_targets(prompt, reply, mask):
+    row = prompt + reply
+    return [-1] * len(prompt) + row[len(prompt) + 1 :]
+```
 
 The row without its last token is the input, and the target at position `t` is the token at
 `t + 1`, or -1 where there is nothing to learn. Two things are wrong with this version: one
@@ -797,9 +801,11 @@ r"""
 
 This reward was in use for a day, and the share of "right" replies rose to 97 %:
 
-    def paid_for_the_number(parts, problem):
-        text = "".join(part["text"] for part in parts)
-        return float(problem["answer"] in text)
+```python
+def paid_for_the_number(parts, problem):
+    text = "".join(part["text"] for part in parts)
+    return float(problem["answer"] in text)
+```
 
 The model had found out that it is paid wherever the digits of the answer stand: in a list of all
 numbers to 200, inside a longer number, in what the calculator printed. Write the reward that we
@@ -942,19 +948,22 @@ at most. `correct` is the share of replies with the right number; the reward nev
 | useful (share with an advantage) | 0.81 | 0.06 |
 
 **happened.** What happened?
-(a) The model learnt to add; `correct` is measured wrongly.
-(b) The model found a short text that is paid, and it is rarely right.
-(c) The learning rate was too high and the model now writes noise.
+
+- (a) The model learnt to add; `correct` is measured wrongly.
+- (b) The model found a short text that is paid, and it is rarely right.
+- (c) The learning rate was too high and the model now writes noise.
 
 **next.** What would another 500 steps of the same run do?
-(a) Almost nothing: replies of a group earn the same, so advantages are 0.
-(b) Bring `correct` back, since the reward has room for 0.04 more.
-(c) Lengthen the replies, since short ones carry less gradient.
+
+- (a) Almost nothing: replies of a group earn the same, so advantages are 0.
+- (b) Bring `correct` back, since the reward has room for 0.04 more.
+- (c) Lengthen the replies, since short ones carry less gradient.
 
 **remedy.** What do you do?
-(a) Add a KL penalty to the hacked model and go on from there.
-(b) Sample at a higher temperature until `useful` rises, and go on.
-(c) Start again from the SFT model and pay for the right answer.
+
+- (a) Add a KL penalty to the hacked model and go on from there.
+- (b) Sample at a higher temperature until `useful` rises, and go on.
+- (c) Start again from the SFT model and pay for the right answer.
 
 Put a letter for each into the dict.
 """
@@ -1027,7 +1036,7 @@ r"""
 Take a task of your own that has no number at its end: a summary, a polite reply, a poem in a given
 metre. Write down a reward that a program can compute. Then be the model: what is the cheapest text
 that earns it? Mend the reward, and be the model again. After how many rounds do you stop, and would
-a second model as the judge end the game or only move it?
+a second model as the judge end the game or only move it? (No marks.)
 """
 
 # %%

@@ -27,7 +27,9 @@ tell another machine that you are reading.
 
 Write `link_html`. `[label](address)` becomes
 
-    <a href="ADDRESS" rel="noreferrer">LABEL</a>
+```html
+<a href="ADDRESS" rel="noreferrer">LABEL</a>
+```
 
 but only if the address begins with `http://` or `https://` and holds no space and no parenthesis.
 Everything else stays text and is escaped, above all images, `![label](address)`: a picture from
@@ -766,13 +768,17 @@ A program that speaks OpenAI's dialect looks at two things when it is refused: t
 the `type` in the body. On `rate_limit_error` it waits and tries again, on `invalid_request_error`
 it does not. The first version of a server's error answer:
 
-    def error_body(status, message, param=None):
-        return {"error": message}
+```python
+def error_body(status, message, param=None):
+    return {"error": message}
+```
 
 Clients crash on it, and on a day when something broke inside, `message` held the traceback, with
 the paths and settings of the machine. Mend it. The body is
 
-    {"error": {"message": ..., "type": ..., "param": ..., "code": None}}
+```text
+{"error": {"message": ..., "type": ..., "param": ..., "code": None}}
+```
 
 The type is `authentication_error` for 401, `rate_limit_error` for 429, `server_error` from 500 up,
 `invalid_request_error` otherwise. From 500 up the message is always
@@ -881,29 +887,36 @@ r"""
 
 From the chapter's guard, with the token that was set when the server started:
 
-    given = headers.get(b"authorization", b"")
-    if not hmac.compare_digest(given, b"Bearer " + self.token.encode()):
-        return ApiError(401, "A valid access token is required (Authorization: Bearer).")
+```python
+given = headers.get(b"authorization", b"")
+if not hmac.compare_digest(given, b"Bearer " + self.token.encode()):
+    return ApiError(401, "A valid access token is required (Authorization: Bearer).")
+```
 
 and from `run_server`, the address that is printed:
 
-    http://192.0.2.7:8000/#token=...
+```text
+http://192.0.2.7:8000/#token=...
+```
 
 **compare.** Why `compare_digest` and not `==`?
-(a) `==` on bytes may say equal for different tokens.
-(b) `==` ends at the first difference, so its time tells how much of a guess is right.
-(c) `compare_digest` hashes the token, so the server need not keep it.
+
+- (a) `==` on bytes may say equal for different tokens.
+- (b) `==` ends at the first difference, so its time tells how much of a guess is right.
+- (c) `compare_digest` hashes the token, so the server need not keep it.
 
 **hash.** Why does the token stand behind `#`?
-(a) The browser keeps that part to itself: it is in no request, and so in no log on the way.
-(b) The browser encrypts that part.
-(c) A token behind `?` could not be read by the page's script.
+
+- (a) The browser keeps that part to itself: it is in no request, and so in no log on the way.
+- (b) The browser encrypts that part.
+- (c) A token behind `?` could not be read by the page's script.
 
 **host.** Without a token the guard answers only if the header `Host` is localhost, although the
 server listens on 127.0.0.1 alone. Against what?
-(a) Against other machines of the network, which could connect otherwise.
-(b) Against another program of the same machine.
-(c) Against a page of a foreign name that is made to point to 127.0.0.1 and then asks your server.
+
+- (a) Against other machines of the network, which could connect otherwise.
+- (b) Against another program of the same machine.
+- (c) Against a page of a foreign name that is made to point to 127.0.0.1 and then asks your server.
 """
 
 # %%
@@ -1112,7 +1125,7 @@ r"""
 Two of your friends use your server at once. Requests take turns at the engine, one token each.
 Would you rather answer one friend after the other, as a queue? Which of the two is better for the
 time to first token, for the time to the last, and for a friend with a long prompt? What would
-batching (chapter 8) change?
+batching (chapter 8) change? (No marks.)
 """
 
 # %%

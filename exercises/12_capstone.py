@@ -479,24 +479,28 @@ A real run, cut short: depth 12 on one GPU, 170 steps of real text, then 25 step
 | identity | 0.000 | 0.000 | 0.812 | 1.000 | 1.000 |
 
 **exam.** The base model is below chance. Why?
-(a) It has learnt wrong facts and answers against them.
-(b) With 32 items 0.083 and 0.142 cannot be told apart; it guesses.
-(c) Chance is computed wrongly; no model can be below it.
+
+- (a) It has learnt wrong facts and answers against them.
+- (b) With 32 items 0.083 and 0.142 cannot be told apart; it guesses.
+- (c) Chance is computed wrongly; no model can be below it.
 
 **bits.** Bits per byte rises from 1.47 to 2.77. What is it?
-(a) The price of teaching another kind of text; it is watched, not repaired.
-(b) A bug: further training cannot make a model worse.
-(c) The tokenizer has more special tokens now, so the number is another unit.
+
+- (a) The price of teaching another kind of text; it is watched, not repaired.
+- (b) A bug: further training cannot make a model worse.
+- (c) The tokenizer has more special tokens now, so the number is another unit.
 
 **rl.** Arithmetic is the same before and after RL. What follows?
-(a) RL cannot help a model of this size.
-(b) The reward must have been hacked.
-(c) Nothing yet: five steps of RL, 32 items; a longer run on more items would tell.
+
+- (a) RL cannot help a model of this size.
+- (b) The reward must have been hacked.
+- (c) Nothing yet: five steps of RL, 32 items; a longer run on more items would tell.
 
 **identity.** Who taught the model its name?
-(a) Pretraining; the later stages only unlocked it.
-(b) Midtraining, where it read conversations about itself for the first time.
-(c) SFT, because only there the score is perfect.
+
+- (a) Pretraining; the later stages only unlocked it.
+- (b) Midtraining, where it read conversations about itself for the first time.
+- (c) SFT, because only there the score is perfect.
 """
 
 # %%
@@ -565,7 +569,7 @@ r"""
 Someone shows you a model with the card of their own run and says it is better than yours. Write
 down, before you look, the five things you would ask for: which items, how many, how chosen, how
 often tried, and what else? Then put the five questions to the card that your own run wrote. Which
-of them does it answer?
+of them does it answer? (No marks.)
 """
 
 # %%

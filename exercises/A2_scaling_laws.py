@@ -724,7 +724,7 @@ r"""
 
 You have money for one large run, or for that run at half the size and twenty small ones. The small
 runs tell you how the large one will end. Which do you buy? What would the small runs have to show
-to change your mind?
+to change your mind? (No marks.)
 """
 
 # %%

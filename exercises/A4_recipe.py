@@ -415,7 +415,9 @@ The estimate before a run counts pretraining. The bill counts hours: every stage
 model as well, and **all** GPUs all the time, also while the tokenizer trains on one CPU core and
 seven GPUs wait. The log has an event for each finished stage, such as
 
-    {"stage": "base", "seconds": 7200.0, "judge_seconds": 300.0, "processes": 8}
+```json
+{"stage": "base", "seconds": 7200.0, "judge_seconds": 300.0, "processes": 8}
+```
 
 `judge_seconds` is missing where nothing was judged, `processes` where it is 1. A kill at a bad
 moment logs a stage twice; then the later event counts. As many GPUs are rented as the largest
@@ -817,7 +819,9 @@ r"""
 `metrics.jsonl` has one JSON object a line. A power cut leaves half a line at its end, without a
 newline. When the run goes on, the new process appends its first line right behind it:
 
-    {"event": "step", "stage": "base", "step": 41, "lo{"event": "step", "stage": "base", ...}
+```text
+{"event": "step", "stage": "base", "step": 41, "lo{"event": "step", "stage": "base", ...}
+```
 
 A reader that skips every line it cannot parse loses the good half as well. And steps between the
 last checkpoint and the cut are in the log twice: 40 was done before the cut and after it, and the
@@ -981,7 +985,7 @@ r"""
 A run that resumes exactly needs every piece of state on disk. Which state would *your* next idea
 add: dropout, a data loader that reads ahead, an average of the weights, a model on a server that
 writes the training text? For each: where does it live, when does it change, and which test would
-show that it was forgotten?
+show that it was forgotten? (No marks.)
 """
 
 # %%
