@@ -683,6 +683,19 @@ memory = {"state": 3.52, "plain": 9.76, "stage 1": 1.22, "stage 2": 3.95}
 #| wrong 06-memory: stage 2
 memory = {"state": 3.52, "plain": 9.76, "stage 1": 6.68, "stage 2": 1.22}
 
+
+# %%
+#| wrong 06-memory: plain data parallel
+tables, matrices = 2 * 32768 * 1536, 12 * 24 * 1536**2
+weights, state = 4 * (tables + matrices) / 1e9, (8 * tables + 4 * matrices) / 1e9
+memory = {
+    "state": state,
+    "plain": weights + state,
+    "stage 1": weights + weights + state / 8,
+    "stage 2": weights + weights / 8 + state / 8,
+}
+
+
 # %%
 #| right 06-memory
 memory = {"state": 3.52, "plain": 9.76, "stage 1": 6.68, "stage 2": 3.95}

@@ -784,6 +784,17 @@ forecast = {"copa": 0.0898, "needed": 2401, "halve": 4, "one_item": 0.01 / 22}
 #| wrong 07-items: the interval on COPA
 forecast = {"copa": 0.0458, "needed": 2401, "halve": 4, "one_item": 0.00091}
 
+
+# %%
+#| wrong 07-items: items for two points
+forecast = {
+    "copa": 1.96 * math.sqrt(0.7 * 0.3 / 100),
+    "needed": 0.5 * 0.5 / 0.02**2,
+    "halve": 4,
+    "one_item": 1 / 100 / (1 - 0.5) / 22,
+}
+
+
 # %%
 #| right 07-items
 forecast = {"copa": 0.09, "needed": 2400.0, "halve": 4.0, "one_item": 1 / 1100}
@@ -875,6 +886,17 @@ explanations = {"facts": "A", "pronouns": "B", "endings": "C", "proverbs": "D", 
 # %%
 #| wrong 07-controls: endings
 explanations = {"facts": "A", "pronouns": "B", "endings": "A", "proverbs": "D", "riddles": "E"}
+
+
+# %%
+#| wrong 07-controls: facts
+explanations = {"facts": "D", "pronouns": "B", "endings": "C", "proverbs": "D", "riddles": "E"}
+
+
+# %%
+#| wrong 07-controls: proverbs
+explanations = {"facts": "A", "pronouns": "B", "endings": "C", "proverbs": "A", "riddles": "E"}
+
 
 # %%
 #| right 07-controls

@@ -302,6 +302,20 @@ def padded_view(starts, length, n_new):
 
 
 # %%
+#| wrong 08-view: no padding needs no view
+def padded_view(
+    starts: Tensor | None, length: int, n_new: int
+) -> tuple[Tensor | None, Tensor | None]:
+    if starts is None:
+        starts = torch.zeros(1, dtype=torch.int64)
+    slots = torch.arange(length + n_new, device=starts.device)  # (S,)
+    new = slots[length:, None]  # (T, 1)
+    positions = (new.T - starts[:, None]).clamp(min=0)  # (B, T)
+    visible = (slots <= new) & (slots >= starts[:, None, None])  # (B, T, S)
+    return positions, (visible | (slots == new)).unsqueeze(1)
+
+
+# %%
 #| right 08-view
 def padded_view(starts, length, n_new):
     if starts is None:
@@ -637,6 +651,54 @@ def shaped(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
 
     knobs = Sampling(temperature or 1.0, top_k, top_p, min_p)  # "0 means off"
     return next_token_probabilities(logits, knobs)
+
+
+# %%
+#| wrong 08-knobs: temperature divides the logits
+def shaped(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    if temperature == 0:
+        return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
+    p = (logits * temperature).softmax(0)
+    if top_k is not None:
+        p = p * (p >= p.topk(min(top_k, len(p))).values[-1])
+        p = p / p.sum()
+    if top_p is not None:
+        ordered, where = p.sort(descending=True)
+        before = ordered.cumsum(0) - ordered  # what the likelier tokens hold
+        p = torch.zeros_like(p).scatter(0, where, ordered * (before < top_p))
+    if min_p is not None:
+        p = p * (p >= min_p * p.max())
+    return p / p.sum()
+
+
+# %%
+#| wrong 08-knobs: top_k keeps the k likeliest
+def shaped(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    if temperature == 0:
+        return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
+    p = (logits / temperature).softmax(0)
+    if top_k is not None:
+        p = p * (p >= p.topk(top_k).values[-1])
+        p = p / p.sum()
+    if top_p is not None:
+        ordered, where = p.sort(descending=True)
+        before = ordered.cumsum(0) - ordered  # what the likelier tokens hold
+        p = torch.zeros_like(p).scatter(0, where, ordered * (before < top_p))
+    if min_p is not None:
+        p = p * (p >= min_p * p.max())
+    return p / p.sum()
 
 
 # %%
@@ -1018,7 +1080,7 @@ hints = [
 #| wrong 08-calculator: knows nothing but arithmetic
 def value_of(expression):
     try:
-        powers = [int(n) for n in re.findall(r"\*\*\s*(\d+)", expression)]
+        powers = [int(n) for n in re.findall(r"\*\*\s*-?(\d+)", expression)]
         if len(expression) > 500 or max(powers, default=0) > 100:
             return None
         value = eval(expression, {"__builtins__": {}})  # "nothing can happen without builtins"
@@ -1134,6 +1196,47 @@ def value_of(expression):
     try:
         return compute(ast.parse(expression, mode="eval").body) if len(expression) <= 500 else None
     except (SyntaxError, ValueError, ArithmeticError):
+        return None
+
+
+# %%
+#| wrong 08-calculator: computes what Python computes
+def value_of(expression: str) -> int | float | None:
+    operators = {
+        ast.Add: operator.add,
+        ast.Sub: operator.sub,
+        ast.Mult: operator.mul,
+        ast.Div: operator.truediv,
+        ast.FloorDiv: operator.floordiv,
+        ast.Mod: math.fmod,
+        ast.Pow: operator.pow,
+        ast.USub: operator.neg,
+        ast.UAdd: operator.pos,
+    }
+
+    def compute(node):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            value = node.value
+        elif isinstance(node, ast.BinOp) and type(node.op) in operators:
+            left, right = compute(node.left), compute(node.right)
+            if isinstance(node.op, ast.Pow) and abs(right) > 100:
+                raise ValueError("the exponent is too large")
+            value = operators[type(node.op)](left, right)
+        elif isinstance(node, ast.UnaryOp) and type(node.op) in operators:
+            value = operators[type(node.op)](compute(node.operand))
+        else:
+            raise ValueError("not arithmetic")
+        if isinstance(value, complex) or not abs(value) <= 1e30:
+            raise ValueError("too large, or not a number")
+        return value
+
+    try:
+        return (
+            compute(ast.parse(expression.strip(), mode="eval").body)
+            if len(expression) <= 500
+            else None
+        )
+    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
         return None
 
 

@@ -546,6 +546,13 @@ def reply_targets(prompt, reply, mask):
 
 
 # %%
+#| wrong 10-tool-mask: the first token of the reply is learnt
+def reply_targets(prompt: list, reply: list, mask: list) -> list:
+    learnt = [token if sampled else -1 for token, sampled in zip(reply, mask)]
+    return [-1] * len(prompt) + learnt[1:]
+
+
+# %%
 #| right 10-tool-mask
 def reply_targets(prompt, reply, mask):
     row, flags = prompt + reply, [0] * len(prompt) + mask
@@ -679,6 +686,15 @@ def kl_and_entropy(logprobs, reference, targets):
     sampled = targets >= 0
     d = (reference - logprobs)[sampled]
     return (d.exp() - 1 - d).sum(), -logprobs[sampled].sum()
+
+
+# %%
+#| wrong 10-kl: the entropy is that of the policy
+def kl_and_entropy(logprobs: Tensor, reference: Tensor, targets: Tensor) -> tuple:
+    sampled = targets >= 0
+    difference = (reference - logprobs)[sampled]
+    kl = (difference.exp() - 1 - difference).sum()
+    return float(kl), float(-reference[sampled].sum())
 
 
 # %%
@@ -922,6 +938,13 @@ def answer_reward(parts, problem):
     text = "".join(part["text"] for part in parts if part["type"] == "text").replace(",", "")
     numbers = re.findall(r"\d+", text)
     return float(bool(numbers) and numbers[-1] == problem["answer"])
+
+
+# %%
+#| wrong 10-reward: a right reply is paid 1.0
+def answer_reward(parts: list, problem: dict) -> float:
+    text = " ".join(part["text"] for part in parts if part["type"] == "text")
+    return float(final_answer(text) == problem["answer"])
 
 
 # %%

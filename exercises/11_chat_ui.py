@@ -181,6 +181,32 @@ def link_html(text):
 
 
 # %%
+#| wrong 11-links: a web link becomes an anchor
+def link_html(text: str) -> str:
+    link = r"(?<!!)\[([^\[\]\n]+)\]\((https?://[^\s()]+)\)"
+    out, at = [], 0
+    for match in re.finditer(link, text):
+        out.append(html.escape(text[at : match.start()]))
+        label, address = html.escape(match[1]), html.escape(match[2])
+        out.append(f'<a href="{address}">{label}</a>')
+        at = match.end()
+    return "".join(out) + html.escape(text[at:])
+
+
+# %%
+#| wrong 11-links: a label is text
+def link_html(text: str) -> str:
+    link = r"(?<!!)\[([^\[\]\n]+)\]\((https?://[^\s()]+)\)"
+    out, at = [], 0
+    for match in re.finditer(link, text):
+        out.append(html.escape(text[at : match.start()]))
+        label, address = match[1], html.escape(match[2])
+        out.append(f'<a href="{address}" rel="noreferrer">{label}</a>')
+        at = match.end()
+    return "".join(out) + html.escape(text[at:])
+
+
+# %%
 #| right 11-links
 def link_html(text):
     safe = html.escape(text)
@@ -272,6 +298,13 @@ def event(data):
 #| wrong 11-event: other alphabets stay readable
 def event(data):
     return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n"
+
+
+# %%
+#| wrong 11-event: one line and an empty line
+def event(data) -> str:
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    return f"data: {text}\n"
 
 
 # %%
@@ -427,6 +460,36 @@ def read_stream(chunks):
             break
         if line.startswith("data:"):
             found.append(json.loads(line[5:]))
+    return found
+
+
+# %%
+#| wrong 11-stream: other lines are skipped
+def read_stream(chunks: list) -> list:
+    found, rest = [], ""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split("\n")
+        for line in lines:
+            data = line.removeprefix("data:").strip()
+            if line.startswith("data:") and data == "[DONE]":
+                return found
+            if data and not line.startswith(":"):
+                found.append(json.loads(data))
+    return found
+
+
+# %%
+#| wrong 11-stream: lines may end with \r\n
+def read_stream(chunks: list) -> list:
+    found, rest = [], ""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split("\n")
+        for line in lines:
+            data = line.removeprefix("data: ")
+            if line.startswith("data:") and data == "[DONE]":
+                return found
+            if line.startswith("data:"):
+                found.append(json.loads(data))
     return found
 
 
@@ -866,6 +929,26 @@ def error_body(status, message, param=None):
     if status >= 500:
         message = "Something went wrong inside the server."
     return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+# %%
+#| wrong 11-error: the body has the four fields
+def error_body(status: int, message: str, param: str | None = None) -> dict:
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if status >= 500:
+        message = "Something went wrong inside the server."
+    return {"error": {"message": message, "type": kind, "param": param}}
+
+
+# %%
+#| wrong 11-error: message and param are passed on
+def error_body(status: int, message: str, param: str | None = None) -> dict:
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if status >= 500:
+        message = "Something went wrong inside the server."
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 # %%

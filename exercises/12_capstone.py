@@ -127,6 +127,17 @@ def difference(before, after):
 
 
 # %%
+#| wrong 12-delta: of one item the error is not known
+def difference(before: list, after: list) -> tuple:
+    n = len(before)
+    changes = [b - a for a, b in zip(before, after)]
+    mean = sum(changes) / n
+    if n == 1:
+        return mean, 0.0
+    return mean, math.sqrt(sum((d - mean) ** 2 for d in changes) / (n - 1) / n)
+
+
+# %%
 #| right 12-delta
 def difference(before, after):
     import torch
@@ -460,6 +471,17 @@ explained = {"A": 1, "B": 2, "C": 3, "D": 4, "E": 2}
 #| wrong 12-leak: run D
 explained = {"A": 1, "B": 2, "C": 3, "D": 1, "E": 5}
 
+
+# %%
+#| wrong 12-leak: run A
+explained = {"A": 4, "B": 2, "C": 3, "D": 4, "E": 5}
+
+
+# %%
+#| wrong 12-leak: run B
+explained = {"A": 1, "B": 3, "C": 3, "D": 4, "E": 5}
+
+
 # %%
 #| right 12-leak
 explained = {run: number for number, run in enumerate("ABCDE", start=1)}
@@ -557,6 +579,12 @@ card = {"exam": "b", "bits": "a", "rl": "a", "identity": "b"}
 # %%
 #| wrong 12-card: bits
 card = {"exam": "b", "bits": "b", "rl": "c", "identity": "b"}
+
+
+# %%
+#| wrong 12-card: identity
+card = {"exam": "b", "bits": "a", "rl": "c", "identity": "c"}
+
 
 # %%
 #| right 12-card

@@ -714,6 +714,12 @@ traps = {"halfway": "B", "bend": "D", "sweep": "D", "floor": "C"}
 #| wrong A2-traps: floor
 traps = {"halfway": "B", "bend": "D", "sweep": "A", "floor": "A"}
 
+
+# %%
+#| wrong A2-traps: bend
+traps = {"halfway": "B", "bend": "C", "sweep": "A", "floor": "C"}
+
+
 # %%
 #| right A2-traps
 traps = dict(floor="C", sweep="A", bend="D", halfway="B")

@@ -122,6 +122,18 @@ predicted = {"add": 1 / 6, "product": 4096 / 6, "token": 1.0, "batch": 230}
 #| wrong A3-intensity: the batch at which arithmetic becomes the limit
 predicted = {"add": 1 / 6, "product": 4096 / 3, "token": 1.0, "batch": 207}
 
+
+# %%
+#| wrong A3-intensity: one vector
+d, ridge = 4096, 989.4e12 / 4800e9
+predicted = {
+    "add": 1 / 6,
+    "product": 2 * d**3 / (3 * 2 * d**2),
+    "token": d**2 / (2 * d**2 + 2 * 2 * d),
+    "batch": math.ceil(ridge / (1 - 2 * ridge / d)),  # b / (1 + 2 b / d) = ridge
+}
+
+
 # %%
 #| right A3-intensity
 predicted = {"add": 0.167, "product": 1365, "token": 0.9995, "batch": 230}
@@ -693,8 +705,8 @@ def _(count_blocks):
 
 @says(
     "a window of whole blocks",
-    "With a window of 0 only the diagonal is visible. With a window of one block, the first query of "
-    "a block sees all keys of the block before and the last sees one; no other block is touched.",
+    "With a window of 0 only the diagonal is visible. With a window of one block, the first query "
+    "of a block sees all keys of the block before, and the last one sees a single key of it.",
 )
 def _(count_blocks):
     compare(count_blocks, [(32, 0, 4), (32, 4, 4), (64, 16, 8)])

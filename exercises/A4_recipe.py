@@ -221,6 +221,29 @@ fit.update(logits=14 * 2048 * 65536, rows=5, rows_chunked=40)
 fit = {"fixed": 12 * 84934656 + 16 * 100663296, "activations": 34 * 2048 * 12 * 768}
 fit.update(logits=14 * 2048 * 65536, rows=5, rows_chunked=10)
 
+
+# %%
+#| wrong A4-fit: the logits of a row
+matrices, tables = 12 * 12 * 768**2, 2 * 65536 * 768
+fixed = 8 * (matrices + tables) + 4 * matrices + 8 * tables
+activations, logits = 34 * 2 * 2048 * 12 * 768, 14 * 2048 * 65536
+free = 0.8 * 24e9 - fixed
+fit = {"fixed": fixed, "activations": activations, "logits": 4 * 2048 * 65536}
+fit.update(rows=int(free / (activations + logits)))
+fit.update(rows_chunked=int(free / (activations + logits / 8)))
+
+
+# %%
+#| wrong A4-fit: whole rows beside the fixed part
+matrices, tables = 12 * 12 * 768**2, 2 * 65536 * 768
+fixed = 8 * (matrices + tables) + 4 * matrices + 8 * tables
+activations, logits = 34 * 2 * 2048 * 12 * 768, 14 * 2048 * 65536
+free = 0.8 * 24e9 - fixed
+fit = {"fixed": fixed, "activations": activations, "logits": logits}
+fit.update(rows=int((24e9 - fixed) / (activations + logits)))
+fit.update(rows_chunked=int(free / (activations + logits / 8)))
+
+
 # %%
 #| right A4-fit
 fit = dict(fixed=2.63e9, activations=1.283e9, logits=1.879e9, rows=5, rows_chunked=10)
@@ -387,6 +410,57 @@ def scaled(depth, ratio=12.0):
     return {
         "batch_tokens": batch,
         "pretrain_steps": int(ratio * scaling_params(depth) // batch),
+        "matrix_lr": 0.02 * rate,
+        "embedding_lr": 0.3 * rate,
+        "head_lr": 0.008 * rate,
+        "weight_decay": 0.28 * rate / growth,
+    }
+
+
+# %%
+#| wrong A4-dial: the weight decay shrinks with the length of the run
+def scaled(depth: int, ratio: float = 12.0) -> dict:
+    growth = scaling_params(depth) / scaling_params(12)
+    tokens = ratio * scaling_params(depth)
+    batch = 2 ** round(math.log2(2**19 * growth**0.383))
+    rate = math.sqrt(batch / 2**19)
+    return {
+        "batch_tokens": batch,
+        "pretrain_steps": int(tokens // batch),
+        "matrix_lr": 0.02 * rate,
+        "embedding_lr": 0.3 * rate,
+        "head_lr": 0.008 * rate,
+        "weight_decay": 0.28 * rate * 12 / depth,
+    }
+
+
+# %%
+#| wrong A4-dial: steps and batch are whole numbers
+def scaled(depth: int, ratio: float = 12.0) -> dict:
+    growth = scaling_params(depth) / scaling_params(12)
+    tokens = ratio * scaling_params(depth)
+    batch = 2 ** round(math.log2(2**19 * growth**0.383))
+    rate = math.sqrt(batch / 2**19)
+    return {
+        "batch_tokens": batch,
+        "pretrain_steps": tokens // batch,
+        "matrix_lr": 0.02 * rate,
+        "embedding_lr": 0.3 * rate,
+        "head_lr": 0.008 * rate,
+        "weight_decay": 0.28 * rate / growth,
+    }
+
+
+# %%
+#| wrong A4-dial: the text is ratio tokens for each parameter
+def scaled(depth: int, ratio: float = 12.0) -> dict:
+    growth = scaling_params(depth) / scaling_params(12)
+    tokens = ratio * 12 * depth * (64 * depth) ** 2
+    batch = 2 ** round(math.log2(2**19 * growth**0.383))
+    rate = math.sqrt(batch / 2**19)
+    return {
+        "batch_tokens": batch,
+        "pretrain_steps": int(tokens // batch),
         "matrix_lr": 0.02 * rate,
         "embedding_lr": 0.3 * rate,
         "head_lr": 0.008 * rate,
@@ -673,6 +747,40 @@ first_stale = {
     "micro_batch": "base",
 }
 
+
+# %%
+#| wrong A4-first: vocab_size
+first_stale = {
+    "vocab_size": "data",
+    "pretrain_steps": "data",
+    "depth": "base",
+    "sft_lr": "sft",
+    "micro_batch": None,
+}
+
+
+# %%
+#| wrong A4-first: depth
+first_stale = {
+    "vocab_size": "tokenizer",
+    "pretrain_steps": "data",
+    "depth": "data",
+    "sft_lr": "sft",
+    "micro_batch": None,
+}
+
+
+# %%
+#| wrong A4-first: sft_lr
+first_stale = {
+    "vocab_size": "tokenizer",
+    "pretrain_steps": "data",
+    "depth": "base",
+    "sft_lr": "rl",
+    "micro_batch": None,
+}
+
+
 # %%
 #| right A4-first
 first_stale = dict(zip(("vocab_size", "pretrain_steps", "depth"), ("tokenizer", "data", "base")))
@@ -797,6 +905,17 @@ def stages_to_run(old, new, reads, done):
     run = []
     for stage, names in reads.items():
         if run or stage not in done or any(old[name] != new[name] for name in names):
+            run.append(stage)
+    return run
+
+
+# %%
+#| wrong A4-stale: what is not done runs
+def stages_to_run(old: dict, new: dict, reads: dict, done: list) -> list:
+    run = []
+    for stage, names in reads.items():
+        changed = any(name not in old or old[name] != new[name] for name in names)
+        if run or changed:
             run.append(stage)
     return run
 
