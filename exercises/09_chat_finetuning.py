@@ -610,8 +610,8 @@ r"""
 
 Conversations longer than a row are cut. When nanochat's conversations were cut at a short context,
 some had a long question and lost the whole reply: no target was left. A micro-batch of such rows
-divides a loss of 0 by 0 targets; one NaN, and all weights are gone (issues 590 and 618). Our loss
-survives that, but the row is still wasted.
+divides a loss of 0 by 0 targets; one NaN, and all weights are gone (nanochat's issues 590 and
+618). Our loss survives that, but the row is still wasted.
 
 Write a cut that never drops all targets:
 
@@ -974,22 +974,22 @@ check("09-letters", readings)
 #| checks 09-letters
 @says("base", "0.36 with ±0.03 is no luck. What does the letter ask for besides the answer itself?")
 def _(answer):
-    assert answer["base"] == "B"
+    assert answer["base"].strip().lower() == "b"
 
 
 @says("written", "What can a reply be that is neither right nor one of the four letters?")
 def _(answer):
-    assert answer["written"] == "C"
+    assert answer["written"].strip().lower() == "c"
 
 
 @says("gain", "One row needs neither form nor letters. How far did it move?")
 def _(answer):
-    assert answer["gain"] == "B"
+    assert answer["gain"].strip().lower() == "b"
 
 
 @says("compare", "How large are the differences between the rows of one and the same model?")
 def _(answer):
-    assert answer["compare"] == "D"
+    assert answer["compare"].strip().lower() == "d"
 
 
 # %%

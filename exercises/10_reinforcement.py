@@ -1009,7 +1009,7 @@ check("10-gauges", gauges)
     "Noise has a high entropy and no pay. Which text is short, sure of itself and paid?",
 )
 def _(gauges):
-    assert gauges["happened"] == "b"
+    assert gauges["happened"].strip().lower() == "b"
 
 
 @says(
@@ -1017,7 +1017,7 @@ def _(gauges):
     "Look at `useful`: where all replies of a group earn the same, what is the gradient?",
 )
 def _(gauges):
-    assert gauges["next"] == "a"
+    assert gauges["next"].strip().lower() == "a"
 
 
 @says(
@@ -1025,7 +1025,7 @@ def _(gauges):
     "A policy that is never right earns no reward for it; one with no entropy tries nothing new.",
 )
 def _(gauges):
-    assert gauges["remedy"] == "c"
+    assert gauges["remedy"].strip().lower() == "c"
 
 
 # %%

@@ -403,18 +403,18 @@ about 0.07 either way.)
 
 What explains each run best? Give a number.
 
-1. It has learnt the task.
-2. The test items stood in the training set.
-3. It knows the training items by heart; the test is honest.
-4. The fresh items are easier than the others, whatever the rules said.
-5. The test gives its answers away at the moment of asking: in the prompt or in the scorer.
+1. The fresh items are easier than the others, whatever the rules said.
+2. It knows the training items by heart; the test is honest.
+3. The test gives its answers away at the moment of asking: in the prompt or in the scorer.
+4. It has learnt the task.
+5. The test items stood in the training set.
 """
 
 # %%
 #| exercise id=12-leak points=2 minutes=8 level=2 answer=explained
 # A dict from each run to a number: {"A": ..., "B": ..., "C": ..., "D": ..., "E": ...}
 # BEGIN SOLUTION
-explained = {"A": 1, "B": 2, "C": 3, "D": 4, "E": 5}
+explained = {"A": 4, "B": 5, "C": 2, "D": 1, "E": 3}
 # END SOLUTION
 
 # %%
@@ -425,22 +425,22 @@ check("12-leak", explained)
 #| checks 12-leak
 @says("run A", "What would a leak do to the fresh items? Nothing lifts those but learning.")
 def _(explained):
-    assert explained["A"] == 1
+    assert explained["A"] == 4
 
 
 @says("run B", "The test looks like the training set, and new items of the same kind do not.")
 def _(explained):
-    assert explained["B"] == 2
+    assert explained["B"] == 5
 
 
 @says("run C", "Test and fresh agree, so the test tells the truth, however sad. What of the rest?")
 def _(explained):
-    assert explained["C"] == 3
+    assert explained["C"] == 2
 
 
 @says("run D", "A leak lifts the test, never the fresh items. The odd column here is the last.")
 def _(explained):
-    assert explained["D"] == 4
+    assert explained["D"] == 1
 
 
 @says(
@@ -448,7 +448,7 @@ def _(explained):
     "Had it learnt test items in training, it would know its training items at least as well.",
 )
 def _(explained):
-    assert explained["E"] == 5
+    assert explained["E"] == 3
 
 
 # %%
@@ -461,30 +461,30 @@ hints = [
 
 # %%
 #| wrong 12-leak: run C
-explained = {"A": 1, "B": 2, "C": 2, "D": 4, "E": 5}
+explained = {"A": 4, "B": 5, "C": 5, "D": 1, "E": 3}
 
 # %%
 #| wrong 12-leak: run E
-explained = {"A": 1, "B": 2, "C": 3, "D": 4, "E": 2}
+explained = {"A": 4, "B": 5, "C": 2, "D": 1, "E": 5}
 
 # %%
 #| wrong 12-leak: run D
-explained = {"A": 1, "B": 2, "C": 3, "D": 1, "E": 5}
+explained = {"A": 4, "B": 5, "C": 2, "D": 4, "E": 3}
 
 
 # %%
 #| wrong 12-leak: run A
-explained = {"A": 4, "B": 2, "C": 3, "D": 4, "E": 5}
+explained = {"A": 1, "B": 5, "C": 2, "D": 1, "E": 3}
 
 
 # %%
 #| wrong 12-leak: run B
-explained = {"A": 1, "B": 3, "C": 3, "D": 4, "E": 5}
+explained = {"A": 4, "B": 2, "C": 2, "D": 1, "E": 3}
 
 
 # %%
 #| right 12-leak
-explained = {run: number for number, run in enumerate("ABCDE", start=1)}
+explained = dict(zip("DCEAB", range(1, 6)))
 
 # %% [markdown]
 r"""
@@ -540,24 +540,24 @@ check("12-card", card)
 #| checks 12-card
 @says("exam", "The standard error of a share of 0.14 on 32 items is 0.06. How far away is 0.083?")
 def _(card):
-    assert card["exam"] == "b"
+    assert card["exam"].strip().lower() == "b"
 
 
 @says(
     "bits", "The unit is bytes of text whatever the tokens are. What were the later stages taught?"
 )
 def _(card):
-    assert card["bits"] == "a"
+    assert card["bits"].strip().lower() == "a"
 
 
 @says("rl", "A share of 32 items moves by 0.03 for one item. What could five steps show?")
 def _(card):
-    assert card["rl"] == "c"
+    assert card["rl"].strip().lower() == "c"
 
 
 @says("identity", "Look at the largest gain in the row, and at what was read before it.")
 def _(card):
-    assert card["identity"] == "b"
+    assert card["identity"].strip().lower() == "b"
 
 
 # %%

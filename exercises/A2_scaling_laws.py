@@ -675,22 +675,22 @@ check("A2-traps", traps)
     "What does the schedule do in the last part of a run, and what does the loss do then?",
 )
 def _(answer):
-    assert answer["halfway"] == "B"
+    assert answer["halfway"].strip().lower() == "b"
 
 
 @says("bend", "Which parameters are counted by one x axis and not by the other?")
 def _(answer):
-    assert answer["bend"] == "D"
+    assert answer["bend"].strip().lower() == "d"
 
 
 @says("sweep", "Take the best of many: what part of its lead is noise? And what else changed?")
 def _(answer):
-    assert answer["sweep"] == "A"
+    assert answer["sweep"].strip().lower() == "a"
 
 
 @says("floor", "Both laws agree wherever there is data. What does that say about far away?")
 def _(answer):
-    assert answer["floor"] == "C"
+    assert answer["floor"].strip().lower() == "c"
 
 
 # %%

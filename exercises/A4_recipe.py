@@ -4,9 +4,8 @@ r"""
 
 Everything here is about the hours around the learning: sizes that are legal, memory that is known
 before and a bill that is known after, a run that goes on where it broke, a log that survives a
-power cut.
-`check` says which properties your answer has, `hint` helps three times, `progress()` shows your
-points.
+power cut. `check` says which properties your answer has, `hint` helps three times, `progress()`
+shows your points.
 """
 
 # %%
