@@ -1334,7 +1334,7 @@ axes[1, 0].set_xlabel("slot in the row", fontsize=9)
 axes[0, 0].set_ylabel("row", fontsize=9)
 fig.suptitle("Cutting, padding, cropping, or carrying on: sixty documents in rows", fontsize=10)
 fig.set_label(
-    "Four panels of rows. Colours are documents, dark marks are bos, white is padding. Concatenated "
+    "Four panels of rows. Colours are documents, dark marks bos, white is padding. Concatenated "
     "rows begin inside documents; padded rows end in white; cropped rows are fewer; continued rows "
     "are full and begin with bos."
 )
