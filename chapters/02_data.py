@@ -1037,7 +1037,7 @@ class TokenFiles:
         for shard in index["shards"]:
             path, fault = folder / shard["file"], shard_fault(folder, shard, index["dtype"])
             if fault:
-                raise UserError(f"{fault}; prepare the tokens again: only this shard is made anew.")
+                raise UserError(f"{fault}; this shard alone is made when you prepare the tokens again.")
             lengths.append(np.fromfile(path.with_suffix(".lengths"), np.uint32))
             if shard["tokens"]:
                 self.maps.append(np.memmap(path, index["dtype"], mode="r"))
@@ -1065,8 +1065,8 @@ class TokenFiles:
             path = self.folder / shard["file"]
             if file_digest(path, "sha256") != shard["sha256"]:
                 raise UserError(
-                    f"token shard {path} is not what was written; delete this file and prepare "
-                    "the tokens again: only this shard is made anew."
+                    f"token shard {path} is not what was written; delete this file: it alone is "
+                    "made when you prepare the tokens again."
                 )
 
 

@@ -382,7 +382,7 @@ def test_missing_and_damaged_token_shards(tokenizer, tmp_path):
     prepare_tokens(ListSource(TEXTS), tokenizer, tmp_path, "train", 1000)
     path = tmp_path / "train" / "00000.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(UserError, match=r"00000\.bin has [\d,]+ bytes, expected .* made anew"):
+    with pytest.raises(UserError, match=r"00000\.bin has [\d,]+ bytes, expected .* again"):
         TokenShards.load(tmp_path, "train")
     path.unlink()
     with pytest.raises(UserError, match=r"00000\.bin is missing"):
@@ -415,7 +415,7 @@ def test_a_broken_token_shard_is_made_again_and_the_others_stay(
         path.write_bytes(path.read_bytes()[:-2])
     else:
         beside.write_bytes(b"\1" + beside.read_bytes()[1:])
-    with pytest.raises(UserError, match=r"00002\..*only this shard is made anew") as caught:
+    with pytest.raises(UserError, match=r"00002\..*this shard alone is made") as caught:
         TokenShards.load(tmp_path, "train")
     assert "\n" not in str(caught.value)
     source = ListSource(TEXTS)
