@@ -55,14 +55,14 @@ data = "tinyworld"  # or folder:PATH with parquet files of your own
 n_tokens = 400_000  # tokens to prepare for training
 vocab_size = 1024
 seq_len, batch_size = 128, 8
+train_steps, n_seeds = 60, 3  # of the comparison at the end
 seed = 0
 
 # %%
+import math
 import time
 
 import matplotlib.pyplot as plt
-import torch.nn.functional as F
-from torch import nn
 
 from nanochat.common import COLORS, figure
 
@@ -1037,7 +1037,9 @@ class TokenFiles:
         for shard in index["shards"]:
             path, fault = folder / shard["file"], shard_fault(folder, shard, index["dtype"])
             if fault:
-                raise UserError(f"{fault}; this shard alone is made when you prepare the tokens again.")
+                raise UserError(
+                    f"{fault}; this shard alone is made when you prepare the tokens again."
+                )
             lengths.append(np.fromfile(path.with_suffix(".lengths"), np.uint32))
             if shard["tokens"]:
                 self.maps.append(np.memmap(path, index["dtype"], mode="r"))
@@ -1934,3 +1936,191 @@ start = time.perf_counter()
 n_read = sum(stream.next()[0].numel() for _ in range(200))
 stream_rate = n_read / (time.perf_counter() - start)
 print(f"generated, tokenised and packed: {stream_rate / 1e6:.2f} million tokens a second")
+
+# %% [markdown]
+r"""
+## The result of the chapter: what packing teaches
+
+Waste is one thing, learning another. We train the same small model for the same number of steps on
+the same text, five times over: with the four packers, and with the kept one plus document masks.
+The model is the GPT of chapter 3 and the optimizer that of chapter 4; here they are measuring
+instruments, and all that matters is that they are the same every time. A mask reaches the model's
+attention the way the inference engine of chapter 8 hands over its own, through the `kv_cache`
+argument:
+"""
+
+# %%
+from nanochat.model import GPT, GPTConfig
+from nanochat.optim import MuonAdamW, lr_multiplier, muon_momentum, param_groups
+
+
+class Mask:
+    """Looks like a key-value cache, keeps nothing, and carries a mask for attention."""
+
+    length, positions = 0, None
+
+    def __init__(self, inputs):
+        self.mask = document_mask(inputs, tokenizer.bos_id)
+
+    def update(self, layer, k, v):
+        return k, v
+
+    def advance(self, n):
+        pass
+
+
+# %% [markdown]
+r"""
+Which text do we judge on? It has to favour nobody. Each validation document stands alone, so masks
+make no difference there. And *every* token counts: a document longer than a row goes on in a
+second row that repeats half a row as context and is judged on the new half only.
+"""
+
+
+# %%
+def documents_alone(shards, T):
+    """Batches with one document a row; and, apart, the rest of those longer than T."""
+    begins, rests = [], []
+    for start, stop in zip(shards.starts.tolist(), shards.stops.tolist()):
+        begins.append([(start, min(start + T, stop), False)])
+        rests += [
+            [(a, min(a + T, stop), False)] for a in range(start + T // 2, stop - T // 2, T // 2)
+        ]
+    batches = []
+    for rows, context in ((begins, 0), (rests, T // 2)):
+        inputs, targets = fill_rows([(shards.read, row) for row in rows], tokenizer.bos_id, T)
+        targets[:, :context] = -1
+        batches.append((inputs, targets))
+    return batches
+
+
+token_bytes = tokenizer.token_bytes()
+judged_on = documents_alone(
+    prepare_tokens(source, tokenizer, workspace.name, "val", 12_000), seq_len
+)
+n_judged = [int((token_bytes[y.clamp(min=0)] * (y >= 0)).sum()) for _, y in judged_on]
+print(f"bytes judged: {n_judged[0]:,} in beginnings, {n_judged[1]:,} in rests")
+
+
+# %%
+@torch.no_grad()
+def bits(model):
+    """Bits per byte of the beginnings, and of whole documents."""
+    nats = []
+    for inputs, targets in judged_on:
+        losses = model(inputs, targets, reduction="none")
+        nats.append(losses[token_bytes[targets.clamp(min=0)] > 0].sum().item() / math.log(2))
+    return nats[0] / n_judged[0], sum(nats) / sum(n_judged)
+
+
+def rows_in_order(pack, seed):
+    """Yield the rows of a packer without end: packed and shuffled anew each epoch."""
+    for epoch in itertools.count():
+        order = np.arange(len(shards.starts)) if pack is concatenate else shards.order(seed, epoch)
+        rows = pack(shards.starts[order].tolist(), shards.stops[order].tolist(), seq_len)
+        shuffle = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        yield from ((shards.read, rows[i]) for i in shuffle)
+
+
+def train_and_judge(pack, seed, masked=False):
+    """Train the small model on one packer's rows and judge it."""
+    model = GPT(GPTConfig(tokenizer.vocab_size, seq_len, 2, 1, 1, 32), seed=seed)
+    optimizer = MuonAdamW(param_groups(model, 0.02, 0.3, 0.008, 0.0))
+    rows = rows_in_order(pack, seed)
+    for step in range(train_steps):
+        optimizer.set_schedule(lr_multiplier(step, train_steps), muon_momentum(step))
+        taken = list(itertools.islice(rows, batch_size))
+        inputs, targets = fill_rows(taken, tokenizer.bos_id, seq_len)
+        model(inputs, targets, kv_cache=Mask(inputs) if masked else None).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return bits(model)
+
+
+# %% [markdown]
+r"""
+Three seeds each; a seed sets the initial weights and the order of the rows. Seeds differ from each
+other more than packers do, so we compare **within a seed**: the difference from *concatenate and
+cut* with the same initial weights, and its standard error over the seeds.
+"""
+
+# %%
+arms = {name: (pack, False) for name, pack in PACKERS.items()}
+arms["... with document masks"] = (pack_rows, True)
+scores = {  # (n_seeds, 2): beginnings, whole documents
+    name: np.array([train_and_judge(pack, s, masked) for s in range(n_seeds)])
+    for name, (pack, masked) in arms.items()
+}
+gains = {name: score - scores["concatenate and cut"] for name, score in scores.items()}
+print(
+    f"{'validation bits per byte':<28}{'whole documents':>18}{'difference':>20}{'beginnings':>22}"
+)
+for name, gain in gains.items():
+    mean, error = gain.mean(0), gain.std(0, ddof=1) / n_seeds**0.5
+    shown = [f"{m:+.4f} ± {e:.4f}" for m, e in zip(mean, error)]
+    print(f"{name:<28}{scores[name][:, 1].mean():>18.4f}{shown[1]:>20}{shown[0]:>22}")
+
+# %%
+fig, ax = figure(
+    "TITLE",
+    "bits per byte above concatenate and cut (lower is better)",
+    size=(6.5, 3),
+    alt="Points with error bars for each packer on two rulers, relative to concatenating",
+)
+for i, ruler in ((1, "whole documents"), (0, "beginnings only")):
+    y = np.arange(len(gains))[::-1] + (0.12 if i else -0.12)
+    mean = [gain[:, i].mean() for gain in gains.values()]
+    error = [gain[:, i].std(ddof=1) / n_seeds**0.5 for gain in gains.values()]
+    ax.errorbar(mean, y, xerr=error, fmt="o" if i else "s", ms=5, capsize=3, label=ruler)
+ax.axvline(0, color=COLORS[6], linewidth=0.8)
+ax.set_yticks(np.arange(len(gains))[::-1], list(gains))
+ax.legend(fontsize=8)
+plt.show()
+workspace.cleanup()
+
+# %% [markdown]
+r"""
+FINDINGS
+
+## Recap
+
+`nanochat` can now go from documents to batches:
+
+- `open_source(spec)` opens `tinyworld`, `folder:PATH` and `hub:OWNER/NAME[@REVISION][:SHARDS]`;
+  `HubSource.fetch` downloads side by side, resumed and verified;
+- `prepare_tokens(...)` tokenises once, in worker processes; `TokenShards.load(directory, split)`
+  maps the result, `.verify()` checks it; `TokenStream` does without the disk;
+- `pack_rows` packs without loss; `document_ids`, `document_mask` and `document_bounds` say who
+  belongs to whom;
+- `TokenBatches(...)` with `.next()`, `.state_dict()`, `.load_state_dict()`; `Prefetch` around it;
+- `ValidationBatches(...)` with `.fingerprint()`.
+
+**Pitfalls**, all of them shipped by real projects
+
+- *A validation set that moves.* nanochat's was "the last file on disk", which changes as files
+  arrive; then a named file, whose failed download turned a training shard into validation without
+  a word. Name the shard, and print a hash of what is judged.
+- *A new packer that improves the loss.* nanochat's bits per byte fell when every row came to begin
+  with `bos`, partly because such rows are easier to predict. Judge both on one ruler.
+- *A document longer than a row.* nanochat's packer for conversations cut nothing: with short rows
+  its buffer filled up with conversations that never fit, and the loss became NaN (0/0). A packer
+  must make progress on any length.
+- *Resuming at the nearest group of rows.* nanochat skips to the next one and drops its packing
+  buffer, and needs the same number of GPUs. Two such runs cannot be compared.
+- *The state of a prefetcher.* The thread has run ahead: save the state of what was consumed.
+- *Tokens of another tokenizer.* The numbers fit, the meaning does not. Keep a fingerprint.
+- *Losses over "the first n batches".* They change with the batch size. Count rows instead.
+- *A garbage collector in the loop.* nanochat met pauses of half a second in Python's; a prefetch
+  hides short ones, and long runs switch it off.
+
+**Further reading**
+
+1. H. Ding et al., "Fewer Truncations Improve Language Modeling", 2024: best-fit packing, and what
+   cutting does to a model.
+2. M. Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021: packing as a
+   bin problem, and masks.
+3. G. Penedo et al., "The FineWeb Datasets", 2024: what it takes to make web text usable.
+4. The documentation of `datasets` (Hugging Face) on memory-mapped tables, and of PyTorch on pinned
+   memory and `non_blocking` copies.
+5. The Apache Parquet format, parquet.apache.org; RFC 9110, section 14: range requests.
+"""

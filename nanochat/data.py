@@ -1,4 +1,4 @@
-"""Documents to batches: sources, memory-mapped token shards and resumable batches.
+"""Documents to batches: sources, memory-mapped token shards, packed and resumable batches.
 
 Exported from chapters/02_data.py (chapter 02, Data); edit there, not here.
 """
@@ -762,7 +762,9 @@ class TokenFiles:
         for shard in index["shards"]:
             path, fault = folder / shard["file"], shard_fault(folder, shard, index["dtype"])
             if fault:
-                raise UserError(f"{fault}; this shard alone is made when you prepare the tokens again.")
+                raise UserError(
+                    f"{fault}; this shard alone is made when you prepare the tokens again."
+                )
             lengths.append(np.fromfile(path.with_suffix(".lengths"), np.uint32))
             if shard["tokens"]:
                 self.maps.append(np.memmap(path, index["dtype"], mode="r"))
