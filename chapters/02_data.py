@@ -75,6 +75,7 @@ import bisect
 import errno
 import hashlib
 import http.client
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -836,12 +837,13 @@ def encode_stream(
             yield *encode_texts(texts, tokenizer, dtype), len(texts)
         return
     context, waiting = multiprocessing.get_context("spawn"), deque()
+    package = importlib.import_module("nanochat.data")  # a worker cannot import from a notebook
     start = (tokenizer.ranks, tokenizer.pattern, dtype)
-    pool = ProcessPoolExecutor(workers, context, start_worker, start)
+    pool = ProcessPoolExecutor(workers, context, package.start_worker, start)
     try:
         for texts in batches:
             with empty_main():
-                waiting.append((pool.submit(encode_in_worker, texts), len(texts)))
+                waiting.append((pool.submit(package.encode_in_worker, texts), len(texts)))
             if len(waiting) > 3 * workers:  # enough in hand: take the oldest back
                 future, count = waiting.popleft()
                 yield *future.result(), count
