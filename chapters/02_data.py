@@ -594,36 +594,11 @@ def parse_hub(spec: str) -> tuple[str, str, int | None]:
 
 # %%
 #| export
-class HubSource(ShardedSource):
-    """A data set of the Hugging Face hub; shards are fetched when first needed and kept.
+class HubShards(ShardedSource):
+    """Fetches the shards of a data set on the hub into a folder: the base class of HubSource.
 
-    They are kept in $NANOCHAT_CACHE or ~/.cache/nanochat, in `hub/OWNER--NAME/`. HF_ENDPOINT
-    names another hub. `spec` is OWNER/NAME[@REVISION][:SHARDS].
+    Needs `dataset`, `commit`, `endpoint`, `folder` and `files`, as HubSource sets them.
     """
-
-    def __init__(self, spec: str):
-        self.dataset, revision, limit = parse_hub(spec)
-        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        cache = Path(os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat")
-        self.folder = cache.expanduser() / "hub" / self.dataset.replace("/", "--")
-        listing_file = self.folder / f"listing-{revision.replace('/', '--')}.json"
-        try:
-            listing = hub_listing(self.dataset, revision, self.endpoint)
-            write_json(listing_file, listing)
-        except UserError as error:
-            if not listing_file.is_file() or "no connection" not in str(error):
-                raise
-            warnings.warn(f"{error} Going on with the list fetched earlier.", stacklevel=2)
-            listing = read_json(listing_file)
-        self.commit, self.files = listing["commit"], listing["files"]
-        splits = split_shards(self.files)
-        if not splits["train"]:
-            raise UserError(
-                f"data set {self.dataset} has {len(self.files)} parquet files, at least 2 are "
-                "needed: the last is for validation; choose another data set."
-            )
-        splits["train"] = splits["train"][:limit]
-        super().__init__(f"hub {self.dataset}@{self.commit[:12]}", splits)
 
     def have(self, shard: str) -> bool:
         """Tell whether a shard is here, whole, and the one of the listing."""
@@ -640,11 +615,11 @@ class HubSource(ShardedSource):
         """
         missing = [shard for shard in shards if not self.have(shard)]
         total, stopping = sum(self.files[shard]["size"] for shard in missing), threading.Event()
-        lock = threading.Lock()
+        lock, what = threading.Lock(), f"{len(missing)} shards" if missing[1:] else "1 shard"
         if not missing:
             return
         with (
-            Progress(total, f"download of {len(missing)} shards", "byte") as bar,
+            Progress(total, f"download of {what}", "byte") as bar,
             ThreadPoolExecutor(workers) as pool,
         ):
 
@@ -678,6 +653,40 @@ class HubSource(ShardedSource):
             at = shards.index(shard)
             self.fetch(shards[at : at + 4] if at else [shard])
         return self.folder / shard
+
+
+# %%
+#| export
+class HubSource(HubShards):
+    """A data set of the Hugging Face hub; shards are fetched when first needed and kept.
+
+    They are kept in $NANOCHAT_CACHE or ~/.cache/nanochat, in `hub/OWNER--NAME/`. HF_ENDPOINT
+    names another hub. `spec` is OWNER/NAME[@REVISION][:SHARDS].
+    """
+
+    def __init__(self, spec: str):
+        self.dataset, revision, limit = parse_hub(spec)
+        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        cache = Path(os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat")
+        self.folder = cache.expanduser() / "hub" / self.dataset.replace("/", "--")
+        listing_file = self.folder / f"listing-{revision.replace('/', '--')}.json"
+        try:
+            listing = hub_listing(self.dataset, revision, self.endpoint)
+            write_json(listing_file, listing)
+        except UserError as error:
+            if not listing_file.is_file() or "no connection" not in str(error):
+                raise
+            warnings.warn(f"{error} Going on with the list fetched earlier.", stacklevel=2)
+            listing = read_json(listing_file)
+        self.commit, self.files = listing["commit"], listing["files"]
+        splits = split_shards(self.files)
+        if not splits["train"]:
+            raise UserError(
+                f"data set {self.dataset} has {len(self.files)} parquet files, at least 2 are "
+                "needed: the last is for validation; choose another data set."
+            )
+        splits["train"] = splits["train"][:limit]
+        super().__init__(f"hub {self.dataset}@{self.commit[:12]}", splits)
 
 
 # %% [markdown]
@@ -958,6 +967,32 @@ def mend_shards(
 
 # %%
 #| export
+def missing_tokens(source: Source, split: str, n_tokens: int, done: int) -> int:
+    """Guess how many tokens are still to be made; a folder knows about how many it has."""
+    guess = getattr(source, "likely_tokens", lambda split: n_tokens)(split)
+    return max(min(n_tokens, guess) - done, 0)
+
+
+def write_stream(
+    stream: Iterator[Encoded], folder: Path, index: dict, n: int, shard_tokens: int, progress: Any
+) -> None:
+    """Write shards of `shard_tokens` or a little more, until n tokens are there or no more."""
+    parts, size, done = [], 0, 0
+    for part in stream:
+        parts.append(part)
+        size, done = size + len(part[0]), done + len(part[0])
+        if progress is not None:
+            progress.update(len(part[0]))
+        if size >= shard_tokens or done >= n:
+            write_token_shard(folder, index, parts, ended=False)
+            parts, size = [], 0
+        if done >= n:
+            return
+    write_token_shard(folder, index, parts, ended=True)
+
+
+# %%
+#| export
 def prepare_tokens(
     source: Source,
     tokenizer: Tokenizer,
@@ -995,30 +1030,6 @@ def prepare_tokens(
     if index["n_tokens"] != n_tokens:
         write_json(folder / "index.json", {**index, "n_tokens": n_tokens})
     return TokenShards.load(directory, split)
-
-
-def missing_tokens(source: Source, split: str, n_tokens: int, done: int) -> int:
-    """Guess how many tokens are still to be made; a folder knows about how many it has."""
-    guess = getattr(source, "likely_tokens", lambda split: n_tokens)(split)
-    return max(min(n_tokens, guess) - done, 0)
-
-
-def write_stream(
-    stream: Iterator[Encoded], folder: Path, index: dict, n: int, shard_tokens: int, progress: Any
-) -> None:
-    """Write shards of `shard_tokens` or a little more, until n tokens are there or no more."""
-    parts, size, done = [], 0, 0
-    for part in stream:
-        parts.append(part)
-        size, done = size + len(part[0]), done + len(part[0])
-        if progress is not None:
-            progress.update(len(part[0]))
-        if size >= shard_tokens or done >= n:
-            write_token_shard(folder, index, parts, ended=False)
-            parts, size = [], 0
-        if done >= n:
-            return
-    write_token_shard(folder, index, parts, ended=True)
 
 
 # %% [markdown]
@@ -1321,11 +1332,12 @@ def picture(rows, T):
             places = np.arange(start - resumed, stop)
             document = np.searchsorted(shards.starts, places + resumed * (places < start), "right")
             begins = np.isin(places, shards.starts) | (places < start)
-            image[b, at : at + len(places)] = np.where(begins, -1, document % 5)
+            image[b, at : at + len(places)] = np.where(begins, -1, colours[document])
             at += len(places)
     return image
 
 
+colours = np.random.default_rng(0).integers(5, size=61)
 starts, stops = shards.starts[:60].tolist(), shards.stops[:60].tolist()
 fig, axes = plt.subplots(2, 2, figsize=(8, 5), dpi=110, layout="constrained", sharex=True)
 palette = plt.matplotlib.colors.ListedColormap(["white", COLORS[6], *COLORS[:5]])
@@ -1333,6 +1345,7 @@ for ax, (name, pack) in zip(axes.flat, PACKERS.items()):
     image = picture(pack(starts, stops, seq_len), seq_len)
     ax.imshow(image, aspect="auto", cmap=palette, vmin=-2, vmax=4, interpolation="nearest")
     ax.set_title(f"{name}: {len(image)} rows", fontsize=9, loc="left")
+    ax.set_xlim(-5, seq_len)
     ax.tick_params(labelsize=8)
 axes[1, 0].set_xlabel("slot in the row", fontsize=9)
 axes[0, 0].set_ylabel("row", fontsize=9)
@@ -1443,8 +1456,8 @@ assert document_mask(_inputs, 9)[1, 0].int().tolist() == [
 ]
 
 # %%
-rows = pack_rows(starts, stops, seq_len)[:1]
-inputs, targets = fill_rows([(shards.read, row) for row in rows], tokenizer.bos_id, seq_len)
+row = max(pack_rows(starts, stops, seq_len), key=len)
+inputs, targets = fill_rows([(shards.read, row)], tokenizer.bos_id, seq_len)
 fig, ax = figure(
     "A slot may look at its own document, and back",
     "slot looked at",
@@ -1733,6 +1746,29 @@ the same queue and is raised in the loop that asks for the batch.
 
 # %%
 #| export
+def make_ahead(
+    batches: Any, ready: queue.Queue, stopping: threading.Event, device: int | None
+) -> None:
+    """Fill `ready` with (batch, state after it) until told to stop: the body of the thread."""
+
+    def put(item: Any) -> None:
+        while not stopping.is_set():
+            try:
+                return ready.put(item, timeout=0.05)
+            except queue.Full:
+                continue
+
+    try:
+        if device is not None:  # a new thread would open GPU 0, whatever our rank is
+            torch.cuda.set_device(device)
+        while not stopping.is_set():
+            put((batches.next(), batches.state_dict()))
+    except BaseException as error:
+        put(error)
+
+
+# %%
+#| export
 class Prefetch:
     """Batches of another loader, made ahead by a thread; the same batches, the same state.
 
@@ -1745,30 +1781,13 @@ class Prefetch:
         self.state, self.ready = batches.state_dict(), queue.Queue(depth)
         self.stopping, self.thread = threading.Event(), None
 
-    def work(self, device: int | None) -> None:
-        """Fill the queue until told to stop: the body of the thread."""
-        try:
-            if device is not None:  # a new thread would open GPU 0, whatever our rank is
-                torch.cuda.set_device(device)
-            while not self.stopping.is_set():
-                self.put((self.batches.next(), self.batches.state_dict()))
-        except BaseException as error:
-            self.put(error)
-
-    def put(self, item: Any) -> None:
-        """Put an item into the queue, unless told to stop while it is full."""
-        while not self.stopping.is_set():
-            try:
-                return self.ready.put(item, timeout=0.05)
-            except queue.Full:
-                continue
-
     def next(self) -> Any:
         """Return the next batch; an error of the thread is raised here."""
         if self.thread is None:
             self.batches.load_state_dict(self.state)
             device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-            self.thread = threading.Thread(target=self.work, args=(device,), daemon=True)
+            work = (self.batches, self.ready, self.stopping, device)
+            self.thread = threading.Thread(target=make_ahead, args=work, daemon=True)
             self.thread.start()
         began = time.perf_counter()
         item = self.ready.get()

@@ -43,6 +43,7 @@ __all__ = [
     "DISK_ERRORS",
     "Encoded",
     "FolderSource",
+    "HubShards",
     "HubSource",
     "IncompleteDownload",
     "Piece",
@@ -76,6 +77,7 @@ __all__ = [
     "fill_rows",
     "http_status",
     "hub_listing",
+    "make_ahead",
     "mend_shards",
     "missing_tokens",
     "open_index",
@@ -438,36 +440,11 @@ def parse_hub(spec: str) -> tuple[str, str, int | None]:
     return match[1], match[2] or "main", int(match[3]) if match[3] else None
 
 
-class HubSource(ShardedSource):
-    """A data set of the Hugging Face hub; shards are fetched when first needed and kept.
+class HubShards(ShardedSource):
+    """Fetches the shards of a data set on the hub into a folder: the base class of HubSource.
 
-    They are kept in $NANOCHAT_CACHE or ~/.cache/nanochat, in `hub/OWNER--NAME/`. HF_ENDPOINT
-    names another hub. `spec` is OWNER/NAME[@REVISION][:SHARDS].
+    Needs `dataset`, `commit`, `endpoint`, `folder` and `files`, as HubSource sets them.
     """
-
-    def __init__(self, spec: str):
-        self.dataset, revision, limit = parse_hub(spec)
-        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        cache = Path(os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat")
-        self.folder = cache.expanduser() / "hub" / self.dataset.replace("/", "--")
-        listing_file = self.folder / f"listing-{revision.replace('/', '--')}.json"
-        try:
-            listing = hub_listing(self.dataset, revision, self.endpoint)
-            write_json(listing_file, listing)
-        except UserError as error:
-            if not listing_file.is_file() or "no connection" not in str(error):
-                raise
-            warnings.warn(f"{error} Going on with the list fetched earlier.", stacklevel=2)
-            listing = read_json(listing_file)
-        self.commit, self.files = listing["commit"], listing["files"]
-        splits = split_shards(self.files)
-        if not splits["train"]:
-            raise UserError(
-                f"data set {self.dataset} has {len(self.files)} parquet files, at least 2 are "
-                "needed: the last is for validation; choose another data set."
-            )
-        splits["train"] = splits["train"][:limit]
-        super().__init__(f"hub {self.dataset}@{self.commit[:12]}", splits)
 
     def have(self, shard: str) -> bool:
         """Tell whether a shard is here, whole, and the one of the listing."""
@@ -484,11 +461,11 @@ class HubSource(ShardedSource):
         """
         missing = [shard for shard in shards if not self.have(shard)]
         total, stopping = sum(self.files[shard]["size"] for shard in missing), threading.Event()
-        lock = threading.Lock()
+        lock, what = threading.Lock(), f"{len(missing)} shards" if missing[1:] else "1 shard"
         if not missing:
             return
         with (
-            Progress(total, f"download of {len(missing)} shards", "byte") as bar,
+            Progress(total, f"download of {what}", "byte") as bar,
             ThreadPoolExecutor(workers) as pool,
         ):
 
@@ -522,6 +499,38 @@ class HubSource(ShardedSource):
             at = shards.index(shard)
             self.fetch(shards[at : at + 4] if at else [shard])
         return self.folder / shard
+
+
+class HubSource(HubShards):
+    """A data set of the Hugging Face hub; shards are fetched when first needed and kept.
+
+    They are kept in $NANOCHAT_CACHE or ~/.cache/nanochat, in `hub/OWNER--NAME/`. HF_ENDPOINT
+    names another hub. `spec` is OWNER/NAME[@REVISION][:SHARDS].
+    """
+
+    def __init__(self, spec: str):
+        self.dataset, revision, limit = parse_hub(spec)
+        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        cache = Path(os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat")
+        self.folder = cache.expanduser() / "hub" / self.dataset.replace("/", "--")
+        listing_file = self.folder / f"listing-{revision.replace('/', '--')}.json"
+        try:
+            listing = hub_listing(self.dataset, revision, self.endpoint)
+            write_json(listing_file, listing)
+        except UserError as error:
+            if not listing_file.is_file() or "no connection" not in str(error):
+                raise
+            warnings.warn(f"{error} Going on with the list fetched earlier.", stacklevel=2)
+            listing = read_json(listing_file)
+        self.commit, self.files = listing["commit"], listing["files"]
+        splits = split_shards(self.files)
+        if not splits["train"]:
+            raise UserError(
+                f"data set {self.dataset} has {len(self.files)} parquet files, at least 2 are "
+                "needed: the last is for validation; choose another data set."
+            )
+        splits["train"] = splits["train"][:limit]
+        super().__init__(f"hub {self.dataset}@{self.commit[:12]}", splits)
 
 
 def open_source(spec: str, seed: int = 0) -> Source:
@@ -693,6 +702,30 @@ def mend_shards(
         first += shard["documents"]
 
 
+def missing_tokens(source: Source, split: str, n_tokens: int, done: int) -> int:
+    """Guess how many tokens are still to be made; a folder knows about how many it has."""
+    guess = getattr(source, "likely_tokens", lambda split: n_tokens)(split)
+    return max(min(n_tokens, guess) - done, 0)
+
+
+def write_stream(
+    stream: Iterator[Encoded], folder: Path, index: dict, n: int, shard_tokens: int, progress: Any
+) -> None:
+    """Write shards of `shard_tokens` or a little more, until n tokens are there or no more."""
+    parts, size, done = [], 0, 0
+    for part in stream:
+        parts.append(part)
+        size, done = size + len(part[0]), done + len(part[0])
+        if progress is not None:
+            progress.update(len(part[0]))
+        if size >= shard_tokens or done >= n:
+            write_token_shard(folder, index, parts, ended=False)
+            parts, size = [], 0
+        if done >= n:
+            return
+    write_token_shard(folder, index, parts, ended=True)
+
+
 def prepare_tokens(
     source: Source,
     tokenizer: Tokenizer,
@@ -730,30 +763,6 @@ def prepare_tokens(
     if index["n_tokens"] != n_tokens:
         write_json(folder / "index.json", {**index, "n_tokens": n_tokens})
     return TokenShards.load(directory, split)
-
-
-def missing_tokens(source: Source, split: str, n_tokens: int, done: int) -> int:
-    """Guess how many tokens are still to be made; a folder knows about how many it has."""
-    guess = getattr(source, "likely_tokens", lambda split: n_tokens)(split)
-    return max(min(n_tokens, guess) - done, 0)
-
-
-def write_stream(
-    stream: Iterator[Encoded], folder: Path, index: dict, n: int, shard_tokens: int, progress: Any
-) -> None:
-    """Write shards of `shard_tokens` or a little more, until n tokens are there or no more."""
-    parts, size, done = [], 0, 0
-    for part in stream:
-        parts.append(part)
-        size, done = size + len(part[0]), done + len(part[0])
-        if progress is not None:
-            progress.update(len(part[0]))
-        if size >= shard_tokens or done >= n:
-            write_token_shard(folder, index, parts, ended=False)
-            parts, size = [], 0
-        if done >= n:
-            return
-    write_token_shard(folder, index, parts, ended=True)
 
 
 class TokenFiles:
@@ -1018,6 +1027,27 @@ class TokenBatches:
         self.plan.go_to(state["epoch"], state["window"], state["row"])
 
 
+def make_ahead(
+    batches: Any, ready: queue.Queue, stopping: threading.Event, device: int | None
+) -> None:
+    """Fill `ready` with (batch, state after it) until told to stop: the body of the thread."""
+
+    def put(item: Any) -> None:
+        while not stopping.is_set():
+            try:
+                return ready.put(item, timeout=0.05)
+            except queue.Full:
+                continue
+
+    try:
+        if device is not None:  # a new thread would open GPU 0, whatever our rank is
+            torch.cuda.set_device(device)
+        while not stopping.is_set():
+            put((batches.next(), batches.state_dict()))
+    except BaseException as error:
+        put(error)
+
+
 class Prefetch:
     """Batches of another loader, made ahead by a thread; the same batches, the same state.
 
@@ -1030,30 +1060,13 @@ class Prefetch:
         self.state, self.ready = batches.state_dict(), queue.Queue(depth)
         self.stopping, self.thread = threading.Event(), None
 
-    def work(self, device: int | None) -> None:
-        """Fill the queue until told to stop: the body of the thread."""
-        try:
-            if device is not None:  # a new thread would open GPU 0, whatever our rank is
-                torch.cuda.set_device(device)
-            while not self.stopping.is_set():
-                self.put((self.batches.next(), self.batches.state_dict()))
-        except BaseException as error:
-            self.put(error)
-
-    def put(self, item: Any) -> None:
-        """Put an item into the queue, unless told to stop while it is full."""
-        while not self.stopping.is_set():
-            try:
-                return self.ready.put(item, timeout=0.05)
-            except queue.Full:
-                continue
-
     def next(self) -> Any:
         """Return the next batch; an error of the thread is raised here."""
         if self.thread is None:
             self.batches.load_state_dict(self.state)
             device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-            self.thread = threading.Thread(target=self.work, args=(device,), daemon=True)
+            work = (self.batches, self.ready, self.stopping, device)
+            self.thread = threading.Thread(target=make_ahead, args=work, daemon=True)
             self.thread.start()
         began = time.perf_counter()
         item = self.ready.get()
