@@ -1,7 +1,7 @@
 """Data benchmark: tokenising, packing and loading, side by side in one run.
 
     python benchmarks/data.py                                      # tiny world, 2 million tokens
-    python benchmarks/data.py --corpus FOLDER --tokens 21000000    # parquet files of real text
+    python benchmarks/data.py --corpus FOLDER --vocab 32768 --tokens 20000000   # real text
 
 Prints Markdown tables: tokenising with 0, 1, 2 ... workers (start of the workers included); four
 packers with rows of --seq-len; the loader by rates, naive and kept, with prefetch on and off beside
@@ -33,7 +33,7 @@ from nanochat.data import (
     pack_rows,
     prepare_tokens,
 )
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Tokenizer, read_ranks
 
 NEED = 540_000  # tokens a second of one H200 at depth 12 (benchmarks/RESULTS.md)
 
@@ -44,7 +44,7 @@ def concatenate(starts, stops, T):
 
 
 def best_fit(starts, stops, T, pad, buffer=1000):
-    """nanochat's packer: best fit from a buffer of 1,000 documents, then crop the shortest or pad."""
+    """nanochat's packer: best fit from 1,000 documents in hand, then crop the shortest, or pad."""
     documents = iter(zip(starts, stops))
     waiting, rows = [], []
     while True:
@@ -74,7 +74,7 @@ PACKERS = {
 
 
 def judge_packer(pack, shards, T):
-    """Return a row of the table of packers: windows of 4,096 shuffled documents for the kept one."""
+    """Return a row of the table of packers; the kept one packs windows of 4,096 documents."""
     order = np.random.default_rng(0).permutation(len(shards.starts))
     if pack is concatenate:
         order = np.arange(len(order))
@@ -137,6 +137,15 @@ def rate(next_batch, n_tokens):
     return done / (time.perf_counter() - began)
 
 
+def stream_rate(source, tokenizer, batch_size, seq_len):
+    """Return tokens a second of a TokenStream over its first whole window."""
+    batches, done = TokenBatches(TokenStream(source, tokenizer), batch_size, seq_len), 0
+    began = time.perf_counter()
+    while batches.plan.window == 0:
+        done += batches.next()[0].numel()
+    return done / (time.perf_counter() - began)
+
+
 def stall(batches, n_steps, step_tokens, micro_tokens):
     """Return the share by which steps of a sleeping accelerator grow because of the loader."""
     per_step, compute = step_tokens // micro_tokens, step_tokens / NEED
@@ -155,13 +164,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", help="folder of parquet files; default: the tiny world")
     parser.add_argument("--tokens", type=int, default=2_000_000)
-    parser.add_argument("--vocab", type=int, default=0, help="default 2,048, real text 32,768")
+    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--ranks", help="a tokenizer's ranks file instead of training one")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=40, help="steps of the stall measurement")
     args = parser.parse_args()
     source = open_source(f"folder:{args.corpus}" if args.corpus else "tinyworld")
-    documents = itertools.islice(source.documents("train"), 3000)
-    tokenizer = Tokenizer.train(documents, args.vocab or (32_768 if args.corpus else 2048))
+    if args.ranks:
+        tokenizer = Tokenizer(read_ranks(args.ranks))
+    else:
+        documents = itertools.islice(source.documents("train"), 3000)
+        tokenizer = Tokenizer.train(documents, args.vocab)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{source.describe('train')}; {cores} cores, {platform.system()}, {platform.machine()}")
 
@@ -188,7 +201,7 @@ def main():
         )
         naive = naive_batches(source, tokenizer, B, T)
         slow = rate(lambda: next(naive), args.tokens // 4)
-        stream = rate(TokenBatches(TokenStream(source, tokenizer), B, T).next, args.tokens // 4)
+        stream = stream_rate(source, tokenizer, B, T)
         kept = rate(TokenBatches(shards, B, T).next, 3 * args.tokens)
         with Prefetch(TokenBatches(shards, B, T)) as ahead:
             fetched = rate(ahead.next, 3 * args.tokens)
