@@ -2090,7 +2090,7 @@ for name, gain in gains.items():
 
 # %%
 fig, ax = figure(
-    "TITLE",
+    "Padding costs most, document masks help most",
     "bits per byte above concatenate and cut (lower is better)",
     size=(6.5, 3),
     alt="Points with error bars for each packer on two rulers, relative to concatenating",
