@@ -590,10 +590,10 @@ def empty_main() -> Iterator[None]:
 
 
 def pick_workers(n_tokens: int) -> int:
-    """Return how many processes should tokenise: 0 (this one) for small work or one core."""
+    """Return how many processes should tokenise: 0 (this one) for small work or few cores."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min(cores, 16) if cores > 1 and n_tokens > 20_000_000 else 0
+    return min(cores, 16) if cores > 2 and n_tokens > 20_000_000 else 0
 
 
 Encoded = tuple[np.ndarray, np.ndarray, int]  # tokens, lengths, number of documents
