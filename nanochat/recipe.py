@@ -31,7 +31,14 @@ from nanochat.common import (
     seed_everything,
     write_json,
 )
-from nanochat.data import TokenBatches, TokenShards, open_source, prepare_tokens
+from nanochat.data import (
+    Prefetch,
+    TokenBatches,
+    TokenShards,
+    ValidationBatches,
+    open_source,
+    prepare_tokens,
+)
 from nanochat.distributed import LaunchError, ShardedMuonAdamW, launch
 from nanochat.engine import Engine
 from nanochat.evaluation import bits_per_byte, evaluate_core, tinyworld_core
@@ -654,13 +661,13 @@ def pretrain(run: Run, world: Any = None) -> dict[str, Any]:
     micro = pick_micro_batch(recipe, config, stage.device, world.world_size)
     train, val = (TokenShards.load(run.directory / "tokens", s) for s in ("train", "val"))
     place = dict(rank=world.rank, world_size=world.world_size)
-    batches = TokenBatches(train, micro, recipe.seq_len, **place, seed=recipe.seed)
+    pin = stage.device.type == "cuda"
+    batches = TokenBatches(train, micro, recipe.seq_len, **place, seed=recipe.seed, pin=pin)
+    fixed = ValidationBatches(val, micro, recipe.seq_len, **place)
     token_bytes = stage.tokenizer.token_bytes().to(stage.device)
 
     def evaluate(step: int) -> dict[str, float]:
-        fixed = TokenBatches(val, micro, recipe.seq_len, **place, seed=0)
-        n_batches = max(1, recipe.val_tokens // (micro * recipe.seq_len * world.world_size))
-        score = bits_per_byte(stage.model, fixed, n_batches, token_bytes, world)
+        score = bits_per_byte(stage.model, iter(fixed), len(fixed), token_bytes, world)
         return {"bits_per_byte": score}
 
     def schedule(step: int, n_steps: int) -> float:
@@ -669,7 +676,8 @@ def pretrain(run: Run, world: Any = None) -> dict[str, Any]:
         )
 
     steps, accumulation = recipe.pretrain_steps, rows // micro
-    result = train_stage(stage, batches, steps, accumulation, schedule, evaluate)
+    with Prefetch(batches) as ahead:  # the next batch is made while the step is computed
+        result = train_stage(stage, ahead, steps, accumulation, schedule, evaluate)
     return {**result, "tokens": recipe.pretrain_steps * recipe.batch_tokens}
 
 
@@ -799,10 +807,9 @@ def judge(run: Run, stage: str) -> dict[str, Any]:
     recipe, engine, world = run.recipe, run.engine(stage), World()
     tokenizer, n, scores = engine.tokenizer, recipe.exam_items, {}
     val = TokenShards.load(run.directory / "tokens", "val")
-    batches = TokenBatches(val, 8, recipe.seq_len, seed=0)
-    n_batches = max(1, recipe.val_tokens // (8 * recipe.seq_len))
+    fixed = ValidationBatches(val, 8, recipe.seq_len)
     token_bytes = tokenizer.token_bytes().to(engine.model.device)
-    scores["bits_per_byte"] = bits_per_byte(engine.model, batches, n_batches, token_bytes)
+    scores["bits_per_byte"] = bits_per_byte(engine.model, iter(fixed), len(fixed), token_bytes)
     if recipe.data == "tinyworld":
         tasks = tinyworld_core(world, n)
         scores["core"] = evaluate_core(engine.model, tokenizer, tasks)["core"]

@@ -26,6 +26,7 @@ class HubServer(ThreadingHTTPServer):
         self.name, self.files, self.commit = name, files, COMMIT
         self.busy, self.cut, self.forge, self.no_ranges = 0, [], False, False
         self.list_busy = 0
+        self.meet = None  # a threading.Barrier at which requests for file bytes wait for each other
         self.plain = set()  # files kept in git itself, without LFS
         self.asked = []  # (path, Range header or None) of each request for file bytes
         self.tokens = []  # Authorization headers
@@ -85,6 +86,8 @@ class Handler(BaseHTTPRequestHandler):
         server, wanted = self.server, self.headers.get("Range")
         server.asked.append((name, wanted))
         server.tokens.append(self.headers.get("Authorization"))
+        if server.meet:
+            server.meet.wait(timeout=20)
         if server.busy > 0:
             server.busy -= 1
             return self.reply(503, b"busy")

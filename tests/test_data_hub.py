@@ -1,8 +1,10 @@
 """Chapter 2: `hub:` sources against a loopback server that plays faults (see hub_server.py)."""
 
 import hashlib
+import io
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -62,7 +64,7 @@ def test_documents_come_shard_by_shard_and_equal_a_folder(hub, files, tmp_path):
     everything = list(source.documents("train"))
     assert everything[0] == first and len(everything) == 180
     assert len(list(source.documents("val"))) == 60
-    assert [name for name, _ in hub.asked] == [f"data/shard_{i}.parquet" for i in range(4)]
+    assert sorted(name for name, _ in hub.asked) == [f"data/shard_{i}.parquet" for i in range(4)]
     assert set(hub.tokens) == {"Bearer hf_secret"}
 
     for name, content in files.items():
@@ -87,6 +89,42 @@ def test_second_run_fetches_nothing(hub):
     hub.asked.clear()
     assert len(list(open_source(f"hub:{NAME}").documents("train"))) == 180
     assert hub.asked == []
+
+
+def test_shards_are_fetched_side_by_side_with_one_progress_line(hub, files, capsys, monkeypatch):
+    source = open_source(f"hub:{NAME}")
+    hub.meet = threading.Barrier(3)  # nobody is served before three have asked
+    source.fetch(source.splits["train"], workers=3)
+    hub.meet = None
+    said = capsys.readouterr().out
+    total = sum(len(files[name]) for name in source.splits["train"])
+    assert said.startswith(f"download of 3 shards {total:,}/{total:,} bytes")
+    assert said.count("\n") == 1
+    source.fetch(source.splits["train"])  # nothing to do, nothing said
+    assert capsys.readouterr().out == "" and len(hub.asked) == 3
+
+
+def test_first_failure_stops_the_others_and_keeps_what_has_come(hub, tmp_path):
+    source = open_source(f"hub:{NAME}")
+    lost = hub.files.pop("data/shard_1.parquet")
+    with pytest.raises(UserError, match=r"shard_1\.parquet: not found.*HTTP 404"):
+        source.fetch(source.splits["train"], workers=1)
+    assert cached(tmp_path) == ["shard_0.parquet"]
+    assert [name for name, _ in hub.asked] == ["data/shard_0.parquet", "data/shard_1.parquet"]
+    hub.files["data/shard_1.parquet"] = lost
+    assert len(list(source.documents("train"))) == 180
+
+
+def test_progress_counts_what_an_earlier_run_has_brought(hub, capsys):
+    hub.cut = [1_000] * 6
+    source = open_source(f"hub:{NAME}")
+    with pytest.raises(UserError, match="keeps breaking off"):
+        source.fetch(source.splits["val"])
+    hub.cut = []
+    capsys.readouterr()
+    source.fetch(source.splits["val"])
+    total = source.files["data/shard_3.parquet"]["size"]
+    assert f"{total:,}/{total:,} bytes" in capsys.readouterr().out
 
 
 def test_files_without_lfs_are_checked_by_their_git_hash(hub, tmp_path):
@@ -177,10 +215,11 @@ def test_full_disk(hub, tmp_path, monkeypatch):
 def test_disk_that_fills_up_during_the_download(hub, tmp_path, monkeypatch):
     source = open_source(f"hub:{NAME}")
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
+    class Full(io.BytesIO):
+        def write(self, block):
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data.shutil, "copyfileobj", full)
+    monkeypatch.setattr(data, "open", lambda path, mode: Full(), raising=False)
     with pytest.raises(UserError, match="No space left on device; free some space"):
         next(source.documents("val"))
     assert len(hub.asked) == 1 and "shard_3.parquet" not in cached(tmp_path)
