@@ -82,6 +82,7 @@ import regex
 #| export
 import base64
 import codecs
+import contextlib
 import hashlib
 import html
 import itertools
@@ -469,8 +470,8 @@ def count_in_worker(batches: Iterable[pa.StringArray], pattern: str) -> Counter[
             table = pa.ipc.open_stream(process.stdout).read_all()
         except (OSError, pa.ArrowInvalid):
             process.kill()
-            for _ in batches:  # nobody must wait for us to take them
-                pass
+            with contextlib.suppress(OSError):
+                process.stdin.close()
             lines = process.stderr.read().decode("utf-8", "replace").splitlines() or ["no message"]
             raise UserError(
                 f"a worker process that counts chunks has died ({lines[-1][:200]}); "
@@ -503,21 +504,27 @@ def count_chunks(
     workers = len(usable) if workers is None else workers
     if workers <= 1 or len(begin) < 2:
         return count_batches(itertools.chain(begin, batches), pattern)
-    counts: Counter[str] = Counter()
     waiting: queue.Queue = queue.Queue(workers)
+
+    def feed_worker(_: int) -> Counter[str]:
+        feed = iter(waiting.get, None)
+        try:
+            return count_in_worker(feed, pattern)
+        finally:
+            for _ in feed:  # a worker that has died must not leave the others waiting
+                pass
+
     with ThreadPoolExecutor(workers) as pool:  # a thread for each worker process, to talk to it
-        feeds = [iter(waiting.get, None) for _ in range(workers)]
-        results = [pool.submit(count_in_worker, feed, pattern) for feed in feeds]
+        results = pool.map(feed_worker, range(workers))
         try:
             for batch in itertools.chain(begin, batches):
                 waiting.put(batch)
-                if any(result.done() for result in results):  # it has died: do not go on
-                    break
         finally:
-            for _ in feeds:
+            for _ in range(workers):
                 waiting.put(None)
+        counts: Counter[str] = Counter()
         for result in results:
-            counts.update(result.result())
+            counts.update(result)
     return counts
 
 

@@ -18,7 +18,7 @@ from nanochat.tokenizer import (
     Tokenizer,
     count_chunks,
     learn_merges,
-    merge_chunk,
+    count_batches,
     ranks_from_merges,
     read_ranks,
     tokens_as_html,
