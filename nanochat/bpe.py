@@ -111,20 +111,13 @@ def serve_counts(pattern: str) -> None:
         stream.write_table(table)
 
 
-def merge_loop(
-    symbol: Sequence[int],
-    weight: Sequence[int],
-    left: Sequence[int],
-    right: Sequence[int],
-    n_merges: int,
-) -> list[tuple[int, int]]:
-    """Learn up to n_merges merges from the positions of `chunk_positions`, which it changes."""
+def merge_loop(symbol, weight, left, right, n_merges: int) -> list[tuple[int, int]]:
+    """Learn up to n_merges merges from `chunk_positions`, as arrays or lists; it changes them."""
     n = len(symbol)
     pair_of, earlier, later = [0] * n, [0] * n, [0] * n
     first, second, count = [0][:0], [0][:0], [0][:0]  # of each pair; numba wants to see the type
 
-    def enter(i, known, key):
-        """Put position i at the end of the list of the pair that begins there."""
+    def enter(i, known, key):  # put position i at the end of the list of the pair that begins there
         if known[key] < 0:  # a new pair; its ring is empty
             known[key] = len(later)
             earlier.append(known[key])
@@ -138,8 +131,7 @@ def merge_loop(
         later[last] = earlier[ring] = i
         count[ring - n] += weight[i]
 
-    def leave(i):
-        """Take position i out of its list."""
+    def leave(i):  # take position i out of its list
         later[earlier[i]], earlier[later[i]] = later[i], earlier[i]
         count[pair_of[i] - n] -= weight[i]
 

@@ -357,7 +357,7 @@ def pickled_fields(data: bytes) -> Any:
         elif name == "STOP" and len(stack) == 1:
             return stack[0]
         elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"it contains {name} {'' if value is None else value!r}".strip())
+            raise ValueError(f"it contains {name}" + (f" {value!r}" if value is not None else ""))
     raise ValueError("it has no end")
 
 
