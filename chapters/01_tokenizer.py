@@ -291,6 +291,9 @@ takes its space with it, so `cat` at the beginning and ` cat` in the middle are 
 
 **Try it:** change `sentence`. What happens to a tab? To `2nd`? To a web address?
 
+> **Exercise 1.1.** Change the pattern so that a dot between two digits stays with them (`3.50` is
+> one chunk). What does that do to the number of different chunks in a text full of prices?
+
 ## Count first
 
 Now the first big saving. People repeat themselves: the text has many chunks, but few *different*
@@ -816,8 +819,8 @@ else:
 
 # %% [markdown]
 r"""
-**Try it:** in `enter`, put a position at the beginning of its list instead of the end. Which merges
-change? Why only those of repeated letters, at first?
+> **Exercise 1.2.** Learn the merges of `aaaaaaa` by hand, from left to right and then from right to
+> left. Where do the results part? Which texts cannot tell the two directions apart?
 
 On 434 MB of real text with a vocabulary of 32,768 the compiled loop takes about two seconds, and
 the counting before it a few more; the whole training is faster than with `rustbpe` and than with
@@ -1553,7 +1556,8 @@ The best size depends on model and text. A larger model spends less of its work 
 layer, and real text has more words: the first nanochat took 65,536 entries for a model of 560
 million parameters and later went down to 32,768, since its smaller models did better with those.
 
-**Try it:** set `compute_budget` to `4e11`. Do the bytes catch up?
+> **Exercise 1.3.** Set `compute_budget` to `4e11`. Do the bytes catch up? Then give the bytes a
+> window of 32, which costs four times as much in the first layer. Is that a better use of the money?
 
 ## Digits
 
