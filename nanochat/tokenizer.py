@@ -105,14 +105,14 @@ def count_chunks(
 ) -> Counter[str]:
     """Split texts with the pattern and count each different chunk, in `workers` processes.
 
-    `workers` is by default the number of usable cores. One worker, or less than 8 million
-    characters, means this process. The result does not depend on it.
+    `workers` is by default the number of usable cores. One worker, or less than 12 million
+    characters (four batches), means this process. The result does not depend on it.
     """
     batches = text_batches(texts)
-    begin = list(itertools.islice(batches, 2))
+    begin = list(itertools.islice(batches, 4))
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     workers = len(usable) if workers is None else workers
-    if workers <= 1 or len(begin) < 2:
+    if workers <= 1 or len(begin) < 4:
         return count_batches(itertools.chain(begin, batches), pattern)
     waiting: queue.Queue = queue.Queue(workers)
 

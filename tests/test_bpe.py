@@ -187,13 +187,13 @@ def test_training_in_a_script_without_a_main_guard(tmp_path):
         "print('once')\n"
         "from nanochat.tokenizer import count_chunks\n"
         "text = 'the cat sat on the mat ' * 1000\n"
-        "print(count_chunks([text] * 400, workers=2)[' cat'])\n"
+        "print(count_chunks([text] * 600, workers=2)[' cat'])\n"
     )
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     out = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, env=os.environ | path
     )
-    assert out.stdout.split() == ["once", "400000"], out.stderr
+    assert out.stdout.split() == ["once", "600000"], out.stderr
 
 
 def test_the_worker_speaks_arrow(monkeypatch):
