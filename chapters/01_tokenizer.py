@@ -315,10 +315,10 @@ spaces is far cheaper than our pattern, so we count words first and run the patt
 words.
 
 May we? A cut is safe if the pattern would have cut there too. Look at a space with a visible
-character after it: every alternative that takes such a space begins with it, and none of the
-alternatives before it can run past it. So there is always a cut *before* a space that is not
-followed by white space. Documents in which two white-space characters follow each other after a
-space (program code, verse) do not qualify; they go the long way through the pattern.
+character after it: every alternative that takes such a space begins with it, and no alternative
+that begins earlier can run past it. So there is always a cut *before* a space that is not followed
+by white space. A document in which some space has white space or nothing after it (program code,
+verse) does not qualify; it goes the long way through the pattern.
 
 The counting itself is done by Apache Arrow, the library that also reads our parquet files. It
 keeps a million strings in one block of memory and counts them without making a Python object of
