@@ -9,7 +9,8 @@ the folder but the last), with the same split pattern. Time is wall time of trai
 texts in memory to ranks: for ours it includes starting the worker processes and loading numba (and,
 the first time on a machine, compiling). Memory is the largest sum over the process and its workers,
 sampled every tenth of a second, the texts included. The ranks of ours, of rustbpe and of the
-file given with --expect are compared one by one. Prints Markdown.
+file given with --expect are compared one by one. Prints Markdown (and each round, as it ends, to
+the error output).
 """
 
 import argparse
@@ -218,6 +219,7 @@ def main():
             for name in names:
                 out = Path(folder, name)
                 found = measure(name, arguments, out)
+                print(f"{name}: {found}", file=sys.stderr, flush=True)
                 if name not in best or found.get("seconds", 1e9) < best[name].get("seconds", 1e9):
                     best[name] = found
                 if out.exists():
