@@ -478,7 +478,7 @@ def count_in_worker(batches: Iterable[pa.StringArray], pattern: str) -> Counter[
             lines = process.stderr.read().decode("utf-8", "replace").splitlines() or ["no message"]
             raise UserError(
                 f"a worker process that counts chunks has died ({lines[-1][:200]}); "
-                "free some memory or train with workers=1."
+                "free some memory and train again, or count with workers=1."
             ) from None
     return Counter(dict(zip(table["chunk"].to_pylist(), table["n"].to_pylist())))
 
@@ -498,13 +498,13 @@ def count_chunks(
 ) -> Counter[str]:
     """Split texts with the pattern and count each different chunk, in `workers` processes.
 
-    `workers` is by default the number of usable cores. One worker, or less than 12 million
-    characters (four batches), means this process. The result does not depend on it.
+    `workers` is by default the number of usable cores, 16 at most. One worker, or less than 12
+    million characters (four batches), means this process. The result does not depend on it.
     """
     batches = text_batches(texts)
     begin = list(itertools.islice(batches, 4))
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-    workers = len(usable) if workers is None else workers
+    workers = min(len(usable), 16) if workers is None else workers
     if workers <= 1 or len(begin) < 4:
         return count_batches(itertools.chain(begin, batches), pattern)
     waiting: queue.Queue = queue.Queue(workers)
