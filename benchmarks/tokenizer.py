@@ -7,7 +7,8 @@
 Each trainer runs in its own process on the same documents (cut at 10,000 characters, all shards of
 the folder but the last), with the same split pattern. Time is wall time of training alone, from
 texts in memory to ranks: for ours it includes starting the worker processes and loading numba (and,
-the first time on a machine, compiling). Memory is the largest sum over the process and its workers,
+the first time on a machine, compiling). CPU seconds, workers included, say more when the machine
+has other work. Memory is the largest sum over the process and its workers,
 sampled every tenth of a second, the texts included. The ranks of ours, of rustbpe and of the
 file given with --expect are compared one by one. Prints Markdown (and each round, as it ends, to
 the error output).
@@ -120,10 +121,12 @@ def child(arguments):
 
     texts, size = load_texts(arguments.corpus, arguments.megabytes)
     trainer, n_ranks = TRAINERS[arguments.only], arguments.vocab - 9
+    start = sum(os.times()[:4])  # of this process and of the children it has waited for
     ranks, seconds, note = trainer(texts, n_ranks, arguments.workers)
+    cpu = sum(os.times()[:4]) - start
     if ranks:
         write_ranks(arguments.out, ranks)
-    found = {"megabytes": size / 1e6, "seconds": seconds, "note": note}
+    found = {"megabytes": size / 1e6, "seconds": seconds, "cpu": cpu, "note": note}
     print(json.dumps(found))
 
 
@@ -230,13 +233,15 @@ def main():
         end="",
     )
     print(f"{size:.0f} MB, vocabulary {arguments.vocab:,}, best of {arguments.repeats}\n")
-    print("| training | seconds | against ours | peak memory | |\n| --- | --- | --- | --- | --- |")
+    print("| training | seconds | against ours | CPU seconds | peak memory | |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, found in best.items():
         if "error" in found:
-            print(f"| {name} | failed: {found['error'][:80]} | | | |")
+            print(f"| {name} | failed: {found['error'][:80]} | | | | |")
             continue
         ratio = found["seconds"] / best["ours"].get("seconds", float("nan"))
-        row = f"| {name} | {found['seconds']:.1f} | {ratio:.2f} | {found['peak']:.2f} GB"
+        row = f"| {name} | {found['seconds']:.1f} | {ratio:.2f} | {found['cpu']:.1f}"
+        row += f" | {found['peak']:.2f} GB"
         print(f"{row} | {found['note']} |")
     good, ours = True, ranks["ours"]
     others = {name: ranks[name] for name in ("ours without numba", "rustbpe") if name in ranks}
