@@ -4,6 +4,7 @@ Every module is exported from a chapter and is edited there, not here:
 
 common       chapters/00_start_here.py  Start here
 tinyworld    chapters/A1_tiny_world.py  The tiny world
+bpe          chapters/01_tokenizer.py  The tokenizer
 tokenizer    chapters/01_tokenizer.py  The tokenizer
 data         chapters/02_data.py  Data
 model        chapters/03_model.py  The model

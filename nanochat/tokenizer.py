@@ -5,130 +5,137 @@ Exported from chapters/01_tokenizer.py (chapter 01, The tokenizer); edit there, 
 
 import base64
 import codecs
+import contextlib
 import hashlib
-import heapq
 import html
 import itertools
+import os
+import pickletools
+import queue
+import subprocess
+import sys
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import regex
+import pyarrow as pa
 import tiktoken
 import torch
 
+from nanochat.bpe import SPLIT_PATTERN, count_batches, learn_merges, ranks_from_merges, text_batches
 from nanochat.common import UserError, atomic_write, read_json, write_json
 
 __all__ = [
+    "ENCODING",
+    "LARGEST_FILE",
+    "PUSHED",
+    "PUSHED_BYTES",
     "SPECIAL_TOKENS",
-    "SPLIT_PATTERN",
     "StreamDecoder",
     "Tokenizer",
     "TokenizerFiles",
     "count_chunks",
-    "learn_merges",
-    "merge_chunk",
-    "ranks_from_merges",
+    "count_in_worker",
+    "pickled_fields",
+    "pieces_as_html",
+    "read_limited",
+    "read_nanochat_pickle",
     "read_ranks",
+    "token_explorer",
     "tokens_as_html",
     "write_ranks",
 ]
 
 
-SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)"  # English contractions: 's, 't, 'll ...
-    r"|[^\r\n\p{L}\p{N}]?+\p{L}+"  # letters, with one space or sign before them
-    r"|\p{N}{1,2}"  # digits, two at most
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*"  # signs, with the line breaks after them
-    r"|\s*[\r\n]"  # blank lines
-    r"|\s+(?!\S)"  # spaces, except the one that belongs to the next word
-    r"|\s+"  # any other white space
-)
+def pieces_as_html(
+    pieces: Sequence[str],
+    titles: Sequence[object] | None = None,
+    colors: Sequence[str | None] | None = None,
+) -> str:
+    """Return HTML that shows each piece of text on a coloured ground, escaped.
 
-
-def count_chunks(texts: Iterable[str], pattern: str = SPLIT_PATTERN) -> Counter[str]:
-    """Split texts with the pattern and count each different chunk.
-
-    `pattern` may not contain capturing groups. Letters that Unicode added after the release of
-    the `regex` package count as signs.
+    `titles` gives each piece a tooltip. `colors` gives each a CSS colour (or None for no colour);
+    without it six pale colours take turns.
     """
-    split = regex.compile(pattern).findall
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(split(text))
+    pale = ("#cfe8ff", "#ffe0cc", "#d3f2e4", "#f6dcec", "#fff0c2", "#e2e2e2")
+    spans = []
+    for number, piece in enumerate(pieces):
+        color = colors[number] if colors is not None else pale[number % len(pale)]
+        title = "" if titles is None else f' title="{html.escape(str(titles[number]))}"'
+        style = f"background:{color or 'none'};color:#111;white-space:pre-wrap"
+        text = html.escape(piece).replace("\n", "↵<br>")
+        spans.append(f'<span{title} style="{style}">{text}</span>')
+    return f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>'
+
+
+def count_in_worker(batches: Iterable[pa.StringArray], pattern: str) -> Counter[str]:
+    """Send batches to a new worker process and return its counts; UserError if it dies."""
+    code = "import sys; from nanochat.bpe import serve_counts; serve_counts(sys.argv[1])"
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, pattern],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | path,
+    ) as process:
+        try:
+            with pa.ipc.new_stream(process.stdin, pa.schema({"text": pa.string()})) as stream:
+                for batch in batches:
+                    stream.write_batch(pa.record_batch([batch], ["text"]))
+            process.stdin.close()
+            table = pa.ipc.open_stream(process.stdout).read_all()
+        except (OSError, pa.ArrowInvalid):
+            process.kill()
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+            lines = process.stderr.read().decode("utf-8", "replace").splitlines() or ["no message"]
+            raise UserError(
+                f"a worker process that counts chunks has died ({lines[-1][:200]}); "
+                "free some memory and train again, or count with workers=1."
+            ) from None
+    return Counter(dict(zip(table["chunk"].to_pylist(), table["n"].to_pylist())))
+
+
+def count_chunks(
+    texts: Iterable[str], pattern: str = SPLIT_PATTERN, workers: int | None = None
+) -> Counter[str]:
+    """Split texts with the pattern and count each different chunk, in `workers` processes.
+
+    `workers` is by default the number of usable cores, 16 at most. One worker, or less than 12
+    million characters (four batches), means this process. The result does not depend on it.
+    """
+    batches = text_batches(texts)
+    begin = list(itertools.islice(batches, 4))
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    workers = min(len(usable), 16) if workers is None else workers
+    if workers <= 1 or len(begin) < 4:
+        return count_batches(itertools.chain(begin, batches), pattern)
+    waiting: queue.Queue = queue.Queue(workers)
+
+    def feed_worker(_: int) -> Counter[str]:
+        feed = iter(waiting.get, None)
+        try:
+            return count_in_worker(feed, pattern)
+        finally:
+            for _ in feed:  # a worker that has died must not leave the others waiting
+                pass
+
+    with ThreadPoolExecutor(workers) as pool:  # a thread for each worker process, to talk to it
+        results = pool.map(feed_worker, range(workers))
+        try:
+            for batch in itertools.chain(begin, batches):
+                waiting.put(batch)
+        finally:
+            for _ in range(workers):
+                waiting.put(None)
+        counts: Counter[str] = Counter()
+        for result in results:
+            counts.update(result)
     return counts
-
-
-def merge_chunk(ids: list[int], pair: tuple[int, int], new_id: int) -> list[tuple[tuple, int]]:
-    """Replace a pair in one chunk, in place; return the changes in pair counts.
-
-    Each change is (pair, +1 or -1). Occurrences are replaced from left to right.
-    """
-    a, b = pair
-    changes, out, i, n = [], [], 0, len(ids)
-    while i < n:
-        if ids[i] != a or i + 1 == n or ids[i + 1] != b:
-            out.append(ids[i])
-            i += 1
-            continue
-        changes.append((pair, -1))
-        if out:
-            changes += [((out[-1], a), -1), ((out[-1], new_id), 1)]
-        if i + 2 < n:
-            changes += [((b, ids[i + 2]), -1), ((new_id, ids[i + 2]), 1)]
-        out.append(new_id)
-        i += 2
-    ids[:] = out
-    return changes
-
-
-def learn_merges(chunk_counts: Mapping[str, int], n_merges: int) -> list[tuple[int, int]]:
-    """Learn up to n_merges BPE merges from weighted chunks; merge k makes symbol 256 + k.
-
-    The most frequent pair goes first, among equals the smallest (a, b). Fewer merges come back
-    when every chunk has become one symbol.
-    """
-    chunks, weights = [], []
-    pair_counts: dict[tuple[int, int], int] = defaultdict(int)
-    found_in: dict[tuple[int, int], set[int]] = defaultdict(set)
-    for text, weight in chunk_counts.items():
-        ids = list(text.encode("utf-8", "replace"))
-        for pair in zip(ids, ids[1:]):
-            pair_counts[pair] += weight
-            found_in[pair].add(len(chunks))
-        chunks.append(ids)
-        weights.append(weight)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
-    merges: list[tuple[int, int]] = []
-    while heap and len(merges) < n_merges:
-        count, pair = heapq.heappop(heap)
-        if -count != pair_counts[pair]:  # an old entry: put it back with the count of today
-            if pair_counts[pair] > 0:
-                heapq.heappush(heap, (-pair_counts[pair], pair))
-            continue
-        new_id, grown = 256 + len(merges), set()
-        for index in found_in.pop(pair):
-            for changed, sign in merge_chunk(chunks[index], pair, new_id):
-                pair_counts[changed] += sign * weights[index]
-                if sign > 0:
-                    grown.add(changed)
-                    found_in[changed].add(index)
-        for changed in grown:
-            if pair_counts[changed] > 0:
-                heapq.heappush(heap, (-pair_counts[changed], changed))
-        merges.append(pair)
-    return merges
-
-
-def ranks_from_merges(merges: Sequence[tuple[int, int]]) -> dict[bytes, int]:
-    """Spell out merges as byte strings: 256 single bytes, then one entry for each merge."""
-    symbols = [bytes([i]) for i in range(256)]
-    for a, b in merges:
-        symbols.append(symbols[a] + symbols[b])
-    return {symbol: rank for rank, symbol in enumerate(symbols)}
 
 
 SPECIAL_TOKENS = (
@@ -151,16 +158,28 @@ def write_ranks(path: str | Path, ranks: Mapping[bytes, int]) -> None:
     atomic_write(path, "".join(lines))
 
 
+LARGEST_FILE = 64_000_000  # bytes; a vocabulary of 65,536 takes about one million
+
+
+def read_limited(path: Path) -> bytes:
+    """Read a file of a tokenizer; UserError when it is missing or far too large to be one."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; check the folder or train the tokenizer first.")
+    if path.stat().st_size > LARGEST_FILE:
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes, a tokenizer at most {LARGEST_FILE:,}; "
+            "check the path."
+        )
+    return path.read_bytes()
+
+
 def read_ranks(path: str | Path) -> dict[bytes, int]:
     """Read a ranks file; UserError names the first line that is wrong.
 
     The file is read directly: tiktoken's own reader caches by path and would return an old one.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; check the folder or train the tokenizer first.")
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_limited(Path(path)).splitlines(), 1):
         try:
             encoded, rank = line.split()
             symbol = base64.b64decode(encoded, validate=True)
@@ -223,17 +242,17 @@ class TokenizerFiles:
         directory = Path(directory)
         facts = read_json(directory / "tokenizer.json")
         ranks = read_ranks(directory / "tokenizer.tiktoken")
-        if not isinstance(facts, dict) or not {"pattern", "fingerprint"} <= set(facts):
+        if not isinstance(facts, dict) or not isinstance(facts.get("pattern"), str):
             raise UserError(
-                f"{directory / 'tokenizer.json'} is not a nanochat tokenizer: it lacks `pattern` "
-                "or `fingerprint`; check the folder or train the tokenizer again."
+                f"{directory / 'tokenizer.json'} is not a nanochat tokenizer: it lacks a "
+                "`pattern`; check the folder or train the tokenizer again."
             )
         tokenizer = cls(ranks, facts["pattern"])
-        if tokenizer.fingerprint() != facts["fingerprint"]:
+        if tokenizer.fingerprint() != facts.get("fingerprint"):
             raise UserError(
                 f"the two tokenizer files in {directory} do not belong together: the ranks hash "
                 f"to {tokenizer.fingerprint()[:12]}, the JSON file says "
-                f"{str(facts['fingerprint'])[:12]}; copy both again or train again."
+                f"{str(facts.get('fingerprint'))[:12]}; copy both again or train again."
             )
         return tokenizer
 
@@ -242,16 +261,20 @@ class Tokenizer(TokenizerFiles):
     """Byte-level BPE with special tokens: text to integers and back, without loss.
 
     `ranks` maps byte strings to 0 .. n-1; the special tokens follow as n .. n+8. Encoding is
-    done by tiktoken; see `Tokenizer.train` and `Tokenizer.load` for how to get one.
+    done by tiktoken; see `Tokenizer.train` and `Tokenizer.load` for how to get one. A pattern
+    that is no regular expression is a UserError.
     """
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = SPLIT_PATTERN):
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.pattern = pattern
         self.special_ids = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self.encoding = tiktoken.Encoding(
-            "nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
-        )
+        try:
+            self.encoding = tiktoken.Encoding(
+                "nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
+            )
+        except ValueError as error:
+            raise UserError(f"tiktoken refuses the pattern {pattern[:60]!r}: {error}") from None
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self.bos_id = self.special_ids["<|bos|>"]
 
@@ -295,6 +318,76 @@ class Tokenizer(TokenizerFiles):
         return lengths
 
 
+PUSHED = ("BININT", "BININT1", "BININT2", "BINUNICODE", "SHORT_BINUNICODE")
+PUSHED_BYTES = ("BINBYTES", "SHORT_BINBYTES")
+ENCODING = ("tiktoken.core", "Encoding")  # stands for the class; nothing is imported
+
+
+def pickled_fields(data: bytes) -> Any:
+    """Return the plain values in a pickle; nothing in it is imported or called.
+
+    Numbers, text, bytes and dictionaries are read, and the fields of a `tiktoken.Encoding` in
+    its place. Anything else is a ValueError.
+    """
+    stack, marks, memo = [], [], {}
+    for opcode, value, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in (*PUSHED, *PUSHED_BYTES):
+            stack.append(value)
+        elif name in ("EMPTY_DICT", "EMPTY_TUPLE"):
+            stack.append({} if name == "EMPTY_DICT" else ())
+        elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if name == "MEMOIZE" else value] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[value])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("SETITEM", "SETITEMS"):
+            start = len(stack) - 2 if name == "SETITEM" else marks.pop()
+            stack[start - 1].update(zip(stack[start::2], stack[start + 1 :: 2]))
+            del stack[start:]
+        elif name == "GLOBAL" and tuple(value.split(" ")) == ENCODING:
+            stack.append(ENCODING)
+        elif name == "STACK_GLOBAL" and tuple(stack[-2:]) == ENCODING:
+            stack[-2:] = [ENCODING]
+        elif name == "NEWOBJ" and stack[-2:] == [ENCODING, ()]:
+            stack.pop()
+        elif name == "BUILD" and stack[-2] == ENCODING:
+            stack[-2:] = stack[-1:]
+        elif name == "STOP" and len(stack) == 1:
+            return stack[0]
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"it contains {name}" + (f" {value!r}" if value is not None else ""))
+    raise ValueError("it has no end")
+
+
+def read_nanochat_pickle(path: str | Path) -> Tokenizer:
+    """Convert the `tokenizer.pkl` of the original nanochat, without executing anything in it.
+
+    The file must hold the ranks of byte strings as 0 .. n-1 and nanochat's nine special tokens
+    after them; anything else is a UserError. `read_nanochat_pickle(old).save(folder)` converts.
+    """
+    data = read_limited(Path(path))
+    try:
+        fields = pickled_fields(data)
+        ranks, pattern = fields["mergeable_ranks"], fields["pat_str"]
+        special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        if not all(type(symbol) is bytes for symbol in ranks) or type(pattern) is not str:
+            raise ValueError("its ranks or its pattern have the wrong type")
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError("its ranks are not 0, 1, 2, ...")
+        if not {bytes([i]) for i in range(256)} <= set(ranks):
+            raise ValueError("it lacks some of the 256 single bytes")
+        if fields["special_tokens"] != special:
+            raise ValueError("its special tokens are not the nine of nanochat")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a tokenizer of the original nanochat ({str(error)[:120]}); nothing "
+            "in it was executed; ask where the file comes from or train a tokenizer."
+        ) from None
+    return Tokenizer(ranks, pattern)
+
+
 class StreamDecoder:
     """Decode ids one at a time; incomplete UTF-8 is held back until its last byte arrives.
 
@@ -323,11 +416,23 @@ def tokens_as_html(
 
     `colors` gives one CSS colour (or None) for each id; without it six pale colours take turns.
     """
-    pale = ("#cfe8ff", "#ffe0cc", "#d3f2e4", "#f6dcec", "#fff0c2", "#e2e2e2")
-    spans = []
-    for position, token_id in enumerate(ids):
-        color = colors[position] if colors is not None else pale[position % len(pale)]
-        text = html.escape(tokenizer.decode([token_id])).replace("\n", "↵<br>")
-        style = f"background:{color or 'none'};color:#111;white-space:pre-wrap"
-        spans.append(f'<span title="{token_id}" style="{style}">{text}</span>')
-    return f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>'
+    return pieces_as_html([tokenizer.decode([i]) for i in ids], ids, colors)
+
+
+def token_explorer(tokenizer: Tokenizer, text: str = "") -> Any:
+    """Return a widget: a box to type in, and the tokens of what is typed, coloured at once."""
+    import ipywidgets
+
+    box = ipywidgets.Textarea(value=text, description="text", layout={"width": "95%"})
+    view, count = ipywidgets.HTML(), ipywidgets.Label()
+
+    def show(_: Any = None) -> None:
+        ids = tokenizer.encode(box.value)
+        view.value = tokens_as_html(tokenizer, ids)
+        n_bytes = int(tokenizer.token_bytes()[ids].sum())
+        rate = f", {n_bytes / len(ids):.2f} bytes a token" if ids else ""
+        count.value = f"{len(box.value)} characters, {n_bytes} bytes, {len(ids)} tokens{rate}"
+
+    box.observe(show, "value")
+    show()
+    return ipywidgets.VBox([box, count, view])

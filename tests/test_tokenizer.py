@@ -1,26 +1,28 @@
-"""Chapter 1: the tokenizer, against rustbpe (training) and tiktoken (encoding)."""
+"""Chapter 1: encoding against tiktoken, files, old pickles, streaming. Training is in test_bpe."""
 
 import base64
 import json
-import random
+import os
+import pickle
 
 import pytest
-import regex
 import tiktoken
 import torch
 from hypothesis import given, settings, strategies as st
 
+from nanochat.bpe import SPLIT_PATTERN, learn_merges, ranks_from_merges
 from nanochat.common import UserError
 from nanochat.tokenizer import (
+    LARGEST_FILE,
     SPECIAL_TOKENS,
-    SPLIT_PATTERN,
     StreamDecoder,
     Tokenizer,
     count_chunks,
-    learn_merges,
-    merge_chunk,
-    ranks_from_merges,
+    pickled_fields,
+    pieces_as_html,
+    read_nanochat_pickle,
     read_ranks,
+    token_explorer,
     tokens_as_html,
     write_ranks,
 )
@@ -36,81 +38,11 @@ WORLD_SCRIPTS = [
     "🐈🐈‍⬛ 👩‍👩‍👧 ok🙂🙂",
     "naïve ΑΒΓ ſ İ",
 ]
-REPEATED = ["a" * 5000, " " * 333 + "b", "ababab" * 50 + "aaa"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train(ENGLISH + CODE + WORLD_SCRIPTS, 400)
-
-
-def naive_merges(texts, n_merges):
-    """Recount all pairs for each merge."""
-    chunks = [list(c.encode()) for t in texts for c in regex.findall(SPLIT_PATTERN, t)]
-    merges = []
-    for new_id in range(256, 256 + n_merges):
-        counts = {}
-        for ids in chunks:
-            for pair in zip(ids, ids[1:]):
-                counts[pair] = counts.get(pair, 0) + 1
-        if not counts:
-            break
-        merges.append(min(counts, key=lambda p: (-counts[p], p)))
-        for ids in chunks:
-            merge_chunk(ids, merges[-1], new_id)
-    return merges
-
-
-def assert_same_as_rustbpe(texts, n_ranks):
-    rustbpe = pytest.importorskip("rustbpe")
-    other = rustbpe.Tokenizer()
-    other.train_from_iterator(iter(texts), n_ranks, pattern=SPLIT_PATTERN)
-    expected = {bytes(symbol): rank for symbol, rank in other.get_mergeable_ranks()}
-    assert ranks_from_merges(learn_merges(count_chunks(texts), n_ranks - 256)) == expected
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [ENGLISH, CODE, WORLD_SCRIPTS, REPEATED, [""], ["x"], [], ENGLISH + CODE + WORLD_SCRIPTS],
-    ids=["english", "code", "scripts", "repeated", "empty", "one byte", "nothing", "all"],
-)
-def test_merges_equal_rustbpe(texts):
-    assert_same_as_rustbpe(texts, 600)
-
-
-def test_merges_equal_rustbpe_on_the_tiny_world():
-    from nanochat.tinyworld import World, document
-
-    world = World(0)
-    assert_same_as_rustbpe([document(world, i) for i in range(500)], 2048 - 9)
-
-
-def test_merges_equal_rustbpe_on_one_repeated_letter():
-    assert_same_as_rustbpe(["a" * 1_000_000], 300)
-
-
-def test_merges_equal_rustbpe_on_real_text(shared_data):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    group = parquet.ParquetFile(shared_data / "corpus" / "shard_00004.parquet").read_row_group(0)
-    texts, size = [], 0
-    for text in group.column("text").to_pylist():
-        texts.append(text)
-        size += len(text)
-        if size > 1_000_000:
-            break
-    assert_same_as_rustbpe(texts, 4096)
-
-
-@given(st.lists(st.text(alphabet="abc é", max_size=30), max_size=6), st.integers(0, 20))
-@settings(max_examples=60, deadline=None)
-def test_fast_trainer_learns_what_the_naive_one_learns(texts, n_merges):
-    assert learn_merges(count_chunks(texts), n_merges) == naive_merges(texts, n_merges)
-
-
-@given(st.text(max_size=200))
-@settings(max_examples=200, deadline=None)
-def test_chunks_are_the_text(text):
-    assert "".join(regex.findall(SPLIT_PATTERN, text)) == text
 
 
 @given(st.text(max_size=200))
@@ -136,7 +68,9 @@ def test_encoding_applies_merges_in_the_order_learned():
     for chunk in count_chunks(ENGLISH):
         ids = list(chunk.encode())
         for new_id, pair in enumerate(merges, 256):
-            merge_chunk(ids, pair, new_id)
+            for i in range(len(ids) - 1):
+                if tuple(ids[i : i + 2]) == pair:
+                    ids[i : i + 2] = [new_id]
         assert tokenizer.encode(chunk) == ids
 
 
@@ -202,12 +136,6 @@ def test_vocabulary_without_room_for_bytes_is_refused():
     assert Tokenizer.train(["ab"], 265).vocab_size == 265
 
 
-def test_training_does_not_depend_on_the_order_of_texts():
-    mixed = ENGLISH + CODE + WORLD_SCRIPTS
-    shuffled = random.Random(1).sample(mixed, len(mixed))
-    assert Tokenizer.train(mixed, 350).fingerprint() == Tokenizer.train(shuffled, 350).fingerprint()
-
-
 def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "new" / "tokenizer")
     again = Tokenizer.load(tmp_path / "new" / "tokenizer")
@@ -267,7 +195,9 @@ def test_damaged_ranks(tokenizer, tmp_path, damage, message):
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"n_vocab": 3})])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", json.dumps({"n_vocab": 3}), json.dumps({"pattern": 3})]
+)
 def test_damaged_json(tokenizer, tmp_path, content):
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
@@ -299,7 +229,147 @@ def test_lone_surrogates_do_not_break_training_or_encoding():
 
 
 def test_pickles_for_worker_processes(tokenizer):
-    import pickle
-
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.encode(ENGLISH[0]) == tokenizer.encode(ENGLISH[0])
+
+
+def test_a_pattern_that_is_no_pattern_is_one_sentence(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    facts = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(facts | {"pattern": "("}))
+    with pytest.raises(UserError, match="refuses the pattern"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_file_far_too_large_is_not_read(tmp_path):
+    path = tmp_path / "ranks.tiktoken"
+    with open(path, "wb") as file:
+        file.truncate(LARGEST_FILE + 1)
+    for reader in (read_ranks, read_nanochat_pickle):
+        with pytest.raises(UserError, match="check the path"):
+            reader(path)
+
+
+# The pickle of the original nanochat
+
+
+def nanochat_encoding(**changed):
+    """An encoding as the original nanochat makes it, from ranks and the nine special tokens."""
+    ranks = ranks_from_merges(learn_merges(count_chunks(ENGLISH), 50))
+    special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+    fields = {"pat_str": SPLIT_PATTERN, "mergeable_ranks": ranks, "special_tokens": special}
+    return tiktoken.Encoding("rustbpe", **(fields | changed))
+
+
+@pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
+def test_an_old_tokenizer_is_converted(tmp_path, protocol):
+    old = nanochat_encoding()
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(old, protocol))
+    converted = read_nanochat_pickle(tmp_path / "tokenizer.pkl")
+    converted.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.vocab_size == converted.vocab_size == old.n_vocab
+    for text in ENGLISH + CODE + WORLD_SCRIPTS:
+        assert again.encode(text) == old.encode_ordinary(text)
+    for name in SPECIAL_TOKENS:
+        assert again.special(name) == old.encode_single_token(name)
+
+
+class Call:
+    """Pickles as a call of a function; the call would leave a file behind."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("place", ["alone", "in a field", "as the class"])
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, protocol, place):
+    mark = tmp_path / "mark"
+    attack = Call(os.mkdir, str(mark))
+    content = {"alone": attack, "in a field": {"pat_str": attack}, "as the class": [attack]}
+    data = pickle.dumps(content[place], protocol)
+    (tmp_path / "tokenizer.pkl").write_bytes(data)
+    with pytest.raises(UserError, match="nothing in it was executed"):
+        read_nanochat_pickle(tmp_path / "tokenizer.pkl")
+    assert not mark.exists()
+    pickle.loads(data)  # the attack is a real one
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not a pickle",
+        b"\x80\x04.",  # nothing on the stack
+        b"\x80\x04h\x05.",  # a memo entry that does not exist
+        b"\x80\x04}u.",  # items without a mark
+        b"\x80\x04}}}s.",  # a dictionary as a key
+        b"\x80\x04)(K\x01K\x02u.",  # items into a tuple
+        b"cos\nsystem\n(S'true'\ntR.",  # the oldest attack there is
+        b"\x80\x04ctiktoken.core\nEncoding\n)R.",  # calling the class
+        b"\x80\x04ctiktoken.core\nEncoding\n)\x81.",  # an object without fields
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # eight exabytes of bytes
+        pickle.dumps({"pat_str": "x"}),
+        pickle.dumps([1, 2]),
+        pickle.dumps("tiktoken"),
+    ],
+)
+def test_broken_pickles_are_one_sentence(tmp_path, data):
+    (tmp_path / "tokenizer.pkl").write_bytes(data)
+    with pytest.raises(UserError, match="is not a tokenizer of the original nanochat"):
+        read_nanochat_pickle(tmp_path / "tokenizer.pkl")
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"special_tokens": {"<|bos|>": 306}}, "nine of nanochat"),
+        ({"mergeable_ranks": {bytes([i]): i for i in range(255)}}, "single bytes"),
+        ({"mergeable_ranks": {bytes([i]): i * 2 for i in range(256)}}, "not 0, 1, 2"),
+        ({"mergeable_ranks": {"a": 0}}, "wrong type"),
+        ({"pat_str": b"x"}, "wrong type"),
+    ],
+)
+def test_a_pickle_of_another_tokenizer_is_refused(tmp_path, changed, message):
+    ranks = {bytes([i]): i for i in range(256)}
+    special = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
+    fields = {"pat_str": "x", "mergeable_ranks": ranks, "special_tokens": special} | changed
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(fields))
+    with pytest.raises(UserError, match=message):
+        read_nanochat_pickle(tmp_path / "tokenizer.pkl")
+
+
+@given(st.binary(max_size=80) | st.binary(max_size=60).map(lambda tail: b"\x80\x04" + tail))
+@settings(max_examples=300, deadline=None)
+def test_random_bytes_never_do_anything_but_raise(data):
+    try:
+        value = pickled_fields(data)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return
+    assert value is None or isinstance(value, (int, str, bytes, dict, tuple))
+
+
+# Pictures
+
+
+def test_pieces_are_escaped_with_their_titles():
+    page = pieces_as_html(["<i>", "x"], titles=['"1"', 2])
+    assert "<i>" not in page and "&lt;i&gt;" in page
+    assert 'title="&quot;1&quot;"' in page and 'title="2"' in page
+
+
+def test_the_explorer_follows_what_is_typed(tokenizer):
+    box, count, view = token_explorer(tokenizer, "the").children
+    before = view.value
+    box.value = "고양이 <script>"
+    assert view.value != before and "<script>" not in view.value and "&lt;" in view.value
+    n_bytes = len(box.value.encode())
+    n_tokens = len(tokenizer.encode(box.value))
+    assert count.value.startswith(f"12 characters, {n_bytes} bytes, {n_tokens} tokens")
+    box.value = ""
+    assert count.value == "0 characters, 0 bytes, 0 tokens"
