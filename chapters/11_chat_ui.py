@@ -1073,16 +1073,17 @@ class ChatControls:
         self.again = self._button("Regenerate", "Answer the last question again")
         self.compare = self._button("Compare", "Ask all models the message, or the last question")
         self.clear = self._button("Clear", "Forget the conversation")
+        self.more = make.ToggleButton(description="Settings", layout={"width": "auto"})
         self.model = make.Dropdown(options=names, description="Model", **wide)
         self.system = make.Text(value=system, description="System", **wide)
-        self.temperature = make.FloatSlider(
-            settings.temperature, min=0, max=2, step=0.05, description="Temperature", **wide
+        warmth, top_p = settings.temperature, settings.top_p or 1.0  # sliders have no spoken name
+        self.temperature = make.BoundedFloatText(
+            warmth, min=0, max=2, step=0.1, description="Temperature", **wide
         )
         top_k, length = settings.top_k or 0, settings.max_tokens
         self.top_k = make.BoundedIntText(top_k, min=0, max=1000, description="Top-k", **wide)
         self.top_k.tooltip = "0 keeps all tokens"
-        top_p = settings.top_p or 1.0
-        self.top_p = make.FloatSlider(
+        self.top_p = make.BoundedFloatText(
             top_p, min=0.05, max=1, step=0.05, description="Top-p", **wide
         )
         self.max_tokens = make.BoundedIntText(
@@ -1108,13 +1109,15 @@ class ChatControls:
         scroll = {"max_height": "480px", "overflow": "auto", "flex_flow": "column-reverse"}
         options = [self.system, self.temperature, self.top_k, self.top_p, self.max_tokens]
         options += [self.seed, self.shade, self.file, row([self.save, self.load])]
-        settings = ipywidgets.Accordion([column(options)], titles=("Settings",))
+        settings = column(options, layout={"display": "none"})
+        show = {True: "flex", False: "none"}
+        self.more.observe(lambda c: settings.layout.set_trait("display", show[c.new]), "value")
         style = ipywidgets.HTML(f"<style>{CHAT_CSS}</style>")
         several = len(self.model.options) > 1
         rows = column([self.rows, self.columns], layout={"flex": "0 0 auto", "width": "100%"})
         talk = ipywidgets.Box([rows], layout=scroll)
         buttons = [self.send, self.stop, self.again, self.clear]
-        buttons += [self.compare] if several else []
+        buttons += [*([self.compare] if several else []), self.more]
         parts = [style, *([self.model] if several else []), talk, self.status, self.box]
         return column([*parts, row(buttons), settings])
 
