@@ -7,14 +7,18 @@ import asyncio
 import hmac
 import json
 import logging
+import queue
 import secrets
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -49,10 +53,12 @@ __all__ = [
     "PAGE_JS_STREAM",
     "PAGE_JS_TALK",
     "PAGE_JS_TEXT",
+    "RemoteEngine",
     "Slots",
     "StopStrings",
     "background_server",
     "check_fields",
+    "chunk_pieces",
     "create_app",
     "event",
     "make_prompt",
@@ -63,6 +69,7 @@ __all__ = [
     "read_prompt",
     "read_settings",
     "read_stops",
+    "remote_engines",
     "request_schema",
     "run_server",
     "stream_answer",
@@ -98,6 +105,7 @@ class Limits:
     max_tokens: int = 4_096  # of one answer
     concurrent: int = 16  # answers being written at the same time
     waiting: int = 64  # requests that may wait for their turn
+    per_client: int = 8  # of those two together, from one address
     seconds: float = 120.0  # of one request, waiting included
 
 
@@ -303,21 +311,31 @@ class Metrics:
 
 
 class Slots:
-    """Admit `concurrent` jobs; let `waiting` more queue; turn the rest away with 429."""
+    """Admit `concurrent` jobs, `per_client` from one address; let `waiting` more queue.
+
+    The rest is turned away with 429.
+    """
 
     def __init__(self, limits: Limits, metrics: Metrics) -> None:
         self.limits, self.metrics = limits, metrics
         self.free = asyncio.Semaphore(limits.concurrent)
+        self.clients: Counter[str] = Counter()  # requests by address, waiting or running
 
-    async def take(self) -> Callable[[], None]:
+    async def take(self, client: str) -> Callable[[], None]:
         """Wait for a slot; returns the function that gives it back (calling twice is harmless)."""
-        metrics = self.metrics
+        metrics, most = self.metrics, self.limits.per_client
+        if self.clients[client] >= most:
+            raise ApiError(429, f"At most {most} requests at a time from one client: wait for one.")
         if self.free.locked() and metrics.waiting >= self.limits.waiting:
             raise ApiError(429, "The server is busy: too many requests wait. Try again later.")
         metrics.waiting += 1
+        self.clients[client] += 1
         try:
             await asyncio.wait_for(self.free.acquire(), self.limits.seconds)
-        except asyncio.TimeoutError:
+        except BaseException as error:
+            self._forget(client)
+            if not isinstance(error, asyncio.TimeoutError):
+                raise
             raise ApiError(503, "The server is busy: no free slot in time. Try again.") from None
         finally:
             metrics.waiting -= 1
@@ -328,9 +346,15 @@ class Slots:
             if held:
                 held.clear()
                 metrics.active -= 1
+                self._forget(client)
                 self.free.release()
 
         return give_back
+
+    def _forget(self, client: str) -> None:
+        self.clients[client] -= 1
+        if not self.clients[client]:
+            del self.clients[client]
 
 
 @dataclass
@@ -480,16 +504,22 @@ class ChatServer:
         self.slots = Slots(limits, self.metrics)
 
     async def body(self, request: Any) -> dict[str, Any]:
-        """The JSON body of a request, read no further than the limit."""
+        """The JSON body of a request, read no further and no longer than the limits say."""
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "Send the body as application/json.")
-        data = b""
+        try:
+            return parse_json(await asyncio.wait_for(self._read(request), self.limits.seconds))
+        except asyncio.TimeoutError:
+            raise ApiError(408, "The body did not arrive in time.") from None
+
+    async def _read(self, request: Any) -> bytes:
+        data = bytearray()
         async for block in request.stream():
             data += block
             if len(data) > self.limits.body_bytes:
                 raise ApiError(413, f"The body may have {self.limits.body_bytes} bytes.")
-        return parse_json(data)
+        return bytes(data)
 
     def choose(self, values: dict[str, Any]) -> tuple[str, Any, Tokenizer]:
         """The engine a request names; without a name, the first."""
@@ -500,14 +530,14 @@ class ChatServer:
         engine = self.engines[name]
         return name, engine, self.tokenizer or engine.tokenizer
 
-    async def admit(self, body: dict[str, Any], chat: bool) -> Job:
+    async def admit(self, body: dict[str, Any], chat: bool, client: str) -> Job:
         """Check a request, wait for a slot and prepare its job."""
         deadline = time.perf_counter() + self.limits.seconds
         values = check_fields(body, self.limits)
         name, engine, tokenizer = self.choose(values)
         settings, stops = read_settings(values, self.limits), StopStrings(read_stops(body))
         source = read_messages(body, self.limits) if chat else read_prompt(body, self.limits)
-        release, stop = await self.slots.take(), threading.Event()
+        release, stop = await self.slots.take(client), threading.Event()
 
         def prepare() -> tuple[list[int], str, Iterator[Piece]]:
             ids, note = make_prompt(engine, tokenizer, source, settings)
@@ -1097,14 +1127,17 @@ def create_app(
     *,
     token: str | None = None,
     limits: Limits | None = None,
+    origins: Sequence[str] = (),
 ) -> Any:
     """A FastAPI application around one engine or a dict of them.
 
     Without `token` it answers requests to localhost only. `limits` bounds what clients may use.
+    `origins` are the web sites whose pages may call it ("https://my.site"; none by default).
     Raises UserError when the extra `serve` is not installed.
     """
     _need_serve_extra()
     from fastapi import FastAPI, Request
+    from fastapi.middleware.cors import CORSMiddleware
     from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
     from starlette.exceptions import HTTPException
 
@@ -1112,6 +1145,9 @@ def create_app(
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None)
     app.state.server, app.state.token = server, token
     app.add_middleware(Guard, token=token, metrics=server.metrics)
+    if origins:
+        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), **allowed)
 
     def refuse(error: ApiError) -> Any:
         return JSONResponse(error.body(), error.status)
@@ -1138,10 +1174,16 @@ def create_app(
     async def metrics() -> Any:
         return PlainTextResponse(server.metrics.text())
 
+    def about(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "nanochat"}
+
     @app.get("/v1/models")
     async def models() -> Any:
-        about = {"object": "model", "created": 0, "owned_by": "nanochat"}
-        return {"object": "list", "data": [{"id": name, **about} for name in server.engines]}
+        return {"object": "list", "data": [about(name) for name in server.engines]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Any:
+        return about(server.choose({"model": name})[0])
 
     for path, chat in (("/v1/chat/completions", True), ("/v1/completions", False)):
         _add_completions(app, server, path, chat, Request)
@@ -1155,7 +1197,7 @@ def _add_completions(
 
     async def complete(request: Any) -> Any:
         body = await server.body(request)
-        job = await server.admit(body, chat)
+        job = await server.admit(body, chat, request.client.host if request.client else "")
         if body.get("stream"):
             return stream_response(job)
         try:
@@ -1223,6 +1265,7 @@ def run_server(
     port: int = 8000,
     token: str | None = None,
     limits: Limits | None = None,
+    origins: Sequence[str] = (),
 ) -> None:
     """Serve the web page and the endpoint until Ctrl-C.
 
@@ -1232,10 +1275,121 @@ def run_server(
     _need_serve_extra()
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
         token = secrets.token_urlsafe(24)
-    app = create_app(engines, tokenizer, token=token, limits=limits)
+    app = create_app(engines, tokenizer, token=token, limits=limits, origins=origins)
     with _bind(host, port) as sock:
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{sock.getsockname()[1]}/" + (f"#token={token}" if token else "")
         print(f"nanochat is at {address} (Ctrl-C stops it)", flush=True)
         with suppress(KeyboardInterrupt):
             _uvicorn(app).run(sockets=[sock])
+
+
+def chunk_pieces(chunk: Any) -> Iterator[Piece]:
+    """The pieces in one streamed event of a chat completion. UserError when it is none."""
+    try:
+        if "error" in chunk:
+            raise UserError(f"The endpoint failed: {chunk['error']['message']}")
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            if "note" in chunk and "role" in delta:
+                yield Piece("note", str(chunk["note"]))
+            part = delta.get("part") or {"type": "text", "text": delta.get("content") or ""}
+            rows = (choice.get("logprobs") or {}).get("content") or [{"logprob": 0.0}]
+            kind, forced = str(part["type"]), part["type"] == "python_output"
+            if part["text"] or "part" in delta:
+                opens, logprob = bool(part.get("opens")), float(rows[0]["logprob"])
+                yield Piece(kind, str(part["text"]), -1, logprob, forced, opens)
+            if choice.get("finish_reason"):
+                yield Piece("end", str(choice["finish_reason"]))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError("The endpoint sent something that is not a chat completion.") from None
+
+
+class RemoteEngine:
+    """A model behind an OpenAI-compatible endpoint, for ChatWidget, ChatSession and terminal_chat.
+
+    `url` is the address up to /v1, `token` its access token. Raises UserError when the endpoint
+    cannot be reached, refuses, or answers something else; nothing is sent before a question is.
+    """
+
+    tokenizer = None  # the endpoint renders prompts itself
+
+    def __init__(self, url: str, model: str, token: str = "", timeout: float = 120.0) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"An endpoint's address begins with http:// or https://; found {url}.")
+        self.url, self.model, self.token, self.timeout = url.rstrip("/"), model, token, timeout
+
+    def open(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The response to a request, not read yet; a body is sent by POST."""
+        data = json.dumps(body).encode() if body is not None else None
+        headers = {"Content-Type": "application/json"}
+        headers.update({"Authorization": f"Bearer {self.token}"} if self.token else {})
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            return urllib.request.urlopen(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            with suppress(ValueError, KeyError, TypeError):
+                raise UserError(json.loads(error.read(10_000))["error"]["message"]) from None
+            raise UserError(f"{self.url} answered with status {error.code}.") from None
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(f"Cannot reach {self.url}: {reason}. Is the server running?") from None
+
+    def _read(self, body: dict[str, Any], lines: queue.Queue, gone: threading.Event) -> None:
+        """The reading thread: lines of the answer, then None; or the error."""
+        try:
+            with self.open("/chat/completions", body) as response:
+                for line in response:
+                    lines.put(line.decode("utf-8"))
+                    if gone.is_set():
+                        return
+            lines.put(None)
+        except Exception as error:
+            lines.put(error)
+
+
+def _stream_messages(
+    self: RemoteEngine,
+    messages: list[dict[str, Any]],
+    settings: ChatSettings,
+    stop: threading.Event | None = None,
+) -> Iterator[Piece]:
+    """Stream the pieces of the answer to a conversation; the last one has kind "end"."""
+    body = {"model": self.model, "messages": messages, "stream": True, "logprobs": True}
+    body.update((name, value) for name, value in asdict(settings).items() if value is not None)
+    lines: queue.Queue = queue.Queue()
+    gone = threading.Event()
+    threading.Thread(target=self._read, args=(body, lines, gone), daemon=True).start()
+    try:
+        while stop is None or not stop.is_set():
+            try:
+                line = lines.get(timeout=0.05)
+            except queue.Empty:
+                continue
+            if isinstance(line, Exception):
+                raise line
+            if line is None:
+                raise UserError("The endpoint closed the connection before the answer was complete.")
+            if line.startswith("data:") and "[DONE]" in line[:14]:
+                return
+            for data in read_events(iter([line])):
+                yield from chunk_pieces(data)
+        yield Piece("end", "cancelled")
+    finally:
+        gone.set()
+
+
+RemoteEngine.stream_messages = _stream_messages
+
+
+def remote_engines(url: str, token: str = "") -> dict[str, RemoteEngine]:
+    """All models of an endpoint, by name: `ChatWidget(remote_engines("http://127.0.0.1:8000/v1"))`.
+
+    Raises UserError when there is no such endpoint.
+    """
+    with RemoteEngine(url, "", token).open("/models") as response:
+        try:
+            names = [str(entry["id"]) for entry in json.load(response)["data"]]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{url} is not an OpenAI-compatible endpoint.") from None
+    return {name: RemoteEngine(url, name, token) for name in names}

@@ -823,7 +823,7 @@ class _ChatBubbles:
             if i % 2 == 0:
                 row.append(self.controls._button("Edit", "Edit this question and ask again"))
                 row[1].on_click(lambda _, i=i: self._try(lambda: self.edit(i)))
-            rows.append(ipywidgets.HBox(row, layout={"flex": "0 0 auto"}))
+            rows.append(ipywidgets.HBox(row, layout={"flex": "0 0 auto", "align_items": "center"}))
         for row, message in zip(rows, messages[:-1]):
             row.children[0].value = bubble_html(message)  # nothing is sent if it is the same
         self.controls.rows.children = rows[: len(messages)]

@@ -134,7 +134,7 @@ def kernel(page, expression):
 
 
 def choose(page, model):
-    page.get_by_label("Model", exact=True).select_option(model)
+    page.locator(".jp-OutputArea select").select_option(model)
 
 
 def dark(page, theme):
@@ -222,8 +222,8 @@ def test_keyboard_alone_and_names_for_screen_readers(page):
     page.keyboard.press("Space")  # Send is the next stop of the Tab key
     done(page, "hello", "You said: hello")
     nameless = page.evaluate(
-        """[...document.querySelectorAll(".jp-OutputArea :is(button, input, select, textarea,
-        [tabindex='0'])")].filter((n) => n.offsetParent && !(n.innerText.trim() || n.ariaLabel ||
+        """[...document.querySelectorAll(".jp-OutputArea :is(button, input, select, textarea," +
+        "[tabindex='0'])")].filter((n) => n.offsetParent && !(n.innerText.trim() || n.ariaLabel ||
         n.title || (n.labels && n.labels.length))).map((n) => n.outerHTML)"""
     )
     assert nameless == []
