@@ -610,6 +610,7 @@ button.main { background: var(--accent); color: var(--paper); border-color: var(
 #settings[hidden] { display: none; }
 #settings label { display: flex; flex-direction: column; font-size: .85rem; color: var(--quiet); }
 #settings input { color: var(--ink); min-width: 0; } #settings .wide { grid-column: 1 / -1; }
+#settings .check { flex-direction: row; align-items: center; gap: .4rem; }
 #talk { flex: 1; overflow-y: auto; border-top: 1px solid var(--line); padding: .5rem 0; }
 .turn { padding: .25rem 1rem; display: flex; flex-direction: column; align-items: flex-start; }
 .turn.user { align-items: flex-end; }
@@ -626,6 +627,11 @@ summary { cursor: pointer; color: var(--quiet); }
 .tools { font-size: .8rem; color: var(--quiet); display: flex; gap: .6rem; padding: .1rem .4rem; }
 .tools button { border: 0; padding: 0; background: none; color: inherit;
   text-decoration: underline; }
+.columns { display: flex; gap: .5rem; overflow-x: auto; padding: 0 1rem; }
+.column { flex: 1 1 0; min-width: 11rem; font-size: .95em; } .column .bubble { max-width: none; }
+.column h2 { font-size: .8rem; margin: .3rem .9rem; color: var(--quiet); }
+.token { white-space: pre-wrap; border-radius: .2rem; }
+#said { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .hint { text-align: center; color: var(--quiet); padding: 2rem 1rem; }
 #alert { color: var(--bad); padding: 0 1rem; min-height: 0; }
 footer { padding: .6rem 1rem 1rem; } footer form { display: flex; gap: .5rem; }
@@ -661,11 +667,13 @@ viewBox='0 0 16 16'%3E%3Ccircle cx='8' cy='8' r='7' fill='%230067a6'/%3E%3C/svg%
 <label>Max tokens <input id="max_tokens" type="number" min="1" max="4096" value="512"></label>
 <label>Seed (empty: random) <input id="seed" type="number" min="0" max="2147483647"></label>
 <label>Access token <input id="token" type="password" autocomplete="off"></label>
+<label class="check wide"><input id="shade" type="checkbox"> Show token probabilities</label>
 <div class="wide"><button id="save" type="button">Save as file</button>
 <button id="load" type="button">Load a file</button>
 <input id="file" type="file" accept=".json" hidden></div>
 </section>
-<main id="talk" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"></main>
+<main id="talk" aria-label="Conversation" tabindex="0"></main>
+<div id="said" role="log" aria-label="Answers"></div>
 <div id="alert" role="alert"></div>
 <footer>
 <form id="form">
@@ -673,6 +681,8 @@ viewBox='0 0 16 16'%3E%3Ccircle cx='8' cy='8' r='7' fill='%230067a6'/%3E%3C/svg%
  autofocus></textarea>
 <button id="send" class="main" type="submit">Send</button>
 <button id="stop" type="button" disabled>Stop</button>
+<button id="compare" type="button" hidden
+ title="Ask all models the message, or the last question">Compare</button>
 </form>
 <div id="status" role="status">Enter sends, Shift+Enter starts a new line, Escape stops.</div>
 </footer>
@@ -737,14 +747,25 @@ function markdown(into, text) {
 
 
 PAGE_JS_TALK = r"""
-const state = { messages: [], running: null, editing: null, drawing: false };
+const state = { messages: [], compared: null, running: null, editing: null, drawing: false,
+  growing: [], tokens: 0, first: 0 };
 const FIELDS = ["model", "system", "temperature", "top_k", "top_p", "max_tokens", "seed",
   "token"];
+
+function shaded([text, logprob, forced]) {
+  const p = Math.exp(Math.min(logprob, 0));
+  const title = forced ? "written by the calculator" : "p = " + p.toFixed(3);
+  const node = el("span", { class: "token", title }, text || "·");
+  node.style.background = forced ? "#8883" : `rgba(213, 94, 0, ${0.75 * (1 - p)})`;
+  return node;
+}
 
 function fill(bubble, message) {
   bubble.replaceChildren();
   if (message.role === "user") return bubble.append(message.content);
   const parts = message.content;
+  if ($("shade").checked && message.tokens)
+    return bubble.append(el("p", {}, ...message.tokens.map(shaded)));
   parts.forEach((part, i) => {
     if (part.type === "text") return markdown(bubble, part.text);
     if (part.type !== "python") return;
@@ -763,24 +784,39 @@ function link(text, action) {
   return button;
 }
 
+function turn(message, ...actions) {
+  const bubble = el("div", { class: "bubble" });
+  fill(bubble, message);
+  state.growing.push([bubble, message]);
+  const label = message.role === "user" ? "You" : "Model";
+  return el("article", { class: "turn " + message.role, "aria-label": label },
+    bubble, el("div", { class: "tools" }, ...actions, message.end || ""));
+}
+
+function column([name, message]) {
+  return el("section", { class: "column", "aria-label": name }, el("h2", {}, name), turn(message));
+}
+
 function draw() {
-  const talk = $("talk");
+  const talk = $("talk"), { messages, compared, running } = state;
   talk.replaceChildren();
-  if (!state.messages.length) talk.append(el("p", { class: "hint" }, "Say hello to the model."));
-  state.messages.forEach((message, i) => {
-    const bubble = el("div", { class: "bubble" });
-    fill(bubble, message);
-    const label = message.role === "user" ? "You" : "Model";
-    const tools = el("div", { class: "tools" });
-    if (message.role === "user") tools.append(link("Edit", () => startEdit(i)));
-    else if (i === state.messages.length - 1) tools.append(link("Regenerate", regenerate));
-    if (message.end) tools.append(message.end);
-    talk.append(el("article", { class: "turn " + message.role, "aria-label": label },
-      bubble, tools));
+  if (!messages.length && !compared)
+    talk.append(el("p", { class: "hint" }, "Say hello to the model."));
+  messages.forEach((message, i) => {
+    state.growing = [];
+    const last = i === messages.length - 1;
+    if (message.role === "user") talk.append(turn(message, link("Edit", () => startEdit(i))));
+    else talk.append(turn(message, ...(last ? [link("Regenerate", regenerate)] : [])));
   });
+  if (compared) {
+    talk.append(turn({ role: "user", content: compared.text }));
+    state.growing = [];
+    talk.append(el("div", { class: "columns", role: "group", "aria-label": "Comparison" },
+      ...Object.entries(compared.answers).map(column)));
+  }
   talk.scrollTop = talk.scrollHeight;
-  $("stop").disabled = !state.running;
-  $("send").disabled = $("new").disabled = $("load").disabled = Boolean(state.running);
+  $("stop").disabled = !running;
+  for (const name of ["send", "compare", "new", "load"]) $(name).disabled = Boolean(running);
 }
 
 function drawLast() {
@@ -788,13 +824,12 @@ function drawLast() {
   state.drawing = true;
   requestAnimationFrame(() => {
     state.drawing = false;
-    const talk = $("talk"), bubble = talk.querySelector("article:last-of-type .bubble");
+    const talk = $("talk");
     const atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 80;
-    if (bubble && state.messages.length) fill(bubble, state.messages.at(-1));
+    for (const [bubble, message] of state.growing) fill(bubble, message);
     if (atEnd) talk.scrollTop = talk.scrollHeight;
   });
 }
-
 """
 
 
@@ -824,70 +859,96 @@ async function* events(answer) {
   }
 }
 
-function request() {
+function request(talk, model) {
   const number = (name) => ($(name).value === "" ? null : Number($(name).value));
   const system = $("system").value.trim();
-  const messages = state.messages.map(({ role, content }) => ({ role, content }));
+  const messages = talk.map(({ role, content }) => ({ role, content }));
   if (system) messages.unshift({ role: "system", content: system });
-  return JSON.stringify({ model: $("model").value || null, messages, stream: true,
+  return JSON.stringify({ model: model || null, messages, stream: true, logprobs: true,
     temperature: number("temperature"), top_k: number("top_k") || null, top_p: number("top_p"),
     max_tokens: number("max_tokens"), seed: number("seed") });
 }
 
-function take(parts, delta) {
+function take(answer, { delta, logprobs }) {
   const part = delta.part || { type: "text", text: delta.content || "" };
-  const last = parts.at(-1);
+  const last = answer.content.at(-1), forced = part.type === "python_output";
+  for (const row of logprobs?.content || [])
+    answer.tokens.push([part.text, row.logprob, forced]);
   if (last && last.type === part.type && !(delta.part && part.opens)) last.text += part.text;
-  else if (part.text || part.type !== "text") parts.push({ type: part.type, text: part.text });
+  else if (part.text || part.type !== "text")
+    answer.content.push({ type: part.type, text: part.text });
+}
+
+async function follow(talk, model, answer) {
+  const options = { method: "POST", body: request(talk, model), signal: state.running.signal };
+  for await (const chunk of events(await api("v1/chat/completions", options))) {
+    if (chunk.error) throw new Error(chunk.error.message);
+    const choice = chunk.choices[0];
+    if (!choice) continue;
+    if (chunk.note) $("alert").textContent = chunk.note;
+    if (choice.finish_reason === "length") answer.end = "cut at the length limit";
+    if (choice.finish_reason || choice.delta.role) continue;
+    state.tokens += 1;
+    state.first = state.first || performance.now();
+    take(answer, choice);
+    drawLast();
+  }
 }
 """
 
 
 PAGE_JS_ACTIONS = r"""
-async function ask() {
-  const body = request(), parts = [];
-  const answer = { role: "assistant", content: parts };
-  state.messages.push(answer);
+async function run(answers, work) {
   state.running = new AbortController();
+  state.tokens = state.first = 0;
   $("alert").textContent = "";
   draw();
   const begin = performance.now();
-  let tokens = 0, first = 0;
-  try {
-    const reply = await api("v1/chat/completions",
-      { method: "POST", body, signal: state.running.signal });
-    for await (const chunk of events(reply)) {
-      if (chunk.error) throw new Error(chunk.error.message);
-      const choice = chunk.choices[0];
-      if (!choice) continue;
-      if (choice.delta.content || choice.delta.part) {
-        tokens += 1;
-        first = first || performance.now();
-        take(parts, choice.delta);
-        drawLast();
-      }
-      if (choice.finish_reason === "length") answer.end = "cut at the length limit";
-      if (chunk.note && !state.noted) $("alert").textContent = chunk.note;
-    }
-  } catch (error) {
-    if (error.name === "AbortError") answer.end = "stopped";
-    else {
-      $("alert").textContent = error.message;
-      if (!parts.length) {
-        state.messages.pop();
-        $("box").value = $("box").value || state.messages.pop().content;
-      }
-    }
+  let fine = true;
+  try { await work(); } catch (error) {
+    fine = error.name === "AbortError";
+    if (!fine) $("alert").textContent = error.message;
+    else for (const answer of answers) answer.end = "stopped";
   }
-  const rate = (tokens - 1) / Math.max((performance.now() - first) / 1000, 0.001);
-  if (tokens > 1) $("status").textContent = tokens + " pieces · first after " +
-    ((first - begin) / 1000).toFixed(2) + " s · " + rate.toFixed(0) + " per second";
+  const { tokens, first } = state, now = performance.now();
+  if (tokens > 1) $("status").textContent = tokens + " tokens · first after " +
+    ((first - begin) / 1000).toFixed(2) + " s · " +
+    (1000 * (tokens - 1) / Math.max(now - first, 1)).toFixed(0) + " tokens/s";
   state.running = null;
+  $("said").replaceChildren(el("p", {},
+    answers.map(({ content }) => content.map(({ text }) => text).join("")).join("\n")));
   draw();
   keep();
   $("box").focus();
+  return fine;
 }
 
+async function ask() {
+  const talk = [...state.messages], answer = { role: "assistant", content: [], tokens: [] };
+  state.messages.push(answer);
+  state.compared = null;
+  if (await run([answer], () => follow(talk, $("model").value, answer))) return;
+  if (answer.content.length) return;
+  state.messages.pop();  // nothing came: the question goes back into the box
+  $("box").value = $("box").value || state.messages.pop().content;
+  draw();
+  keep();
+}
+
+function compare() {
+  const text = $("box").value, last = state.messages.findLastIndex(({ role }) => role === "user");
+  if (state.running || (!text.trim() && last < 0)) return;
+  const talk = text.trim() ? [...state.messages, { role: "user", content: text }] :
+    state.messages.slice(0, last + 1);
+  const names = [...$("model").options].map(({ value }) => value), answers = {};
+  for (const name of names) answers[name] = { role: "assistant", content: [], tokens: [] };
+  state.compared = { text: talk.at(-1).content, answers };
+  run(Object.values(answers), async () => {
+    const ends = await Promise.allSettled(names.map((name) => follow(talk, name, answers[name])));
+    const failed = ends.find(({ status }) => status === "rejected");
+    if (failed) throw failed.reason;
+  });
+}
 """
 
 
@@ -943,6 +1004,7 @@ async function loadFile() {
         [{ type: "text", text: content }] : content.map((part) =>
           ({ type: String(part.type), text: String(part.text) })) }));
     $("system").value = String(data.system || "");
+    state.compared = null;
     $("alert").textContent = "";
   } catch { $("alert").textContent = "This file is not a saved conversation."; }
   $("file").value = "";
@@ -961,6 +1023,7 @@ async function listModels() {
     const chosen = $("model").value || $("model").dataset.wanted;
     $("model").replaceChildren(...list.data.map(({ id }) => el("option", { value: id }, id)));
     if (list.data.some(({ id }) => id === chosen)) $("model").value = chosen;
+    $("compare").hidden = list.data.length < 2;
     $("alert").textContent = "";
   } catch (error) { $("alert").textContent = error.message; }
 }
@@ -997,9 +1060,11 @@ document.addEventListener("keydown", (event) => {
   $("status").textContent = "";
 });
 $("stop").addEventListener("click", () => state.running && state.running.abort());
+$("compare").addEventListener("click", compare);
+$("shade").addEventListener("change", draw);
 $("new").addEventListener("click", () => {
   state.messages = [];
-  state.editing = null;
+  state.editing = state.compared = null;
   $("status").textContent = $("alert").textContent = "";
   draw();
   keep();

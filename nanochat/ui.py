@@ -556,7 +556,7 @@ def tokens_html(pieces: list[Piece]) -> str:
         out.append(
             f'<span class="nc-token" title="{title}" style="background: {shade}">{text}</span>'
         )
-    return f'<div class="nc-turn nc-model" role="article">{"".join(out)}</div>'
+    return f'<div class="nc-turn nc-model" role="article"><p>{"".join(out)}</p></div>'
 
 
 COMPOSER_JS = """
