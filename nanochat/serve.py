@@ -62,6 +62,7 @@ __all__ = [
     "create_app",
     "event",
     "make_prompt",
+    "message_schema",
     "page",
     "parse_json",
     "read_events",
@@ -158,6 +159,17 @@ def check_fields(body: dict[str, Any], limits: Limits) -> dict[str, Any]:
     return values
 
 
+def message_schema() -> dict[str, Any]:
+    """One message of a request: text, or a list of parts."""
+    kinds = {"enum": ["text", "python", "python_output"]}
+    part = {"type": "object", "required": ["type", "text"]}
+    part["properties"] = {"type": kinds, "text": {"type": "string"}}
+    content = {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]}
+    role = {"enum": ["system", "user", "assistant"]}
+    properties = {"role": role, "content": content}
+    return {"type": "object", "required": ["role", "content"], "properties": properties}
+
+
 def request_schema(chat: bool, limits: Limits) -> dict[str, Any]:
     """The same table as an OpenAPI request body."""
     properties: dict[str, Any] = {}
@@ -168,7 +180,8 @@ def request_schema(chat: bool, limits: Limits) -> dict[str, Any]:
     stop = {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 4}
     properties["stop"] = {"anyOf": [{"type": "string", "minLength": 1}, stop, {"type": "null"}]}
     main = "messages" if chat else "prompt"
-    properties[main] = {"type": "array" if chat else "string"}
+    talk = {"type": "array", "items": message_schema(), "minItems": 1, "maxItems": limits.messages}
+    properties[main] = talk if chat else {"type": "string"}
     schema = {"type": "object", "required": [main], "properties": properties}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
