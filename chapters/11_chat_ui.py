@@ -1711,7 +1711,7 @@ from nanochat.tokenizer import Tokenizer
 #| export serve
 def event(data: Any) -> str:
     """One server-sent event that carries JSON (or the word [DONE])."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    text = data if isinstance(data, str) else json.dumps(data)
     return f"data: {text}\n\n"
 
 
@@ -1732,7 +1732,9 @@ print(list(read_events(iter(stream.splitlines()))))
 
 # %% [markdown]
 r"""
-A newline inside the text is no trouble: JSON writes it as `\n`, so an event stays one line.
+A newline inside the text is no trouble: JSON writes it as `\n`, so an event stays one line. We let
+JSON escape everything that is not ASCII too. Unicode knows other line ends (U+2028, for one), and
+some clients cut there, in the middle of an event.
 
 ## Limits before features
 
@@ -1788,7 +1790,7 @@ FIELDS = {
     "model": ("string", None, None),
     "temperature": ("number", 0, 2),
     "top_p": ("number", 0, 1),
-    "top_k": ("integer", 1, 100_000),
+    "top_k": ("integer", 0, 100_000),  # 0 keeps all tokens
     "max_tokens": ("integer", 1, None),
     "max_completion_tokens": ("integer", 1, None),
     "seed": ("integer", -(2**63), 2**63 - 1),
@@ -1891,7 +1893,7 @@ def read_settings(values: dict[str, Any], limits: Limits) -> ChatSettings:
     seed = values.get("seed", secrets.randbelow(2**31))
     return ChatSettings(
         temperature=values.get("temperature", 0.8),
-        top_k=values.get("top_k", 50),
+        top_k=values.get("top_k", 50) or None,
         top_p=max(values["top_p"], 1e-6) if "top_p" in values else None,
         max_tokens=length,
         seed=seed % 2**31,
@@ -2661,7 +2663,7 @@ function request(talk, model) {
   const messages = talk.map(({ role, content }) => ({ role, content }));
   if (system) messages.unshift({ role: "system", content: system });
   return JSON.stringify({ model: model || null, messages, stream: true, logprobs: true,
-    temperature: number("temperature"), top_k: number("top_k") || null, top_p: number("top_p"),
+    temperature: number("temperature"), top_k: number("top_k"), top_p: number("top_p"),
     max_tokens: number("max_tokens"), seed: number("seed") });
 }
 
@@ -3370,6 +3372,7 @@ def _stream_messages(
     """Stream the pieces of the answer to a conversation; the last one has kind "end"."""
     body = {"model": self.model, "messages": messages, "stream": True, "logprobs": True}
     body.update((name, value) for name, value in asdict(settings).items() if value is not None)
+    body["top_k"] = settings.top_k or 0
     lines: queue.Queue = queue.Queue()
     gone = threading.Event()
     threading.Thread(target=self._read, args=(body, lines, gone), daemon=True).start()

@@ -23,7 +23,7 @@ HOSTILE = {
     "terminal": "\x1b]0;title\x07\x1b[2J\x1b[31mred",
     "direction": "\u202etxt.exe\u202c \u200b\ufeff\u2028x\u2029",
     "null": "a\x00b\x01c\x7fd\x9be",
-    "accents": "e" + "\u0301" * 300 + "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+    "accents": "e" + "\u0301" * 100 + "\U0001f469\u200d\U0001f469\u200d\U0001f467",
 }
 ASKED = b'{"messages": [{"role": "user", "content": "%s"}]}'
 BODIES = {

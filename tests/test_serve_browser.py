@@ -178,6 +178,7 @@ def test_settings_reach_the_engine_and_survive_a_reload(visit):
     done(page)
     call = two.calls[0]
     assert (call["temperature"], call["max_tokens"], call["seed"]) == (0.3, 7, 11)
+    assert call["top_k"] is None
     assert "quick fox" in two.tokenizer.decode(call["ids"]) and not one.calls
     page.reload()
     until(page, "document.querySelectorAll('#model option').length === 2")
