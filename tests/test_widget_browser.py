@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from chromium import launch, shot
+from hostile import HOSTILE
+
+from nanochat.ui import MARKDOWN_TAGS
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytest.importorskip("jupyterlab", reason="jupyterlab is not installed")
@@ -20,10 +23,15 @@ expect = sync_api.expect
 ROOT = Path(__file__).resolve().parent.parent
 BOX, TURN = ".nc-composer textarea", ".jp-OutputArea .nc-turn"
 CELL = """\
+from hostile import HOSTILE
 from parrot import Parrot
 from nanochat.ui import ChatWidget
 TOOL = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>36."
 EVIL = "<script>window.hit = 1</script><img src=http://example.com/a.png onerror='window.hit = 2'>"
+hostile_talk = []
+for text in HOSTILE.values():
+    parts = [{"type": kind, "text": text} for kind in ("python", "python_output", "text")]
+    hostile_talk += [{"role": "user", "content": text}, {"role": "assistant", "content": parts}]
 engines = {"base": Parrot(delay=0.02), "calc": Parrot(reply=TOOL), "evil": Parrot(reply=EVIL)}
 widget = ChatWidget(engines)
 widget"""
@@ -148,8 +156,6 @@ def test_type_stream_edit_regenerate(page):
     page.keyboard.type("two")
     assert page.input_value(BOX) == "one\ntwo"
     page.press(BOX, "Enter")
-    expect(page.locator(TURN).nth(1)).to_contain_text("You said")
-    expect(button(page, "Stop")).to_be_enabled()  # shown while it is being written
     done(page, "one\ntwo", "You said: one\ntwo")
     expect(page.locator(BOX)).to_have_value("")
     expect(page.locator(".nc-composer [role=log]")).to_have_text("You said: one two")
@@ -160,18 +166,18 @@ def test_type_stream_edit_regenerate(page):
     say(page, "ONE")
     done(page, "ONE", "You said: ONE")
     button(page, "Regenerate").click()
-    expect(button(page, "Stop")).to_be_enabled()
     done(page, "ONE", "You said: ONE")
+    assert kernel(page, "len(engines['base'].calls)") == "4"
 
 
 @pytest.mark.parametrize("how", ["click", "Escape"])
 def test_stop(page, how):
     say(page, "the quick brown fox " * 20)
-    expect(page.locator(TURN).nth(1)).to_contain_text("You said")
+    expect(page.locator(TURN).nth(1)).to_contain_text("You said")  # while it is being written
     begin = time.perf_counter()
     button(page, "Stop").click() if how == "click" else page.press(BOX, "Escape")
     expect(button(page, "Stop")).to_be_disabled()
-    assert time.perf_counter() - begin < 2  # a busy machine; the cell below measures the promise
+    assert time.perf_counter() - begin < 2  # of a busy machine; the chapter measures the promise
     expect(page.get_by_text("stopped")).to_be_visible()
 
 
@@ -198,6 +204,16 @@ def test_settings_and_models_reach_the_engine(page):
     page.get_by_label("Show token probabilities").uncheck()
     button(page, "Settings").click()
     choose(page, "base")
+
+
+def test_hostile_text_in_every_place_is_only_text(page):
+    kernel(page, "widget.session.messages.extend(hostile_talk)")
+    kernel(page, "widget.draw()")
+    expect(page.locator(TURN)).to_have_count(2 * len(HOSTILE))
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.hit === undefined")
+    tags = set(page.locator(TURN + " *").evaluate_all("nodes => nodes.map(n => n.localName)"))
+    assert tags <= {*MARKDOWN_TAGS, "details", "summary"}
 
 
 @pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
