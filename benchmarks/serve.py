@@ -177,7 +177,7 @@ def browser_seconds(url: str) -> float | None:
 
 
 def start_server(clients: int) -> tuple[subprocess.Popen, str, float]:
-    """The server's process, its address, and the seconds from the loaded model to the first page."""
+    """The server's process, its address, and the seconds from loaded model to first page."""
     command = [sys.executable, __file__, "--server", "--clients", str(clients)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout.readline().strip() == "model loaded"

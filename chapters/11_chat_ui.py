@@ -566,6 +566,7 @@ def _reply(
 
 ChatSession._reply = _reply
 
+
 # %%
 #| export
 def last_answer(session: ChatSession) -> str:
@@ -642,7 +643,7 @@ ChatSession.compare = _compare
 
 # %%
 calm, hasty = Parrot(parrot.tokenizer, delay=0.01), Parrot(parrot.tokenizer, delay=0.001)
-for piece in session.compare({"calm": calm, "hasty": hasty}, "Who is faster?"):
+for _ in session.compare({"calm": calm, "hasty": hasty}, "Who is faster?"):
     if session.stats.tokens == 12:
         session.stop()
 print({name: "".join(part["text"] for part in parts) for name, parts in session.compared.items()})
@@ -1656,6 +1657,23 @@ r"""
 Click on the folded line to see the call of the calculator. In a live notebook, end a cell with
 `widget` to go on talking, or pick the parrot in its list of models.
 
+What did the training buy? We ask the model and a twin that never trained, side by side. In the
+widget the button *Compare* does this with all its models: after the capstone these are the base,
+midtrained, fine-tuned and reinforced ones.
+"""
+
+# %%
+twin = GPT(engine.model.config)
+init_weights(twin, seed=seed)
+stages = {"untrained": Engine(twin.eval(), engine.tokenizer), "trained": engine}
+session = ChatSession(engine, engine.tokenizer)
+for _ in session.compare(stages, "Who are you?", max_tokens=25):
+    pass
+shown = comparison_html(session.compared_text, session.compared)
+display(HTML(f'<style>{CHAT_CSS}</style><div class="nc-chat">{shown}</div>'))
+
+# %% [markdown]
+r"""
 How sure was the model? A fresh question at temperature 1, each token shaded by its probability. The
 numbers that the calculator wrote are grey: the model had no say in them.
 """
@@ -1740,7 +1758,8 @@ some clients cut there, in the middle of an event.
 
 A server that listens meets requests that nobody would type: a body of a gigabyte, a temperature of
 `NaN`, a thousand connections that never read. Every resource gets a number, and passing it is a
-clear 4xx answer. The defaults fit a laptop.
+clear 4xx answer. One address may not take all the places either, and even a body that trickles in
+byte by byte has to arrive in time. The defaults fit a laptop.
 """
 
 
@@ -2401,9 +2420,10 @@ textarea { flex: 1; resize: none; min-height: 2.7rem; max-height: 9rem; min-widt
 # %% [markdown]
 r"""
 Then what is there. Each field has a label, a hidden `log` tells a screen reader each answer when it
-is complete, and nothing carries an `onclick`: the **content security policy** that we send with the page forbids
-scripts inside the markup. Only the one script with today's `nonce`, a random word the server
-invents for each visit, may run. Should hostile text ever slip into the page, the browser itself
+is complete, and nothing carries an `onclick`: the **content security policy** that we send with the
+page forbids scripts inside the markup. Only the one script with today's `nonce`, a random word the
+server invents for each visit, may run. Should hostile text ever slip into the page, the browser
+itself
 refuses to execute it.
 """
 
@@ -2527,9 +2547,9 @@ function markdown(into, text) {
 # %% [markdown]
 r"""
 Part two: the conversation is a list here as well, and drawing means making the bubbles agree with
-it. While a reply grows only its own bubble (or its column, when models are compared) is filled again,
-at most once per frame of the screen. With "Show token probabilities" a bubble shows its tokens.
-The list survives a reload of the page, because it is kept in the tab's session storage.
+it. While a reply grows only its own bubble is filled again (or its column, when models are
+compared), at most once per frame of the screen. With "Show token probabilities" a bubble shows its
+tokens, shaded as in the widget. The list survives a reload of the page, because it is kept in the tab's session storage.
 """
 
 
@@ -2923,7 +2943,7 @@ A server on your own machine can be reached by every web page you visit: a page 
 `127.0.0.1`. Three rules keep strangers out. A request must name this machine in its `Host` line;
 that defeats tricks with domain names that are pointed at your machine later. A body must be
 `application/json`, which a foreign page cannot send without our consent, and we give none (no CORS
-headers). And as soon as the server listens to the network, everything but the empty page and
+headers, except to sites named in `origins`). And as soon as the server listens to the network, everything but the empty page and
 `/health` needs a token, compared in constant time.
 
 The guard also counts requests and makes sure that an error inside shows no path and no traceback.
@@ -3385,7 +3405,9 @@ def _stream_messages(
             if isinstance(line, Exception):
                 raise line
             if line is None:
-                raise UserError("The endpoint closed the connection before the answer was complete.")
+                raise UserError(
+                    "The endpoint closed the connection before the answer was complete."
+                )
             if line.startswith("data:") and "[DONE]" in line[:14]:
                 return
             for data in read_events(iter([line])):
@@ -3516,10 +3538,14 @@ What `nanochat` can do now that it could not before:
   and `save_session`, `load_session`;
 - `stream_reply` and `generate_pieces` turn tokens into `Piece`s; `fit_context` keeps the newest
   turns;
-- `markdown_html`, `transcript_html` and `tokens_html` draw text that can never become markup;
+- `ChatSession.compare` asks several models the same question; the widget and the page have a button
+  for it;
+- `markdown_html`, `transcript_html`, `comparison_html` and `tokens_html` draw text that can never
+  become markup;
 - `nanochat.serve.run_server(engine)` serves the web page and `/v1/chat/completions`,
   `/v1/completions`, `/v1/models`, `/health`, `/metrics`; `create_app` is the same for your own
-  server, `Limits` its numbers, `background_server` its version inside a `with`.
+  server, `Limits` its numbers, `background_server` its version inside a `with`;
+- `remote_engines(url)` lets widget and terminal talk to such a server, anywhere.
 
 ## Pitfalls
 

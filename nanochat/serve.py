@@ -1448,7 +1448,9 @@ def _stream_messages(
             if isinstance(line, Exception):
                 raise line
             if line is None:
-                raise UserError("The endpoint closed the connection before the answer was complete.")
+                raise UserError(
+                    "The endpoint closed the connection before the answer was complete."
+                )
             if line.startswith("data:") and "[DONE]" in line[:14]:
                 return
             for data in read_events(iter([line])):

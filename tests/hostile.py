@@ -9,7 +9,7 @@ HOSTILE = {
     "style": f"<style>@import url('{HIT}'); body {{ display: none }}</style>",
     "markdown image": f"![x]({HIT}) ![y][1]\n\n[1]: {HIT}",
     "markdown link": "[x](javascript:window.hit=5) <javascript:window.hit=5>",
-    "attribute": "\" onmouseover=\"window.hit = 6\" x='",
+    "attribute": '" onmouseover="window.hit = 6" x=\'',
     "code that ends": "```\n</code></pre><script>window.hit = 7</script>\n```",
     "code inline": "`</code><script>window.hit = 8</script>` **<b onclick=x>** *<i>*",
     "list": "- <li onclick=window.hit=9>\n- </ul><script>window.hit = 9</script>",

@@ -160,9 +160,7 @@ def test_every_hostile_text_in_every_place_is_only_text(visit, tmp_path):
     made = "[...new Set([...document.querySelectorAll('#talk *')].map(n => n.localName))].sort()"
     allowed = "article br button code details div em li ol p pre strong summary ul"
     assert set(page.evaluate(made)) <= set(allowed.split())
-    seen = page.evaluate(
-        "[...document.querySelectorAll('.user .bubble')].map(n => n.textContent)"
-    )
+    seen = page.evaluate("[...document.querySelectorAll('.user .bubble')].map(n => n.textContent)")
     assert seen == list(HOSTILE.values())
 
 

@@ -146,7 +146,9 @@ def choose(page, model):
 
 
 def dark(page, theme):
-    page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: {theme!r}}})")
+    page.evaluate(
+        f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: {theme!r}}})"
+    )
     page.wait_for_timeout(300)
 
 
