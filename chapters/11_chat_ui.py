@@ -2549,7 +2549,8 @@ r"""
 Part two: the conversation is a list here as well, and drawing means making the bubbles agree with
 it. While a reply grows only its own bubble is filled again (or its column, when models are
 compared), at most once per frame of the screen. With "Show token probabilities" a bubble shows its
-tokens, shaded as in the widget. The list survives a reload of the page, because it is kept in the tab's session storage.
+tokens, shaded as in the widget. The list survives a reload of the page, because it is kept in the
+tab's session storage.
 """
 
 
@@ -2943,8 +2944,8 @@ A server on your own machine can be reached by every web page you visit: a page 
 `127.0.0.1`. Three rules keep strangers out. A request must name this machine in its `Host` line;
 that defeats tricks with domain names that are pointed at your machine later. A body must be
 `application/json`, which a foreign page cannot send without our consent, and we give none (no CORS
-headers, except to sites named in `origins`). And as soon as the server listens to the network, everything but the empty page and
-`/health` needs a token, compared in constant time.
+headers, except to sites named in `origins`). And as soon as the server listens to the network,
+everything but the empty page and `/health` needs a token, compared in constant time.
 
 The guard also counts requests and makes sure that an error inside shows no path and no traceback.
 """
