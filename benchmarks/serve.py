@@ -4,9 +4,9 @@
 
 The server runs in a process of its own, around a model of the laptop's size with random weights;
 the clients run here. Every reply is compared with what the engine writes alone, so a crossed stream
-is seen at once. Reported: first page, first token (one client, then all), tokens of each client,
-memory of the server over time. The last line is JSON. Needs httpx and the extra `serve`; with
-playwright and Chromium the page is timed in a browser too.
+is seen at once. Reported: first page, first token (one client, then all), time per token of each
+client, memory of the server (after the first third, highest, last). The last line is JSON. Needs
+httpx and the extra `serve`; with playwright and Chromium the page is timed in a browser too.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def expected_replies(engine: Engine, clients: int, tokens: int) -> list[tuple[di
             pieces = stream_reply(engine, engine.tokenizer, messages, settings)
             text = "".join(piece.text for piece in pieces if piece.kind == "text")
             chosen = {name: value for name, value in asdict(settings).items() if value is not None}
-            talks.append(({"messages": messages, "stream": True, **chosen}, text))
+            talks.append(({"messages": messages, "stream": True, "logprobs": True, **chosen}, text))
     return talks
 
 
@@ -78,6 +78,7 @@ class Found:
     """What the clients have seen."""
 
     tokens: list[int]  # of each client
+    gaps: list[list[float]]  # of each client: seconds per token, a number for each reply
     first: list[float] = field(default_factory=list)  # seconds to the first token of a request
     finished: int = 0
     hung_up: int = 0
@@ -90,7 +91,7 @@ async def visit(
 ) -> None:
     """One request; the client hangs up after `leave` events, if given."""
     body, expected = talk
-    begin, text, events = time.perf_counter(), "", 0
+    begin, text, times = time.perf_counter(), "", []
     async with web.stream("POST", url + CHAT, json=body) as answer:
         if answer.status_code != 200:
             found.errors.append(f"{answer.status_code} {(await answer.aread()).decode()}")
@@ -100,13 +101,14 @@ async def visit(
                 if "error" in chunk:
                     found.errors.append(chunk["error"]["message"])
                     return
-                if chunk["choices"][0]["delta"].get("content"):
-                    found.first += [time.perf_counter() - begin] if not text else []
-                    text += chunk["choices"][0]["delta"]["content"]
-                    found.tokens[number] += 1
-            events += bool(line)
-            if leave is not None and events >= leave:
+                text += chunk["choices"][0]["delta"].get("content", "")
+                if chunk["choices"][0]["logprobs"]:  # one event for each token, even without text
+                    times.append(time.perf_counter())
+            if leave is not None and len(times) >= leave:
                 break
+    found.tokens[number] += len(times)
+    found.first += [times[0] - begin] if times else []
+    found.gaps[number] += [(times[-1] - times[0]) / (len(times) - 1)] if len(times) > 1 else []
     found.hung_up += leave is not None
     found.finished += leave is None
     found.crossed += not expected.startswith(text) or (leave is None and text != expected)
@@ -116,7 +118,8 @@ async def soak(
     url: str, talks: list[tuple[dict, str]], seconds: float, hang_up: float, seed: int
 ) -> Found:
     """All clients ask again and again for `seconds`; a share `hang_up` of requests is cut short."""
-    found, end = Found([0] * len(talks)), time.perf_counter() + seconds
+    found = Found([0] * len(talks), [[] for _ in talks])
+    end = time.perf_counter() + seconds
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
     async def client(number: int) -> None:
@@ -143,16 +146,16 @@ async def watch(process: psutil.Process, megabytes: list[float]) -> None:
 
 def first_tokens(url: str, body: dict, count: int = 20) -> list[float]:
     """Seconds to the first token of requests that come one after the other."""
-    found = Found([0])
+    seconds = []
     with httpx.Client(timeout=60, trust_env=False) as web:
         for _ in range(count):
             begin = time.perf_counter()
             with web.stream("POST", url + CHAT, json=body) as answer:
                 for chunk in read_events(answer.iter_lines()):
                     if chunk["choices"][0]["delta"].get("content"):
-                        found.first.append(time.perf_counter() - begin)
+                        seconds.append(time.perf_counter() - begin)
                         break
-    return found.first
+    return seconds
 
 
 def browser_seconds(url: str) -> float | None:
@@ -196,10 +199,11 @@ async def measure(args: argparse.Namespace, server: subprocess.Popen, url: str) 
     megabytes: list[float] = []
     watching = asyncio.create_task(watch(psutil.Process(server.pid), megabytes))
     talks = expected_replies(random_engine(), args.clients, args.tokens)
+    before = psutil.Process(server.pid).cpu_times()
     found = await soak(url, talks, args.seconds, args.hang_up, seed=0)
-    await asyncio.sleep(1)
+    after = psutil.Process(server.pid).cpu_times()
     watching.cancel()
-    return found, megabytes
+    return found, megabytes, after.user + after.system - before.user - before.system
 
 
 def main() -> None:
@@ -216,12 +220,13 @@ def main() -> None:
         talk = {"messages": [{"role": "user", "content": "Who are you?"}], "stream": True}
         alone = first_tokens(url, talk)
         browser = browser_seconds(url)
-        found, megabytes = asyncio.run(measure(args, server, url))
+        found, megabytes, cpu = asyncio.run(measure(args, server, url))
         counters = httpx.get(url + "/metrics", trust_env=False).text.splitlines()
     finally:
         server.terminate()
         server.wait(10)
-    middle = statistics.median(found.tokens)
+    gaps = [statistics.mean(each) for each in found.gaps if each]
+    middle = statistics.median(gaps)
     settled = megabytes[len(megabytes) // 3 :]
     left = [line for line in counters if line.startswith(("nanochat_active", "nanochat_waiting"))]
     result = {
@@ -234,8 +239,11 @@ def main() -> None:
         "first_token_worst_ms": round(1000 * max(alone), 1),
         "first_token_crowd_ms": round(1000 * statistics.median(found.first), 1),
         "tokens_per_s": round(sum(found.tokens) / args.seconds, 1),
-        "least_over_median": round(min(found.tokens) / middle, 3),
-        "most_over_median": round(max(found.tokens) / middle, 3),
+        "server_cpu_ms_per_token": round(1000 * cpu / sum(found.tokens), 2),
+        "time_per_token_ms": round(1000 * middle, 1),
+        "fastest_client_over_median": round(min(gaps) / middle, 3),
+        "slowest_client_over_median": round(max(gaps) / middle, 3),
+        "clients_served": len(gaps),
         "finished": found.finished,
         "hung_up": found.hung_up,
         "crossed": found.crossed,
