@@ -594,6 +594,8 @@ export default { render({ model, el }) {
   el.append(box, log);
 } };
 """
+
+
 COMPOSER_CSS = """
 .nc-composer textarea { box-sizing: border-box; width: 100%; padding: 6px 10px; resize: vertical;
   font: inherit; font-size: 14px; line-height: 1.4; border-radius: 8px;
