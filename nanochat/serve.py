@@ -47,8 +47,10 @@ __all__ = [
     "PAGE_CSS",
     "PAGE_HTML",
     "PAGE_JS_ACTIONS",
+    "PAGE_JS_BUBBLE",
     "PAGE_JS_BUTTONS",
     "PAGE_JS_EVENTS",
+    "PAGE_JS_FOLLOW",
     "PAGE_JS_START",
     "PAGE_JS_STREAM",
     "PAGE_JS_TALK",
@@ -759,7 +761,7 @@ function markdown(into, text) {
 """
 
 
-PAGE_JS_TALK = r"""
+PAGE_JS_BUBBLE = r"""
 const state = { messages: [], compared: null, running: null, editing: null, drawing: false,
   growing: [], tokens: 0, first: 0 };
 const FIELDS = ["model", "system", "temperature", "top_k", "top_p", "max_tokens", "seed",
@@ -809,7 +811,10 @@ function turn(message, ...actions) {
 function column([name, message]) {
   return el("section", { class: "column", "aria-label": name }, el("h2", {}, name), turn(message));
 }
+"""
 
+
+PAGE_JS_TALK = r"""
 function draw() {
   const talk = $("talk"), { messages, compared, running } = state;
   talk.replaceChildren();
@@ -872,6 +877,10 @@ async function* events(answer) {
   }
 }
 
+"""
+
+
+PAGE_JS_FOLLOW = r"""
 function request(talk, model) {
   const number = (name) => ($(name).value === "" ? null : Number($(name).value));
   const system = $("system").value.trim();
@@ -1098,8 +1107,8 @@ start();
 
 def page(nonce: str) -> str:
     """The web page as one file; only style and script that carry `nonce` are obeyed."""
-    script = PAGE_JS_TEXT + PAGE_JS_TALK + PAGE_JS_STREAM + PAGE_JS_ACTIONS + PAGE_JS_BUTTONS
-    script += PAGE_JS_START + PAGE_JS_EVENTS
+    script = PAGE_JS_TEXT + PAGE_JS_BUBBLE + PAGE_JS_TALK + PAGE_JS_STREAM + PAGE_JS_FOLLOW
+    script += PAGE_JS_ACTIONS + PAGE_JS_BUTTONS + PAGE_JS_START + PAGE_JS_EVENTS
     text = PAGE_HTML.lstrip().replace("NONCE", nonce).replace("CSS", PAGE_CSS, 1)
     return text.replace("SCRIPT", script, 1)
 
