@@ -11,6 +11,7 @@ httpx and the extra `serve`; with playwright and Chromium the page is timed in a
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -124,9 +125,11 @@ async def soak(
 
     async def client(number: int) -> None:
         draw = random.Random(f"{seed} {number}")
-        while time.perf_counter() < end:
-            leave = draw.randrange(talks[number][0]["max_tokens"])
-            leave = leave if draw.random() < hang_up else None
+        for turn in itertools.count():
+            if time.perf_counter() >= end:
+                return
+            leaves = (7 * number + 3 * turn) % 10 < 10 * hang_up  # an exact share; when is random
+            leave = draw.randrange(talks[number][0]["max_tokens"]) if leaves else None
             try:
                 await visit(web, url, talks[number], leave, number, found)
             except httpx.HTTPError as error:
