@@ -1786,7 +1786,7 @@ class Limits:
     max_tokens: int = 4_096  # of one answer
     concurrent: int = 16  # answers being written at the same time
     waiting: int = 64  # requests that may wait for their turn
-    per_client: int = 8  # of those two together, from one address
+    per_client: int = 8  # of those two together, from one address (a proxy is one address)
     seconds: float = 120.0  # of one request, waiting included
 
 
@@ -3388,9 +3388,10 @@ class RemoteEngine:
     def open(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The response to a request, not read yet; a body is sent by POST."""
         data = json.dumps(body).encode() if body is not None else None
-        headers = {"Content-Type": "application/json"}
-        headers.update({"Authorization": f"Bearer {self.token}"} if self.token else {})
-        request = urllib.request.Request(self.url + path, data, headers)
+        request = urllib.request.Request(self.url + path, data)
+        request.add_header("Content-Type", "application/json")
+        if self.token:  # never sent on, should this address point to another one
+            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
         try:
             return urllib.request.urlopen(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import http.client
+import http.server
 import importlib.util
 import json
 import re
@@ -666,6 +667,28 @@ def test_remote_engine_errors_are_one_sentence():
         remote_engines(url + "/v1")
     with pytest.raises(UserError, match="http"):
         RemoteEngine("file:///etc/passwd", "x")
+
+
+def test_the_token_stays_with_the_address_it_was_given_for():
+    seen = {}
+
+    class Mover(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen[self.path] = self.headers.get("Authorization")
+            self.send_response(302 if self.path == "/v1/models" else 200)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+            self.wfile.write(b'{"data": [{"id": "other"}]}')
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Mover) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = remote_engines(f"http://127.0.0.1:{server.server_port}/v1", "s3cret")
+        server.shutdown()
+    assert list(found) == ["other"]
+    assert seen == {"/v1/models": "Bearer s3cret", "/elsewhere": None}
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), lambda inner: (
