@@ -156,7 +156,7 @@ def do_serve(args: argparse.Namespace) -> None:
     run = open_run(args)
     stages = [args.stage] if args.stage else [s for s in MODELS if run.done(s)][::-1]
     engines = {stage: run.engine(stage) for stage in stages or [newest_model(run)]}
-    run_server(engines, host=args.host, port=args.port, token=args.token)
+    run_server(engines, host=args.host, port=args.port, token=args.token, origins=args.origin)
 
 
 def do_eval(args: argparse.Namespace) -> None:
@@ -225,6 +225,8 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--host", default="127.0.0.1")
             command.add_argument("--port", type=int, default=8000)
             command.add_argument("--token", help="asked of every visitor; made up off loopback")
+            about = "a web site whose pages may call it, such as https://my.site"
+            command.add_argument("--origin", action="append", default=[], help=about)
     with_run(add("report", "write the report card of a run", do_report))
     add("doctor", "check the environment", do_doctor)
     return parser

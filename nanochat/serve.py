@@ -7,14 +7,18 @@ import asyncio
 import hmac
 import json
 import logging
+import queue
 import secrets
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -43,19 +47,24 @@ __all__ = [
     "PAGE_CSS",
     "PAGE_HTML",
     "PAGE_JS_ACTIONS",
+    "PAGE_JS_BUBBLE",
     "PAGE_JS_BUTTONS",
     "PAGE_JS_EVENTS",
+    "PAGE_JS_FOLLOW",
     "PAGE_JS_START",
     "PAGE_JS_STREAM",
     "PAGE_JS_TALK",
     "PAGE_JS_TEXT",
+    "RemoteEngine",
     "Slots",
     "StopStrings",
     "background_server",
     "check_fields",
+    "chunk_pieces",
     "create_app",
     "event",
     "make_prompt",
+    "message_schema",
     "page",
     "parse_json",
     "read_events",
@@ -63,6 +72,7 @@ __all__ = [
     "read_prompt",
     "read_settings",
     "read_stops",
+    "remote_engines",
     "request_schema",
     "run_server",
     "stream_answer",
@@ -73,7 +83,7 @@ __all__ = [
 
 def event(data: Any) -> str:
     """One server-sent event that carries JSON (or the word [DONE])."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    text = data if isinstance(data, str) else json.dumps(data)
     return f"data: {text}\n\n"
 
 
@@ -98,6 +108,7 @@ class Limits:
     max_tokens: int = 4_096  # of one answer
     concurrent: int = 16  # answers being written at the same time
     waiting: int = 64  # requests that may wait for their turn
+    per_client: int = 8  # of those two together, from one address (a proxy is one address)
     seconds: float = 120.0  # of one request, waiting included
 
 
@@ -121,7 +132,7 @@ FIELDS = {
     "model": ("string", None, None),
     "temperature": ("number", 0, 2),
     "top_p": ("number", 0, 1),
-    "top_k": ("integer", 1, 100_000),
+    "top_k": ("integer", 0, 100_000),  # 0 keeps all tokens
     "max_tokens": ("integer", 1, None),
     "max_completion_tokens": ("integer", 1, None),
     "seed": ("integer", -(2**63), 2**63 - 1),
@@ -150,6 +161,17 @@ def check_fields(body: dict[str, Any], limits: Limits) -> dict[str, Any]:
     return values
 
 
+def message_schema() -> dict[str, Any]:
+    """One message of a request: text, or a list of parts."""
+    kinds = {"enum": ["text", "python", "python_output"]}
+    part = {"type": "object", "required": ["type", "text"]}
+    part["properties"] = {"type": kinds, "text": {"type": "string"}}
+    content = {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]}
+    role = {"enum": ["system", "user", "assistant"]}
+    properties = {"role": role, "content": content}
+    return {"type": "object", "required": ["role", "content"], "properties": properties}
+
+
 def request_schema(chat: bool, limits: Limits) -> dict[str, Any]:
     """The same table as an OpenAPI request body."""
     properties: dict[str, Any] = {}
@@ -160,7 +182,8 @@ def request_schema(chat: bool, limits: Limits) -> dict[str, Any]:
     stop = {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 4}
     properties["stop"] = {"anyOf": [{"type": "string", "minLength": 1}, stop, {"type": "null"}]}
     main = "messages" if chat else "prompt"
-    properties[main] = {"type": "array" if chat else "string"}
+    talk = {"type": "array", "items": message_schema(), "minItems": 1, "maxItems": limits.messages}
+    properties[main] = talk if chat else {"type": "string"}
     schema = {"type": "object", "required": [main], "properties": properties}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
@@ -208,7 +231,7 @@ def read_settings(values: dict[str, Any], limits: Limits) -> ChatSettings:
     seed = values.get("seed", secrets.randbelow(2**31))
     return ChatSettings(
         temperature=values.get("temperature", 0.8),
-        top_k=values.get("top_k", 50),
+        top_k=values.get("top_k", 50) or None,
         top_p=max(values["top_p"], 1e-6) if "top_p" in values else None,
         max_tokens=length,
         seed=seed % 2**31,
@@ -303,21 +326,31 @@ class Metrics:
 
 
 class Slots:
-    """Admit `concurrent` jobs; let `waiting` more queue; turn the rest away with 429."""
+    """Admit `concurrent` jobs, `per_client` from one address; let `waiting` more queue.
+
+    The rest is turned away with 429.
+    """
 
     def __init__(self, limits: Limits, metrics: Metrics) -> None:
         self.limits, self.metrics = limits, metrics
         self.free = asyncio.Semaphore(limits.concurrent)
+        self.clients: Counter[str] = Counter()  # requests by address, waiting or running
 
-    async def take(self) -> Callable[[], None]:
+    async def take(self, client: str) -> Callable[[], None]:
         """Wait for a slot; returns the function that gives it back (calling twice is harmless)."""
-        metrics = self.metrics
+        metrics, most = self.metrics, self.limits.per_client
+        if self.clients[client] >= most:
+            raise ApiError(429, f"At most {most} requests at a time from one client: wait for one.")
         if self.free.locked() and metrics.waiting >= self.limits.waiting:
             raise ApiError(429, "The server is busy: too many requests wait. Try again later.")
         metrics.waiting += 1
+        self.clients[client] += 1
         try:
             await asyncio.wait_for(self.free.acquire(), self.limits.seconds)
-        except asyncio.TimeoutError:
+        except BaseException as error:
+            self._forget(client)
+            if not isinstance(error, asyncio.TimeoutError):
+                raise
             raise ApiError(503, "The server is busy: no free slot in time. Try again.") from None
         finally:
             metrics.waiting -= 1
@@ -328,9 +361,15 @@ class Slots:
             if held:
                 held.clear()
                 metrics.active -= 1
+                self._forget(client)
                 self.free.release()
 
         return give_back
+
+    def _forget(self, client: str) -> None:
+        self.clients[client] -= 1
+        if not self.clients[client]:
+            del self.clients[client]
 
 
 @dataclass
@@ -480,16 +519,22 @@ class ChatServer:
         self.slots = Slots(limits, self.metrics)
 
     async def body(self, request: Any) -> dict[str, Any]:
-        """The JSON body of a request, read no further than the limit."""
+        """The JSON body of a request, read no further and no longer than the limits say."""
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "Send the body as application/json.")
-        data = b""
+        try:
+            return parse_json(await asyncio.wait_for(self._read(request), self.limits.seconds))
+        except asyncio.TimeoutError:
+            raise ApiError(408, "The body did not arrive in time.") from None
+
+    async def _read(self, request: Any) -> bytes:
+        data = bytearray()
         async for block in request.stream():
             data += block
             if len(data) > self.limits.body_bytes:
                 raise ApiError(413, f"The body may have {self.limits.body_bytes} bytes.")
-        return parse_json(data)
+        return bytes(data)
 
     def choose(self, values: dict[str, Any]) -> tuple[str, Any, Tokenizer]:
         """The engine a request names; without a name, the first."""
@@ -500,14 +545,14 @@ class ChatServer:
         engine = self.engines[name]
         return name, engine, self.tokenizer or engine.tokenizer
 
-    async def admit(self, body: dict[str, Any], chat: bool) -> Job:
+    async def admit(self, body: dict[str, Any], chat: bool, client: str) -> Job:
         """Check a request, wait for a slot and prepare its job."""
         deadline = time.perf_counter() + self.limits.seconds
         values = check_fields(body, self.limits)
         name, engine, tokenizer = self.choose(values)
         settings, stops = read_settings(values, self.limits), StopStrings(read_stops(body))
         source = read_messages(body, self.limits) if chat else read_prompt(body, self.limits)
-        release, stop = await self.slots.take(), threading.Event()
+        release, stop = await self.slots.take(client), threading.Event()
 
         def prepare() -> tuple[list[int], str, Iterator[Piece]]:
             ids, note = make_prompt(engine, tokenizer, source, settings)
@@ -580,6 +625,7 @@ button.main { background: var(--accent); color: var(--paper); border-color: var(
 #settings[hidden] { display: none; }
 #settings label { display: flex; flex-direction: column; font-size: .85rem; color: var(--quiet); }
 #settings input { color: var(--ink); min-width: 0; } #settings .wide { grid-column: 1 / -1; }
+#settings .check { flex-direction: row; align-items: center; gap: .4rem; }
 #talk { flex: 1; overflow-y: auto; border-top: 1px solid var(--line); padding: .5rem 0; }
 .turn { padding: .25rem 1rem; display: flex; flex-direction: column; align-items: flex-start; }
 .turn.user { align-items: flex-end; }
@@ -596,6 +642,11 @@ summary { cursor: pointer; color: var(--quiet); }
 .tools { font-size: .8rem; color: var(--quiet); display: flex; gap: .6rem; padding: .1rem .4rem; }
 .tools button { border: 0; padding: 0; background: none; color: inherit;
   text-decoration: underline; }
+.columns { display: flex; gap: .5rem; overflow-x: auto; padding: 0 1rem; }
+.column { flex: 1 1 0; min-width: 11rem; font-size: .95em; } .column .bubble { max-width: none; }
+.column h2 { font-size: .8rem; margin: .3rem .9rem; color: var(--quiet); }
+.token { white-space: pre-wrap; border-radius: .2rem; }
+#said { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .hint { text-align: center; color: var(--quiet); padding: 2rem 1rem; }
 #alert { color: var(--bad); padding: 0 1rem; min-height: 0; }
 footer { padding: .6rem 1rem 1rem; } footer form { display: flex; gap: .5rem; }
@@ -631,11 +682,13 @@ viewBox='0 0 16 16'%3E%3Ccircle cx='8' cy='8' r='7' fill='%230067a6'/%3E%3C/svg%
 <label>Max tokens <input id="max_tokens" type="number" min="1" max="4096" value="512"></label>
 <label>Seed (empty: random) <input id="seed" type="number" min="0" max="2147483647"></label>
 <label>Access token <input id="token" type="password" autocomplete="off"></label>
+<label class="check wide"><input id="shade" type="checkbox"> Show token probabilities</label>
 <div class="wide"><button id="save" type="button">Save as file</button>
 <button id="load" type="button">Load a file</button>
 <input id="file" type="file" accept=".json" hidden></div>
 </section>
-<main id="talk" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"></main>
+<main id="talk" aria-label="Conversation" tabindex="0"></main>
+<div id="said" role="log" aria-label="Answers"></div>
 <div id="alert" role="alert"></div>
 <footer>
 <form id="form">
@@ -643,6 +696,8 @@ viewBox='0 0 16 16'%3E%3Ccircle cx='8' cy='8' r='7' fill='%230067a6'/%3E%3C/svg%
  autofocus></textarea>
 <button id="send" class="main" type="submit">Send</button>
 <button id="stop" type="button" disabled>Stop</button>
+<button id="compare" type="button" hidden
+ title="Ask all models the message, or the last question">Compare</button>
 </form>
 <div id="status" role="status">Enter sends, Shift+Enter starts a new line, Escape stops.</div>
 </footer>
@@ -706,15 +761,26 @@ function markdown(into, text) {
 """
 
 
-PAGE_JS_TALK = r"""
-const state = { messages: [], running: null, editing: null, drawing: false };
+PAGE_JS_BUBBLE = r"""
+const state = { messages: [], compared: null, running: null, editing: null, drawing: false,
+  growing: [], tokens: 0, first: 0 };
 const FIELDS = ["model", "system", "temperature", "top_k", "top_p", "max_tokens", "seed",
   "token"];
+
+function shaded([text, logprob, forced]) {
+  const p = Math.exp(Math.min(logprob, 0));
+  const title = forced ? "written by the calculator" : "p = " + p.toFixed(3);
+  const node = el("span", { class: "token", title }, text || "·");
+  node.style.background = forced ? "#8883" : `rgba(213, 94, 0, ${0.75 * (1 - p)})`;
+  return node;
+}
 
 function fill(bubble, message) {
   bubble.replaceChildren();
   if (message.role === "user") return bubble.append(message.content);
   const parts = message.content;
+  if ($("shade").checked && message.tokens)
+    return bubble.append(el("p", {}, ...message.tokens.map(shaded)));
   parts.forEach((part, i) => {
     if (part.type === "text") return markdown(bubble, part.text);
     if (part.type !== "python") return;
@@ -733,24 +799,42 @@ function link(text, action) {
   return button;
 }
 
+function turn(message, ...actions) {
+  const bubble = el("div", { class: "bubble" });
+  fill(bubble, message);
+  state.growing.push([bubble, message]);
+  const label = message.role === "user" ? "You" : "Model";
+  return el("article", { class: "turn " + message.role, "aria-label": label },
+    bubble, el("div", { class: "tools" }, ...actions, message.end || ""));
+}
+
+function column([name, message]) {
+  return el("section", { class: "column", "aria-label": name }, el("h2", {}, name), turn(message));
+}
+"""
+
+
+PAGE_JS_TALK = r"""
 function draw() {
-  const talk = $("talk");
+  const talk = $("talk"), { messages, compared, running } = state;
   talk.replaceChildren();
-  if (!state.messages.length) talk.append(el("p", { class: "hint" }, "Say hello to the model."));
-  state.messages.forEach((message, i) => {
-    const bubble = el("div", { class: "bubble" });
-    fill(bubble, message);
-    const label = message.role === "user" ? "You" : "Model";
-    const tools = el("div", { class: "tools" });
-    if (message.role === "user") tools.append(link("Edit", () => startEdit(i)));
-    else if (i === state.messages.length - 1) tools.append(link("Regenerate", regenerate));
-    if (message.end) tools.append(message.end);
-    talk.append(el("article", { class: "turn " + message.role, "aria-label": label },
-      bubble, tools));
+  if (!messages.length && !compared)
+    talk.append(el("p", { class: "hint" }, "Say hello to the model."));
+  messages.forEach((message, i) => {
+    state.growing = [];
+    const last = i === messages.length - 1;
+    if (message.role === "user") talk.append(turn(message, link("Edit", () => startEdit(i))));
+    else talk.append(turn(message, ...(last ? [link("Regenerate", regenerate)] : [])));
   });
+  if (compared) {
+    talk.append(turn({ role: "user", content: compared.text }));
+    state.growing = [];
+    talk.append(el("div", { class: "columns", role: "group", "aria-label": "Comparison" },
+      ...Object.entries(compared.answers).map(column)));
+  }
   talk.scrollTop = talk.scrollHeight;
-  $("stop").disabled = !state.running;
-  $("send").disabled = $("new").disabled = $("load").disabled = Boolean(state.running);
+  $("stop").disabled = !running;
+  for (const name of ["send", "compare", "new", "load"]) $(name).disabled = Boolean(running);
 }
 
 function drawLast() {
@@ -758,13 +842,12 @@ function drawLast() {
   state.drawing = true;
   requestAnimationFrame(() => {
     state.drawing = false;
-    const talk = $("talk"), bubble = talk.querySelector("article:last-of-type .bubble");
+    const talk = $("talk");
     const atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 80;
-    if (bubble && state.messages.length) fill(bubble, state.messages.at(-1));
+    for (const [bubble, message] of state.growing) fill(bubble, message);
     if (atEnd) talk.scrollTop = talk.scrollHeight;
   });
 }
-
 """
 
 
@@ -794,70 +877,100 @@ async function* events(answer) {
   }
 }
 
-function request() {
+"""
+
+
+PAGE_JS_FOLLOW = r"""
+function request(talk, model) {
   const number = (name) => ($(name).value === "" ? null : Number($(name).value));
   const system = $("system").value.trim();
-  const messages = state.messages.map(({ role, content }) => ({ role, content }));
+  const messages = talk.map(({ role, content }) => ({ role, content }));
   if (system) messages.unshift({ role: "system", content: system });
-  return JSON.stringify({ model: $("model").value || null, messages, stream: true,
-    temperature: number("temperature"), top_k: number("top_k") || null, top_p: number("top_p"),
+  return JSON.stringify({ model: model || null, messages, stream: true, logprobs: true,
+    temperature: number("temperature"), top_k: number("top_k"), top_p: number("top_p"),
     max_tokens: number("max_tokens"), seed: number("seed") });
 }
 
-function take(parts, delta) {
+function take(answer, { delta, logprobs }) {
   const part = delta.part || { type: "text", text: delta.content || "" };
-  const last = parts.at(-1);
+  const last = answer.content.at(-1), forced = part.type === "python_output";
+  for (const row of logprobs?.content || [])
+    answer.tokens.push([part.text, row.logprob, forced]);
   if (last && last.type === part.type && !(delta.part && part.opens)) last.text += part.text;
-  else if (part.text || part.type !== "text") parts.push({ type: part.type, text: part.text });
+  else if (part.text || part.type !== "text")
+    answer.content.push({ type: part.type, text: part.text });
+}
+
+async function follow(talk, model, answer) {
+  const options = { method: "POST", body: request(talk, model), signal: state.running.signal };
+  for await (const chunk of events(await api("v1/chat/completions", options))) {
+    if (chunk.error) throw new Error(chunk.error.message);
+    const choice = chunk.choices[0];
+    if (!choice) continue;
+    if (chunk.note) $("alert").textContent = chunk.note;
+    if (choice.finish_reason === "length") answer.end = "cut at the length limit";
+    if (choice.finish_reason || choice.delta.role) continue;
+    state.tokens += 1;
+    state.first = state.first || performance.now();
+    take(answer, choice);
+    drawLast();
+  }
 }
 """
 
 
 PAGE_JS_ACTIONS = r"""
-async function ask() {
-  const body = request(), parts = [];
-  const answer = { role: "assistant", content: parts };
-  state.messages.push(answer);
+async function run(answers, work) {
   state.running = new AbortController();
+  state.tokens = state.first = 0;
   $("alert").textContent = "";
   draw();
   const begin = performance.now();
-  let tokens = 0, first = 0;
-  try {
-    const reply = await api("v1/chat/completions",
-      { method: "POST", body, signal: state.running.signal });
-    for await (const chunk of events(reply)) {
-      if (chunk.error) throw new Error(chunk.error.message);
-      const choice = chunk.choices[0];
-      if (!choice) continue;
-      if (choice.delta.content || choice.delta.part) {
-        tokens += 1;
-        first = first || performance.now();
-        take(parts, choice.delta);
-        drawLast();
-      }
-      if (choice.finish_reason === "length") answer.end = "cut at the length limit";
-      if (chunk.note && !state.noted) $("alert").textContent = chunk.note;
-    }
-  } catch (error) {
-    if (error.name === "AbortError") answer.end = "stopped";
-    else {
-      $("alert").textContent = error.message;
-      if (!parts.length) {
-        state.messages.pop();
-        $("box").value = $("box").value || state.messages.pop().content;
-      }
-    }
+  let fine = true;
+  try { await work(); } catch (error) {
+    fine = error.name === "AbortError";
+    if (!fine) $("alert").textContent = error.message;
+    else for (const answer of answers) answer.end = "stopped";
   }
-  const rate = (tokens - 1) / Math.max((performance.now() - first) / 1000, 0.001);
-  if (tokens > 1) $("status").textContent = tokens + " pieces · first after " +
-    ((first - begin) / 1000).toFixed(2) + " s · " + rate.toFixed(0) + " per second";
+  const { tokens, first } = state, now = performance.now();
+  if (tokens > 1) $("status").textContent = tokens + " tokens · first after " +
+    ((first - begin) / 1000).toFixed(2) + " s · " +
+    (1000 * (tokens - 1) / Math.max(now - first, 1)).toFixed(0) + " tokens/s";
   state.running = null;
+  $("said").replaceChildren(el("p", {},
+    answers.map(({ content }) => content.map(({ text }) => text).join("")).join("\n")));
   draw();
   keep();
   $("box").focus();
+  return fine;
 }
 
+async function ask() {
+  const talk = [...state.messages], answer = { role: "assistant", content: [], tokens: [] };
+  state.messages.push(answer);
+  state.compared = null;
+  if (await run([answer], () => follow(talk, $("model").value, answer))) return;
+  if (answer.content.length) return;
+  state.messages.pop();  // nothing came: the question goes back into the box
+  $("box").value = $("box").value || state.messages.pop().content;
+  draw();
+  keep();
+}
+
+function compare() {
+  const text = $("box").value, last = state.messages.findLastIndex(({ role }) => role === "user");
+  if (state.running || (!text.trim() && last < 0)) return;
+  const talk = text.trim() ? [...state.messages, { role: "user", content: text }] :
+    state.messages.slice(0, last + 1);
+  const names = [...$("model").options].map(({ value }) => value), answers = {};
+  for (const name of names) answers[name] = { role: "assistant", content: [], tokens: [] };
+  state.compared = { text: talk.at(-1).content, answers };
+  run(Object.values(answers), async () => {
+    const ends = await Promise.allSettled(names.map((name) => follow(talk, name, answers[name])));
+    const failed = ends.find(({ status }) => status === "rejected");
+    if (failed) throw failed.reason;
+  });
+}
 """
 
 
@@ -913,6 +1026,7 @@ async function loadFile() {
         [{ type: "text", text: content }] : content.map((part) =>
           ({ type: String(part.type), text: String(part.text) })) }));
     $("system").value = String(data.system || "");
+    state.compared = null;
     $("alert").textContent = "";
   } catch { $("alert").textContent = "This file is not a saved conversation."; }
   $("file").value = "";
@@ -931,6 +1045,7 @@ async function listModels() {
     const chosen = $("model").value || $("model").dataset.wanted;
     $("model").replaceChildren(...list.data.map(({ id }) => el("option", { value: id }, id)));
     if (list.data.some(({ id }) => id === chosen)) $("model").value = chosen;
+    $("compare").hidden = list.data.length < 2;
     $("alert").textContent = "";
   } catch (error) { $("alert").textContent = error.message; }
 }
@@ -967,9 +1082,11 @@ document.addEventListener("keydown", (event) => {
   $("status").textContent = "";
 });
 $("stop").addEventListener("click", () => state.running && state.running.abort());
+$("compare").addEventListener("click", compare);
+$("shade").addEventListener("change", draw);
 $("new").addEventListener("click", () => {
   state.messages = [];
-  state.editing = null;
+  state.editing = state.compared = null;
   $("status").textContent = $("alert").textContent = "";
   draw();
   keep();
@@ -990,8 +1107,8 @@ start();
 
 def page(nonce: str) -> str:
     """The web page as one file; only style and script that carry `nonce` are obeyed."""
-    script = PAGE_JS_TEXT + PAGE_JS_TALK + PAGE_JS_STREAM + PAGE_JS_ACTIONS + PAGE_JS_BUTTONS
-    script += PAGE_JS_START + PAGE_JS_EVENTS
+    script = PAGE_JS_TEXT + PAGE_JS_BUBBLE + PAGE_JS_TALK + PAGE_JS_STREAM + PAGE_JS_FOLLOW
+    script += PAGE_JS_ACTIONS + PAGE_JS_BUTTONS + PAGE_JS_START + PAGE_JS_EVENTS
     text = PAGE_HTML.lstrip().replace("NONCE", nonce).replace("CSS", PAGE_CSS, 1)
     return text.replace("SCRIPT", script, 1)
 
@@ -1097,14 +1214,17 @@ def create_app(
     *,
     token: str | None = None,
     limits: Limits | None = None,
+    origins: Sequence[str] = (),
 ) -> Any:
     """A FastAPI application around one engine or a dict of them.
 
     Without `token` it answers requests to localhost only. `limits` bounds what clients may use.
+    `origins` are the web sites whose pages may call it ("https://my.site"; none by default).
     Raises UserError when the extra `serve` is not installed.
     """
     _need_serve_extra()
     from fastapi import FastAPI, Request
+    from fastapi.middleware.cors import CORSMiddleware
     from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
     from starlette.exceptions import HTTPException
 
@@ -1112,6 +1232,9 @@ def create_app(
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None)
     app.state.server, app.state.token = server, token
     app.add_middleware(Guard, token=token, metrics=server.metrics)
+    if origins:
+        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), **allowed)
 
     def refuse(error: ApiError) -> Any:
         return JSONResponse(error.body(), error.status)
@@ -1138,10 +1261,16 @@ def create_app(
     async def metrics() -> Any:
         return PlainTextResponse(server.metrics.text())
 
+    def about(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "nanochat"}
+
     @app.get("/v1/models")
     async def models() -> Any:
-        about = {"object": "model", "created": 0, "owned_by": "nanochat"}
-        return {"object": "list", "data": [{"id": name, **about} for name in server.engines]}
+        return {"object": "list", "data": [about(name) for name in server.engines]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Any:
+        return about(server.choose({"model": name})[0])
 
     for path, chat in (("/v1/chat/completions", True), ("/v1/completions", False)):
         _add_completions(app, server, path, chat, Request)
@@ -1155,7 +1284,7 @@ def _add_completions(
 
     async def complete(request: Any) -> Any:
         body = await server.body(request)
-        job = await server.admit(body, chat)
+        job = await server.admit(body, chat, request.client.host if request.client else "")
         if body.get("stream"):
             return stream_response(job)
         try:
@@ -1223,6 +1352,7 @@ def run_server(
     port: int = 8000,
     token: str | None = None,
     limits: Limits | None = None,
+    origins: Sequence[str] = (),
 ) -> None:
     """Serve the web page and the endpoint until Ctrl-C.
 
@@ -1232,10 +1362,125 @@ def run_server(
     _need_serve_extra()
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
         token = secrets.token_urlsafe(24)
-    app = create_app(engines, tokenizer, token=token, limits=limits)
+    app = create_app(engines, tokenizer, token=token, limits=limits, origins=origins)
     with _bind(host, port) as sock:
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{sock.getsockname()[1]}/" + (f"#token={token}" if token else "")
         print(f"nanochat is at {address} (Ctrl-C stops it)", flush=True)
         with suppress(KeyboardInterrupt):
             _uvicorn(app).run(sockets=[sock])
+
+
+def chunk_pieces(chunk: Any) -> Iterator[Piece]:
+    """The pieces in one streamed event of a chat completion. UserError when it is none."""
+    try:
+        if "error" in chunk:
+            raise UserError(f"The endpoint failed: {chunk['error']['message']}")
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            if "note" in chunk and "role" in delta:
+                yield Piece("note", str(chunk["note"]))
+            part = delta.get("part") or {"type": "text", "text": delta.get("content") or ""}
+            rows = (choice.get("logprobs") or {}).get("content") or [{"logprob": 0.0}]
+            kind, forced = str(part["type"]), part["type"] == "python_output"
+            if part["text"] or "part" in delta:
+                opens, logprob = bool(part.get("opens")), float(rows[0]["logprob"])
+                yield Piece(kind, str(part["text"]), -1, logprob, forced, opens)
+            if choice.get("finish_reason"):
+                yield Piece("end", str(choice["finish_reason"]))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError("The endpoint sent something that is not a chat completion.") from None
+
+
+class RemoteEngine:
+    """A model behind an OpenAI-compatible endpoint, for ChatWidget, ChatSession and terminal_chat.
+
+    `url` is the address up to /v1, `token` its access token. Raises UserError when the endpoint
+    cannot be reached, refuses, or answers something else; nothing is sent before a question is.
+    """
+
+    tokenizer = None  # the endpoint renders prompts itself
+
+    def __init__(self, url: str, model: str, token: str = "", timeout: float = 120.0) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"An endpoint's address begins with http:// or https://; found {url}.")
+        self.url, self.model, self.token, self.timeout = url.rstrip("/"), model, token, timeout
+
+    def open(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The response to a request, not read yet; a body is sent by POST."""
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(self.url + path, data)
+        request.add_header("Content-Type", "application/json")
+        if self.token:  # never sent on, should this address point to another one
+            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
+        try:
+            return urllib.request.urlopen(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            with suppress(ValueError, KeyError, TypeError):
+                raise UserError(json.loads(error.read(10_000))["error"]["message"]) from None
+            raise UserError(f"{self.url} answered with status {error.code}.") from None
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(f"Cannot reach {self.url}: {reason}. Is the server running?") from None
+
+    def _read(self, body: dict[str, Any], lines: queue.Queue, gone: threading.Event) -> None:
+        """The reading thread: lines of the answer, then None; or the error."""
+        try:
+            with self.open("/chat/completions", body) as response:
+                for line in response:
+                    lines.put(line.decode("utf-8"))
+                    if gone.is_set():
+                        return
+            lines.put(None)
+        except Exception as error:
+            lines.put(error)
+
+
+def _stream_messages(
+    self: RemoteEngine,
+    messages: list[dict[str, Any]],
+    settings: ChatSettings,
+    stop: threading.Event | None = None,
+) -> Iterator[Piece]:
+    """Stream the pieces of the answer to a conversation; the last one has kind "end"."""
+    body = {"model": self.model, "messages": messages, "stream": True, "logprobs": True}
+    body.update((name, value) for name, value in asdict(settings).items() if value is not None)
+    body["top_k"] = settings.top_k or 0
+    lines: queue.Queue = queue.Queue()
+    gone = threading.Event()
+    threading.Thread(target=self._read, args=(body, lines, gone), daemon=True).start()
+    try:
+        while stop is None or not stop.is_set():
+            try:
+                line = lines.get(timeout=0.05)
+            except queue.Empty:
+                continue
+            if isinstance(line, Exception):
+                raise line
+            if line is None:
+                raise UserError(
+                    "The endpoint closed the connection before the answer was complete."
+                )
+            if line.startswith("data:") and "[DONE]" in line[:14]:
+                return
+            for data in read_events(iter([line])):
+                yield from chunk_pieces(data)
+        yield Piece("end", "cancelled")
+    finally:
+        gone.set()
+
+
+RemoteEngine.stream_messages = _stream_messages
+
+
+def remote_engines(url: str, token: str = "") -> dict[str, RemoteEngine]:
+    """All models of an endpoint, by name: `ChatWidget(remote_engines("http://127.0.0.1:8000/v1"))`.
+
+    Raises UserError when there is no such endpoint.
+    """
+    with RemoteEngine(url, "", token).open("/models") as response:
+        try:
+            names = [str(entry["id"]) for entry in json.load(response)["data"]]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{url} is not an OpenAI-compatible endpoint.") from None
+    return {name: RemoteEngine(url, name, token) for name in names}

@@ -9,7 +9,6 @@ import re
 import sys
 import threading
 import time
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,7 +16,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import anywidget
 import ipywidgets
+import traitlets
 
 from nanochat.chat import render_prompt
 from nanochat.common import UserError, read_json, write_json
@@ -25,19 +26,24 @@ from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 __all__ = [
     "CHAT_CSS",
+    "COMPOSER_CSS",
+    "COMPOSER_JS",
     "ChatControls",
     "ChatSession",
     "ChatSettings",
     "ChatWidget",
+    "Composer",
     "MARKDOWN_TAGS",
     "Piece",
     "ReplyStats",
     "add_piece",
     "bubble_html",
     "check_messages",
+    "comparison_html",
     "content_html",
     "fit_context",
     "generate_pieces",
+    "last_answer",
     "load_session",
     "markdown_html",
     "name_engines",
@@ -184,7 +190,13 @@ def stream_reply(
     settings: ChatSettings,
     stop: threading.Event | None = None,
 ) -> Iterator[Piece]:
-    """Stream the answer to a conversation; a note comes first when old turns did not fit."""
+    """Stream the answer to a conversation; a note comes first when old turns did not fit.
+
+    An engine with a method `stream_messages` (a server, see below) renders the prompt itself.
+    """
+    if hasattr(engine, "stream_messages"):
+        yield from engine.stream_messages(messages, settings, stop)
+        return
     window = engine.model.config.seq_len
     reserve = min(settings.max_tokens, max(1, window // 4))
     ids, left_out = fit_context(messages, tokenizer, window, reserve)
@@ -268,6 +280,8 @@ class ChatSession:
         self.settings = settings or ChatSettings()
         self.messages: list[dict[str, Any]] = []  # without the system message
         self.pieces: list[Piece] = []  # of the latest reply
+        self.compared: dict[str, list[dict[str, str]]] = {}  # parts by model, see `compare`
+        self.compared_text = ""
         self.stats, self.finish_reason, self.replies = ReplyStats(), "", 0
         self._stop, self._busy = threading.Event(), threading.Lock()
 
@@ -283,10 +297,8 @@ class ChatSession:
 
     def regenerate(self, **settings: Any) -> Iterator[Piece]:
         """Ask the last question again; the seed moves on, so the answer may differ."""
-        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        if not asked:
-            raise UserError("There is no question to answer again yet.")
-        yield from self.edit(asked[-1], self.messages[asked[-1]]["content"], **settings)
+        i, text = self._last_question()
+        yield from self.edit(i, text, **settings)
 
     def stop(self) -> None:
         """End the running reply before its next token; what has come stays."""
@@ -295,8 +307,18 @@ class ChatSession:
     def clear(self) -> None:
         """Forget the conversation; the seed starts over too."""
         self._refuse_busy()
-        self.messages, self.pieces, self.replies = [], [], 0
+        self.messages, self.pieces, self.replies, self.compared = [], [], 0, {}
         self.stats, self.finish_reason = ReplyStats(), ""
+
+    def _last_question(self) -> tuple[int, str]:
+        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            raise UserError("There is no question yet: write a message first.")
+        return asked[-1], self.messages[asked[-1]]["content"]
+
+    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        system = [{"role": "system", "content": self.system}] if self.system.strip() else []
+        return system + messages
 
     def _refuse_busy(self) -> None:
         if self._busy.locked():
@@ -314,16 +336,15 @@ def _reply(
     self._refuse_busy()
     with self._busy:
         self._stop.clear()
-        system = [{"role": "system", "content": self.system}] if self.system.strip() else []
         asked = [*before, {"role": "user", "content": text}]
         backup, parts = self.messages, []
         self.messages = [*asked, {"role": "assistant", "content": parts}]
         self.pieces, self.stats, self.finish_reason = [], ReplyStats(), "cancelled"
-        self.replies += 1
+        self.replies, self.compared = self.replies + 1, {}
+        prompt = self._with_system(asked)
         try:
             yield Piece("start")
-            stream = stream_reply(self.engine, self.tokenizer, system + asked, settings, self._stop)
-            for piece in stream:
+            for piece in stream_reply(self.engine, self.tokenizer, prompt, settings, self._stop):
                 if piece.kind == "end":
                     self.finish_reason = piece.text
                 elif piece.kind != "note":
@@ -337,6 +358,48 @@ def _reply(
 
 
 ChatSession._reply = _reply
+
+
+def last_answer(session: ChatSession) -> str:
+    """The text of the last answer, without what the calculator wrote."""
+    parts = session.messages[-1]["content"] if session.messages else []
+    return "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def _compare(
+    self: ChatSession, engines: dict[str, Any], text: str = "", **settings: Any
+) -> Iterator[Piece]:
+    """Ask several engines `text`, or the last question again; `compared` holds their answers."""
+    settings = replace(self.settings, **settings).check()
+    talk = self.messages
+    if not text.strip():
+        i, text = self._last_question()
+        talk = talk[:i]
+    prompt = self._with_system([*talk, {"role": "user", "content": text}])
+    self._refuse_busy()
+    with self._busy:
+        self._stop.clear()
+        self.compared, self.compared_text = {name: [] for name in engines}, text
+        self.stats, self.finish_reason = ReplyStats(), "cancelled"
+        yield Piece("start")
+        streams = {}
+        for name, engine in engines.items():
+            tokenizer = getattr(engine, "tokenizer", None) or self.tokenizer
+            streams[name] = stream_reply(engine, tokenizer, prompt, settings, self._stop)
+        while streams:
+            for name in list(streams):
+                piece = next(streams[name], None)
+                if piece is None:
+                    del streams[name]
+                elif piece.kind in ("end", "note"):
+                    self.finish_reason = piece.text if piece.kind == "end" else self.finish_reason
+                else:
+                    self.stats.count()
+                    add_piece(self.compared[name], piece)
+                    yield piece
+
+
+ChatSession.compare = _compare
 
 
 def save_session(session: ChatSession, path: str | Path) -> None:
@@ -434,6 +497,9 @@ CHAT_CSS = """
 .nc-turn :not(pre) > code { background: var(--jp-layout-color1, #8882); border-radius: 3px;
   padding: 0 3px; }
 .nc-token { border-radius: 3px; white-space: pre-wrap; }
+.nc-columns { display: flex; gap: 8px; overflow-x: auto; }
+.nc-column { flex: 1 1 0; min-width: 10em; } .nc-column > b { margin-left: 8px; font-size: 12px; }
+.nc-column .nc-turn { max-width: none; }
 """
 
 
@@ -462,6 +528,17 @@ def bubble_html(message: dict[str, Any]) -> str:
     return f'<div class="nc-turn nc-{kind}" role="article" aria-label="{who}">{inside}</div>'
 
 
+def comparison_html(question: str, answers: dict[str, Any]) -> str:
+    """One question and the answers of several models (content by name), side by side."""
+    columns = ""
+    for name, content in answers.items():
+        bubble = bubble_html({"role": "assistant", "content": content})
+        name = html.escape(name)
+        columns += f'<section class="nc-column" aria-label="{name}"><b>{name}</b>{bubble}</section>'
+    asked = bubble_html({"role": "user", "content": question})
+    return f'{asked}<div class="nc-columns" role="group" aria-label="Comparison">{columns}</div>'
+
+
 def transcript_html(messages: list[dict[str, Any]]) -> str:
     """A whole conversation as static HTML: what a printed notebook can show."""
     bubbles = "".join(bubble_html(message) for message in messages)
@@ -479,7 +556,68 @@ def tokens_html(pieces: list[Piece]) -> str:
         out.append(
             f'<span class="nc-token" title="{title}" style="background: {shade}">{text}</span>'
         )
-    return f'<div class="nc-turn nc-model" role="article">{"".join(out)}</div>'
+    return f'<div class="nc-turn nc-model" role="article"><p>{"".join(out)}</p></div>'
+
+
+COMPOSER_JS = """
+export default { render({ model, el }) {
+  const box = document.createElement("textarea"), log = document.createElement("div");
+  let known = box.value = model.get("value");
+  box.rows = 3;
+  box.setAttribute("aria-label", "Message");
+  box.placeholder = "Ask something. Enter sends, Shift+Enter starts a line, Escape stops.";
+  log.setAttribute("role", "log");
+  log.setAttribute("aria-label", "Answers");
+  const tell = (changes) => {
+    known = box.value;
+    model.set({ value: box.value, ...changes });
+    model.save_changes();
+  };
+  box.addEventListener("change", () => tell({}));
+  box.addEventListener("keydown", (event) => {
+    event.stopPropagation();  // the notebook has its own meaning for keys
+    if (event.isComposing) return;
+    if (event.key === "Escape") tell({ stopped: model.get("stopped") + 1 });
+    if (event.key !== "Enter" || event.shiftKey) return;
+    event.preventDefault();
+    tell({ sent: model.get("sent") + 1 });
+  });
+  model.on("change:value", () => {  // but never overwrite what is being typed meanwhile
+    if (box.value === known) box.value = model.get("value");
+    known = model.get("value");
+  });
+  model.on("change:said", () => {
+    const line = document.createElement("p");
+    line.textContent = model.get("said");
+    log.replaceChildren(line);
+  });
+  el.append(box, log);
+} };
+"""
+
+
+COMPOSER_CSS = """
+.nc-composer textarea { box-sizing: border-box; width: 100%; padding: 6px 10px; resize: vertical;
+  font: inherit; font-size: 14px; line-height: 1.4; border-radius: 8px;
+  color: var(--jp-ui-font-color1, inherit); background: var(--jp-layout-color1, transparent);
+  border: 1px solid var(--jp-border-color1, #888a); }
+.nc-composer textarea:focus { outline: 2px solid var(--jp-brand-color1, #2f95d8); }
+.nc-composer [role=log] { position: absolute; width: 1px; height: 1px; overflow: hidden;
+  clip-path: inset(50%); }
+"""
+
+
+class Composer(anywidget.AnyWidget):
+    """A box of several lines: Enter adds one to `sent`, Escape adds one to `stopped`.
+
+    `value` is the text; setting `said` makes a screen reader read that text aloud.
+    """
+
+    _esm, _css = COMPOSER_JS, COMPOSER_CSS
+    value = traitlets.Unicode().tag(sync=True)
+    sent = traitlets.Int().tag(sync=True)
+    stopped = traitlets.Int().tag(sync=True)
+    said = traitlets.Unicode().tag(sync=True)
 
 
 class ChatControls:
@@ -488,21 +626,24 @@ class ChatControls:
     def __init__(self, names: list[str], settings: ChatSettings, system: str) -> None:
         wide = {"layout": {"width": "95%"}, "style": {"description_width": "90px"}}
         make = ipywidgets
-        self.box = make.Text(description="Message", placeholder="Ask something, then Enter", **wide)
+        self.box = Composer()
+        self.box.add_class("nc-composer")
         self.send = self._button("Send", "Send the message (Enter)", button_style="primary")
         self.stop = self._button("Stop", "Stop the reply", disabled=True)
         self.again = self._button("Regenerate", "Answer the last question again")
+        self.compare = self._button("Compare", "Ask all models the message, or the last question")
         self.clear = self._button("Clear", "Forget the conversation")
+        self.more = make.ToggleButton(description="Settings", layout={"width": "auto"})
         self.model = make.Dropdown(options=names, description="Model", **wide)
         self.system = make.Text(value=system, description="System", **wide)
-        self.temperature = make.FloatSlider(
-            settings.temperature, min=0, max=2, step=0.05, description="Temperature", **wide
+        warmth, top_p = settings.temperature, settings.top_p or 1.0  # sliders have no spoken name
+        self.temperature = make.BoundedFloatText(
+            warmth, min=0, max=2, step=0.1, description="Temperature", **wide
         )
         top_k, length = settings.top_k or 0, settings.max_tokens
         self.top_k = make.BoundedIntText(top_k, min=0, max=1000, description="Top-k", **wide)
         self.top_k.tooltip = "0 keeps all tokens"
-        top_p = settings.top_p or 1.0
-        self.top_p = make.FloatSlider(
+        self.top_p = make.BoundedFloatText(
             top_p, min=0.05, max=1, step=0.05, description="Top-p", **wide
         )
         self.max_tokens = make.BoundedIntText(
@@ -513,8 +654,9 @@ class ChatControls:
         self.file = make.Text("conversation.json", description="File", **wide)
         self.save = self._button("Save", "Write the conversation to the file")
         self.load = self._button("Load", "Read a conversation from the file")
-        rigid = {"flex": "0 0 auto"}  # or the scrolling box would squeeze its rows
-        self.status, self.rows = make.HTML(), make.VBox(layout={"width": "100%", **rigid})
+        rigid = {"flex": "0 0 auto", "width": "100%"}  # or the scrolling box would squeeze its rows
+        self.status, self.rows = make.HTML(), make.VBox(layout=rigid)
+        self.columns = make.HTML(layout=rigid)  # a comparison of models
         self.view = self._arrange()
 
     def _button(self, text: str, help: str, **options: Any) -> ipywidgets.Button:
@@ -527,12 +669,17 @@ class ChatControls:
         scroll = {"max_height": "480px", "overflow": "auto", "flex_flow": "column-reverse"}
         options = [self.system, self.temperature, self.top_k, self.top_p, self.max_tokens]
         options += [self.seed, self.shade, self.file, row([self.save, self.load])]
-        settings = ipywidgets.Accordion([column(options)], titles=("Settings",))
+        settings = column(options, layout={"display": "none"})
+        show = {True: "flex", False: "none"}
+        self.more.observe(lambda c: settings.layout.set_trait("display", show[c.new]), "value")
         style = ipywidgets.HTML(f"<style>{CHAT_CSS}</style>")
-        top = [self.model] if len(self.model.options) > 1 else []
-        talk = ipywidgets.Box([self.rows], layout=scroll)
-        buttons = row([self.send, self.stop, self.again, self.clear])
-        return column([style, *top, talk, self.status, self.box, buttons, settings])
+        several = len(self.model.options) > 1
+        rows = column([self.rows, self.columns], layout={"flex": "0 0 auto", "width": "100%"})
+        talk = ipywidgets.Box([rows], layout=scroll)
+        buttons = [self.send, self.stop, self.again, self.clear]
+        buttons += [*([self.compare] if several else []), self.more]
+        parts = [style, *([self.model] if several else []), talk, self.status, self.box]
+        return column([*parts, row(buttons), settings])
 
 
 def name_engines(engines: Any) -> dict[str, Any]:
@@ -559,6 +706,11 @@ class _ChatActions:
         """Answer the last question again with the next seed."""
         self._apply()
         self._start(self.session.regenerate())
+
+    def compare(self) -> None:
+        """Ask all models what stands in the box, or the last question, side by side."""
+        self._apply()
+        self._start(self.session.compare(self.engines, self.controls.box.value))
 
     def edit(self, i: int) -> None:
         """Put question `i` into the box; Send then replaces it and all that followed."""
@@ -641,11 +793,12 @@ class _ChatDrawing:
             self._running = False
             self.draw()
             self._set_busy(False)
+            self.controls.box.said = self._failure or last_answer(self.session)
 
     def _set_busy(self, busy: bool) -> None:
         c = self.controls
         c.stop.disabled = not busy
-        for button in (c.send, c.again, c.clear, c.save, c.load):
+        for button in (c.send, c.again, c.compare, c.clear, c.save, c.load):
             button.disabled = busy
 
     def _draw_status(self) -> None:
@@ -672,7 +825,7 @@ class _ChatBubbles:
             if i % 2 == 0:
                 row.append(self.controls._button("Edit", "Edit this question and ask again"))
                 row[1].on_click(lambda _, i=i: self._try(lambda: self.edit(i)))
-            rows.append(ipywidgets.HBox(row, layout={"flex": "0 0 auto"}))
+            rows.append(ipywidgets.HBox(row, layout={"flex": "0 0 auto", "align_items": "center"}))
         for row, message in zip(rows, messages[:-1]):
             row.children[0].value = bubble_html(message)  # nothing is sent if it is the same
         self.controls.rows.children = rows[: len(messages)]
@@ -684,6 +837,9 @@ class _ChatBubbles:
             message = self.session.messages[-1]
             value = tokens_html(self.session.pieces) if shade else bubble_html(message)
             self.controls.rows.children[-1].children[0].value = value
+        compared = self.session.compared
+        columns = comparison_html(self.session.compared_text, compared) if compared else ""
+        self.controls.columns.value = columns
         self._draw_status()
 
 
@@ -691,7 +847,7 @@ class ChatWidget(_ChatActions, _ChatDrawing, _ChatBubbles):
     """A chat in a notebook cell, around one engine or several (`{"base": ..., "sft": ...}`).
 
     Put it last in a cell, or `display(widget)`. The session is `widget.session`; `wait()` waits for
-    the running reply (for scripts and tests). Needs only ipywidgets.
+    the running reply (for scripts and tests).
     """
 
     def __init__(
@@ -719,11 +875,10 @@ class ChatWidget(_ChatActions, _ChatDrawing, _ChatBubbles):
         c = self.controls
         pairs = [(c.send, self.send), (c.stop, self.session.stop), (c.again, self.regenerate)]
         pairs += [(c.clear, self.clear), (c.save, self.save), (c.load, self.load)]
-        for button, action in pairs:
+        for button, action in [*pairs, (c.compare, self.compare)]:
             button.on_click(lambda _, action=action: self._try(action))
-        with warnings.catch_warnings():  # the replacement would also fire when the box loses focus
-            warnings.simplefilter("ignore", DeprecationWarning)
-            c.box.on_submit(lambda _: self._try(self.send))
+        c.box.observe(lambda _: self._try(self.send), "sent")
+        c.box.observe(lambda _: self._try(self.session.stop), "stopped")
         c.shade.observe(lambda _: self.draw(), "value")
 
     def _try(self, action: Callable[[], None]) -> None:
@@ -848,7 +1003,7 @@ def terminal_chat(
     commands = _Commands(session, engines)
     if prompt is not None:
         _print_reply(session.send(prompt), write)
-        return _last_answer(session)
+        return last_answer(session)
     with suppress(ImportError):
         import readline  # noqa: F401  (gives input() a history and arrow keys)
     write(f"Talking to {next(iter(engines))}. /help lists the commands; Ctrl-C stops a reply.\n")
@@ -868,14 +1023,9 @@ def terminal_chat(
         except (EOFError, KeyboardInterrupt):
             write("\n")
             break
-    return _last_answer(session)
+    return last_answer(session)
 
 
 def _write_now(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _last_answer(session: ChatSession) -> str:
-    parts = session.messages[-1]["content"] if session.messages else []
-    return "".join(part["text"] for part in parts if part["type"] == "text")

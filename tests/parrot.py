@@ -48,7 +48,8 @@ class Parrot:
         else:
             text = " and so on"
         while text:
-            found = [(text.find(name), name) for name in SPECIAL_TOKENS if name in text]
+            tags = SPECIAL_TOKENS if self.reply is not None else []  # what a user wrote is text
+            found = [(text.find(name), name) for name in tags if name in text]
             at, name = min(found, default=(len(text), ""))
             for _ in range(self.times):
                 yield from self.tokenizer.encode(text[:at])

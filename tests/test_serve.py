@@ -1,7 +1,10 @@
 """nanochat.serve: every endpoint, the limits, the guard, streams, disconnects."""
 
 import asyncio
+import contextlib
 import http.client
+import http.server
+import importlib.util
 import json
 import re
 import socket
@@ -12,7 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hostile import BODIES, HOSTILE
+from hypothesis import HealthCheck, given, settings, strategies as st
 from parrot import Parrot, small_tokenizer
 
 pytest.importorskip("fastapi", reason="the extra `serve` (fastapi, uvicorn) is not installed")
@@ -24,13 +28,17 @@ from fastapi.testclient import TestClient  # noqa: E402
 from nanochat.common import UserError  # noqa: E402
 from nanochat.serve import (  # noqa: E402
     Limits,
+    RemoteEngine,
     StopStrings,
     background_server,
+    chunk_pieces,
     create_app,
     page,
     read_events,
+    remote_engines,
     run_server,
 )
+from nanochat.ui import ChatSettings, ChatWidget, stream_reply, terminal_chat  # noqa: E402
 
 TOOL = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>36."
 CHAT = "/v1/chat/completions"
@@ -69,6 +77,8 @@ def test_health_and_models():
     assert web.get("/health").json() == {"status": "ok", "models": 2}
     listed = web.get("/v1/models").json()
     assert listed["object"] == "list" and [m["id"] for m in listed["data"]] == ["base", "sft"]
+    assert web.get("/v1/models/sft").json() == listed["data"][1]
+    assert "base, sft" in error_of(web.get("/v1/models/gpt-9"), 404)["message"]
 
 
 def test_chat_whole():
@@ -87,6 +97,13 @@ def test_chat_whole():
     assert usage["completion_tokens"] == len(small_tokenizer().encode("You said: the fox"))
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert (call["temperature"], call["seed"], call["top_k"], call["tools"]) == (0, 3, 7, True)
+
+
+def test_top_k_zero_keeps_all_tokens():
+    engine = Parrot()
+    for more in ({"top_k": 0}, {}, {"top_k": None}):
+        client(engine).post(CHAT, json=ask(**more))
+    assert [call["top_k"] for call in engine.calls] == [None, 50, 50]
 
 
 def test_chat_stream_has_the_same_text_and_counts():
@@ -207,7 +224,7 @@ def test_metrics_count():
         ask(temperature=3),
         ask(temperature="hot"),
         ask(temperature=True),
-        ask(top_k=0),
+        ask(top_k=-1),
         ask(top_k=2.5),
         ask(top_p=-1),
         ask(max_tokens=0),
@@ -285,6 +302,55 @@ def test_no_request_makes_a_500(fields, chat):
     assert answer.status_code in (200, 400, 404)
 
 
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_text_comes_back_as_text(text):
+    engine = Parrot()
+    web, special = client(engine), small_tokenizer().special
+    answer = web.post(CHAT, json=ask(text))
+    assert answer.json()["choices"][0]["message"]["content"] == "You said: " + text
+    assert answer.headers["content-type"] == "application/json"
+    deltas = [e["choices"][0]["delta"] for e in stream(web, CHAT, ask(text))]
+    assert "".join(d.get("content", "") for d in deltas) == "You said: " + text
+    for name in ("bos", "user_start", "user_end", "assistant_start"):
+        assert engine.calls[0]["ids"].count(special(name)) == 1  # the user's own made none
+    assert engine.calls[0]["ids"].count(special("python_start")) == 0
+    assert error_of(web.post(CHAT, json=ask(model=text)), 404)["param"] == "model"
+
+
+@pytest.mark.parametrize("data", BODIES.values(), ids=BODIES)
+def test_hostile_bodies_are_refused(data):
+    headers = {"content-type": "application/json"}
+    for path in (CHAT, "/v1/completions"):
+        answer = client().post(path, content=data, headers=headers)
+        error_of(answer, answer.status_code)
+        assert 400 <= answer.status_code < 500
+
+
+@pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])  # what the schema allows, and not
+def test_fuzz_from_the_published_schema_finds_no_500(mode):
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    app, host = create_app(Parrot(), limits=Limits(max_tokens=20)), {"Host": "localhost"}
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app, headers=host)
+    seen = set()
+    for operation in (result.ok() for result in schema.get_all_operations()):
+        if mode == "NEGATIVE" and "completions" not in operation.path:
+            continue  # nothing can be wrong with a request that has no body
+        cases = operation.as_strategy(generation_mode=schemathesis.GenerationMode[mode])
+
+        @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(cases)
+        def send(case):
+            answer = case.call(headers=host)
+            seen.add((case.path, answer.status_code))
+            assert answer.status_code < 500, answer.text
+
+        send()
+    if mode == "POSITIVE":
+        assert {(CHAT, 200), ("/v1/completions", 200), ("/", 200), ("/metrics", 200)} <= seen
+    else:
+        assert {(CHAT, 400), ("/v1/completions", 400)} <= seen
+
+
 # ---- the guard --------------------------------------------------------------------------------
 
 
@@ -308,6 +374,18 @@ def test_token():
 def test_without_a_token_only_this_machine_is_named(host, fine):
     answer = client().get("/v1/models", headers={"host": host})
     assert answer.status_code == (200 if fine else 421)
+
+
+def test_pages_of_other_sites_may_call_only_when_asked():
+    ask_first = {"origin": "https://my.site", "access-control-request-method": "POST"}
+    for origins, status in ((), 405), (["https://my.site"], 200):
+        web = client(origins=origins, token="s3cret")
+        if origins:
+            assert web.options(CHAT, headers=ask_first).status_code == status
+        answer = web.get("/health", headers={"origin": "https://my.site"})
+        assert answer.headers.get("access-control-allow-origin") == (*origins, None)[0]
+        answer = web.options(CHAT, headers={**ask_first, "origin": "https://other.site"})
+        assert "access-control-allow-origin" not in answer.headers
 
 
 def test_errors_inside_show_nothing(caplog):
@@ -432,9 +510,37 @@ def test_queue_429_and_503():
     assert set(statuses) <= {200, 429, 503}
 
 
+def test_one_client_cannot_take_all_slots():
+    engine = Parrot(delay=0.01, reply="fox " * 100)
+    app = create_app(engine, limits=Limits(per_client=2, concurrent=8))
+    slots = app.state.server.slots
+    with background_server(app) as url, httpx.Client(timeout=10) as web:
+        request = ("POST", url + CHAT)
+        with (
+            web.stream(*request, json=ask(stream=True)) as one,
+            web.stream(*request, json=ask(stream=True)) as two,
+        ):
+            assert one.status_code == two.status_code == 200
+            answer = web.post(url + CHAT, json=ask())
+            assert "2 requests" in error_of(answer, 429)["message"]
+            assert slots.clients == {"127.0.0.1": 2}
+        assert wait_for(lambda: not slots.clients and engine.running == 0)
+        assert web.post(url + CHAT, json=ask(max_tokens=2)).status_code == 200
+
+
+def test_a_body_that_does_not_arrive_is_given_up():
+    app = create_app(Parrot(), limits=Limits(seconds=0.3))
+    with background_server(app) as url, socket.socket() as sock:
+        sock.settimeout(5)
+        sock.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        sock.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert sock.recv(100).startswith(b"HTTP/1.1 408")
+
+
 def test_many_streams_do_not_cross_and_take_turns():
     engine = Parrot(delay=0.001)
-    app = create_app(engine, limits=Limits(concurrent=20))
+    app = create_app(engine, limits=Limits(concurrent=20, per_client=20))
     order = []
 
     async def one(web, url, number):
@@ -459,8 +565,8 @@ def test_many_streams_do_not_cross_and_take_turns():
 
 
 def test_random_disconnects_leave_nothing_behind():
-    engine = Parrot(delay=0.002, reply="the quick brown fox " * 30)
-    app = create_app(engine, limits=Limits(concurrent=4))
+    engine = Parrot(delay=0.002, reply="the quick brown fox " * 10)
+    app = create_app(engine, limits=Limits(concurrent=4, per_client=20))
     with background_server(app) as url:
 
         async def one(web, number):
@@ -477,6 +583,121 @@ def test_random_disconnects_leave_nothing_behind():
         asyncio.run(everybody())
         assert wait_for(lambda: app.state.server.metrics.active == 0)
         assert wait_for(lambda: engine.running == 0)
+
+
+def test_a_short_soak_with_disconnects():
+    path = Path(__file__).parent.parent / "benchmarks" / "serve.py"
+    spec = importlib.util.spec_from_file_location("benchmark_serve", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    engine = bench.random_engine(depth=1, width=64, vocab=512)
+    limits = Limits(concurrent=50, per_client=50)
+    app = create_app(engine, limits=limits)
+    talks = bench.expected_replies(engine, clients=50, tokens=12)
+    with background_server(app) as url:
+        found = asyncio.run(bench.soak(url, talks, seconds=3, hang_up=0.3, seed=0))
+        metrics = app.state.server.metrics
+        assert wait_for(lambda: metrics.active == metrics.waiting == 0)
+    assert found.errors == [] and found.crossed == 0
+    assert found.finished > 0 and found.hung_up > 0
+    assert min(found.tokens) > 0  # every client was served
+
+
+# ---- a widget far from its model --------------------------------------------------------------
+
+
+def test_remote_engine_gives_the_same_pieces():
+    engines = {"calc": Parrot(reply=TOOL), "echo": Parrot()}
+    messages, chosen = ask("héllo <b>")["messages"], ChatSettings(0.5, None, 0.9, 50, 3)
+    with background_server(create_app(engines, token="tok")) as url:
+        remote = remote_engines(url + "/v1", "tok")
+        assert list(remote) == ["calc", "echo"]
+        for name in remote:
+            far = list(stream_reply(remote[name], None, messages, chosen))
+            near = list(stream_reply(engines[name], small_tokenizer(), messages, chosen))
+            assert [(p.kind, p.text) for p in far if p.text] == [
+                (p.kind, p.text) for p in near if p.text
+            ]
+            assert all(p.logprob == -0.25 for p in far[:-1])
+        one, two = engines["echo"].calls
+        assert one == two  # the settings have arrived
+        widget = ChatWidget(remote)
+        widget.controls.box.value = "12*3?"
+        widget.controls.send.click()
+        assert widget.wait(10)
+        kinds = [part["type"] for part in widget.session.messages[1]["content"]]
+        assert kinds == ["text", "python", "python_output", "text"]
+        assert terminal_chat(remote["echo"], prompt="hi", write=lambda _: None) == "You said: hi"
+
+
+def test_remote_engine_stops_while_the_server_is_silent():
+    class Silent(Parrot):
+        speak = threading.Event()
+
+        def generate(self, ids, **options):
+            self.speak.wait(10)
+            yield from super().generate(ids, **options)
+
+    engine, stop = Silent(), threading.Event()
+    with background_server(create_app(engine)) as url:
+        pieces = RemoteEngine(url + "/v1", "nanochat").stream_messages(
+            ask()["messages"], ChatSettings(), stop
+        )
+        threading.Timer(0.2, stop.set).start()
+        begin = time.perf_counter()
+        assert [p.text for p in pieces if p.kind == "end"] == ["cancelled"]
+        assert time.perf_counter() - begin < 5  # far less than the engine's silence
+        engine.speak.set()
+
+
+def test_remote_engine_errors_are_one_sentence():
+    messages = ask()["messages"]
+    with background_server(create_app(Parrot(fail_after=2), token="tok")) as url:
+        for engine, words in (
+            (RemoteEngine(url + "/v1", "nanochat", "no"), "token"),
+            (RemoteEngine(url + "/v1", "gpt-9", "tok"), "no model"),
+            (RemoteEngine(url + "/v1", "nanochat", "tok"), "wrong inside"),
+            (RemoteEngine(url + "/nowhere", "nanochat", "tok"), "Not Found"),
+        ):
+            with pytest.raises(UserError, match=words):
+                list(engine.stream_messages(messages, ChatSettings()))
+        with pytest.raises(UserError, match="not an OpenAI-compatible"):
+            remote_engines(url + "/health?", "tok")
+    with pytest.raises(UserError, match="Is the server running"):
+        remote_engines(url + "/v1")
+    with pytest.raises(UserError, match="http"):
+        RemoteEngine("file:///etc/passwd", "x")
+
+
+def test_the_token_stays_with_the_address_it_was_given_for():
+    seen = {}
+
+    class Mover(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen[self.path] = self.headers.get("Authorization")
+            self.send_response(302 if self.path == "/v1/models" else 200)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+            self.wfile.write(b'{"data": [{"id": "other"}]}')
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Mover) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = remote_engines(f"http://127.0.0.1:{server.server_port}/v1", "s3cret")
+        server.shutdown()
+    assert list(found) == ["other"]
+    assert seen == {"/v1/models": "Bearer s3cret", "/elsewhere": None}
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), lambda inner: (
+    st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(
+        ["choices", "delta", "content", "part", "type", "text", "logprobs", "error", "note", "role"]
+    ), inner, max_size=4)), max_leaves=12))  # fmt: skip
+def test_whatever_an_endpoint_sends_is_pieces_or_one_sentence(chunk):
+    with contextlib.suppress(UserError):
+        assert all(isinstance(piece.text, str) for piece in chunk_pieces(chunk))
 
 
 # ---- starting ---------------------------------------------------------------------------------
@@ -512,20 +733,88 @@ def test_missing_extra_is_one_clear_sentence():
     assert "nanochat[serve]" in out.stdout, out.stderr
 
 
-def test_openai_client_works_unchanged():
+# ---- the official client ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def openai_client():
+    """connect(engine, ...) serves it and returns the official client, nothing about it changed."""
     openai = pytest.importorskip("openai", reason="the openai client is not installed")
-    with background_server(create_app(Parrot(reply=TOOL), token="tok")) as url:
-        web = openai.OpenAI(base_url=url + "/v1", api_key="tok", max_retries=0)
-        assert [m.id for m in web.models.list()] == ["nanochat"]
-        messages = [{"role": "user", "content": "12*3?"}]
-        whole = web.chat.completions.create(model="nanochat", messages=messages, logprobs=True)
-        assert whole.choices[0].message.content == "It is 36."
-        assert whole.choices[0].logprobs.content[0].logprob == -0.25
-        chunks = web.chat.completions.create(model="nanochat", messages=messages, stream=True)
-        assert "".join(c.choices[0].delta.content or "" for c in chunks) == "It is 36."
-        plain = web.completions.create(model="nanochat", prompt="x", max_tokens=2)
-        assert plain.usage.completion_tokens == 2
-        with pytest.raises(openai.NotFoundError):
-            web.chat.completions.create(model="gpt-9", messages=messages)
-        with pytest.raises(openai.AuthenticationError):
-            openai.OpenAI(base_url=url + "/v1", api_key="no").models.list()
+    with contextlib.ExitStack() as stack:
+
+        def connect(engine, key="tok", **limits):
+            app = create_app(engine, token="tok", limits=Limits(**limits))
+            url = stack.enter_context(background_server(app))
+            return openai.OpenAI(base_url=url + "/v1", api_key=key, max_retries=0)
+
+        yield connect
+
+
+ASKED = {"model": "nanochat", "messages": [{"role": "user", "content": "12*3?"}]}
+
+
+def test_openai_models_chat_and_completions(openai_client):
+    web = openai_client(Parrot(reply=TOOL))
+    assert [m.id for m in web.models.list()] == ["nanochat"]
+    assert web.models.retrieve("nanochat").owned_by == "nanochat"
+    whole = web.chat.completions.create(**ASKED, max_completion_tokens=50, seed=3, user="me")
+    assert whole.choices[0].message.content == "It is 36." and whole.usage.total_tokens > 0
+    assert whole.choices[0].finish_reason == "stop" and whole.choices[0].message.role == "assistant"
+    plain = web.completions.create(model="nanochat", prompt="x", max_tokens=2)
+    assert plain.usage.completion_tokens == 2 and plain.choices[0].finish_reason == "length"
+
+
+def test_openai_stream_usage_and_early_close(openai_client):
+    engine = Parrot(delay=0.005)
+    web = openai_client(engine)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(web.chat.completions.create(**ASKED, **options))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == "You said: 12*3?" and chunks[-1].usage.completion_tokens > 0
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    engine.reply = "fox " * 2000
+    with web.chat.completions.create(**ASKED, stream=True) as stream:
+        next(stream), next(stream)
+    assert wait_for(lambda: engine.running == 0)
+    texts = [c.choices[0].text for c in web.completions.create(
+        model="nanochat", prompt="x", stream=True, max_tokens=3)]  # fmt: skip
+    assert "".join(texts)
+
+
+def test_openai_stop_and_logprobs(openai_client):
+    web = openai_client(Parrot(reply="the quick brown fox"))
+    whole = web.chat.completions.create(**ASKED, stop=["zzz", "brown"])
+    assert whole.choices[0].message.content == "the quick "
+    stream = web.chat.completions.create(**ASKED, stop="brown", stream=True, logprobs=True)
+    chunks = [c.choices[0] for c in stream]
+    assert "".join(c.delta.content or "" for c in chunks) == "the quick "
+    rows = [row for c in chunks if c.logprobs for row in c.logprobs.content]
+    assert rows and all(row.logprob == -0.25 for row in rows)
+    whole = web.chat.completions.create(**ASKED, logprobs=True, top_logprobs=2)
+    rows = whole.choices[0].logprobs.content
+    assert "".join(row.token for row in rows) == "the quick brown fox"
+
+
+def test_openai_errors_have_their_classes(openai_client):
+    openai = pytest.importorskip("openai")
+    web = openai_client(Parrot(), body_bytes=5_000)
+    for error, change in (
+        (openai.NotFoundError, {"model": "gpt-9"}),
+        (openai.BadRequestError, {"temperature": 3}),
+        (openai.BadRequestError, {"messages": []}),
+        (openai.APIStatusError, {"messages": [{"role": "user", "content": "x" * 6_000}]}),
+    ):
+        with pytest.raises(error) as caught:
+            web.chat.completions.create(**{**ASKED, **change})
+        assert caught.value.body["message"] and caught.value.status_code < 500
+    with pytest.raises(openai.AuthenticationError):
+        openai_client(Parrot(), key="no").models.list()
+    failing = openai_client(Parrot(fail_after=2))
+    with pytest.raises(openai.InternalServerError):
+        failing.chat.completions.create(**ASKED)
+    with pytest.raises(openai.APIError, match="wrong inside"):
+        list(failing.chat.completions.create(**ASKED, stream=True))
+    busy = openai_client(Parrot(delay=0.02, reply="fox " * 500), per_client=1)
+    stream = busy.chat.completions.create(**ASKED, stream=True)
+    with stream, pytest.raises(openai.RateLimitError):
+        busy.chat.completions.create(**ASKED)

@@ -1,20 +1,17 @@
-"""The served page in a real browser: Debian's Chromium, driven by Playwright."""
+"""The served page in a real browser: Chromium, driven by Playwright."""
 
 import json
-import os
-import shutil
 import time
 from pathlib import Path
 
 import pytest
+from chromium import launch, shot
+from hostile import HOSTILE
 from parrot import Parrot
 
 pytest.importorskip("fastapi", reason="the extra `serve` (fastapi, uvicorn) is not installed")
 pytest.importorskip("uvicorn", reason="the extra `serve` (fastapi, uvicorn) is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-if not CHROMIUM:
-    pytest.skip("no chromium on this machine (or set $CHROMIUM)", allow_module_level=True)
 
 from nanochat.serve import background_server, create_app  # noqa: E402
 
@@ -28,7 +25,7 @@ TOOL = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        chromium = launch(playwright)
         yield chromium
         chromium.close()
 
@@ -77,12 +74,6 @@ def done(page):
 
 def texts(page):
     return page.locator("article .bubble").all_inner_texts()
-
-
-def shot(page, name):
-    """Keep a picture when $SCREENSHOTS names a folder."""
-    if os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=Path(os.environ["SCREENSHOTS"]) / f"{name}.png")
 
 
 def test_send_stream_edit_regenerate_new(visit):
@@ -154,6 +145,25 @@ def test_hostile_text_is_only_text(visit, scheme):
     assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
 
 
+def test_every_hostile_text_in_every_place_is_only_text(visit, tmp_path):
+    page = visit(Parrot())
+    messages = []
+    for text in HOSTILE.values():
+        parts = [{"type": kind, "text": text} for kind in ("python", "python_output", "text")]
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": parts}]
+    talk = {"format": "nanochat conversation", "system": EVIL, "messages": messages}
+    (tmp_path / "talk.json").write_text(json.dumps(talk), encoding="utf-8")
+    page.set_input_files("#file", tmp_path / "talk.json")
+    until(page, f"document.querySelectorAll('article').length === {len(messages)}")
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.hit") is None
+    made = "[...new Set([...document.querySelectorAll('#talk *')].map(n => n.localName))].sort()"
+    allowed = "article br button code details div em li ol p pre strong summary ul"
+    assert set(page.evaluate(made)) <= set(allowed.split())
+    seen = page.evaluate("[...document.querySelectorAll('.user .bubble')].map(n => n.textContent)")
+    assert seen == list(HOSTILE.values())
+
+
 def test_settings_reach_the_engine_and_survive_a_reload(visit):
     one, two = Parrot(), Parrot(reply="two")
     page = visit({"one": one, "two": two})
@@ -166,11 +176,51 @@ def test_settings_reach_the_engine_and_survive_a_reload(visit):
     done(page)
     call = two.calls[0]
     assert (call["temperature"], call["max_tokens"], call["seed"]) == (0.3, 7, 11)
+    assert call["top_k"] is None
     assert "quick fox" in two.tokenizer.decode(call["ids"]) and not one.calls
     page.reload()
     until(page, "document.querySelectorAll('#model option').length === 2")
     assert texts(page) == ["hello", "two"] and page.input_value("#temperature") == "0.3"
     assert page.input_value("#model") == "two"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_compare_two_models_on_one_prompt(visit, scheme):
+    page = visit({"slow": Parrot(delay=0.01), "calc": Parrot(reply=TOOL)}, scheme)
+    until(page, "!document.querySelector('#compare').hidden")
+    say(page, "12*3?")
+    done(page)
+    page.click("#compare")  # an empty box: the last question again
+    done(page)
+    assert page.locator(".column h2").all_inner_texts() == ["slow", "calc"]
+    answers = page.locator(".column .bubble").all_inner_texts()
+    assert answers[0] == "You said: 12*3?" and "used the calculator" in answers[1]
+    assert texts(page)[:3] == ["12*3?", "You said: 12*3?", "12*3?"]
+    page.click("#more")
+    page.check("#shade")
+    assert page.locator(".column .token").first.get_attribute("title") == "p = 0.779"
+    assert page.locator(".token[title='written by the calculator']").count() == 2
+    shot(page, f"page_compare_{scheme}")
+    say(page, "next")
+    done(page)
+    assert page.locator(".column").count() == 0 and page.locator("article").count() == 4
+
+
+def test_stop_ends_every_column(visit):
+    engines = {name: Parrot(delay=0.01, times=50) for name in ("one", "two", "three")}
+    page = visit(engines)
+    until(page, "!document.querySelector('#compare').hidden")
+    page.fill("#box", "the quick brown fox")
+    page.click("#compare")
+    until(page, "[...document.querySelectorAll('.column .bubble')].every(b => b.innerText != '…')")
+    page.keyboard.press("Escape")
+    done(page)
+    until(page, "document.querySelectorAll('.column').length === 3")
+    end = time.perf_counter() + 2
+    while any(engine.running for engine in engines.values()) and time.perf_counter() < end:
+        page.wait_for_timeout(5)
+    assert not any(engine.running for engine in engines.values())
+    assert page.get_by_text("stopped").count() == 3 and page.input_value("#box")
 
 
 def test_save_and_load(visit, tmp_path):
@@ -214,5 +264,5 @@ def test_keyboard_alone_and_names_for_screen_readers(visit):
         (n) => !(n.innerText || n.ariaLabel || (n.labels && n.labels.length))).length"""
     )
     assert unnamed == 0
-    assert page.get_attribute("#talk", "aria-live") == "polite"
+    assert page.inner_text("#said[role=log]") == "You said: hello"  # once, when it is complete
     assert page.get_attribute("article >> nth=1", "aria-label") == "Model"

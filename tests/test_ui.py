@@ -6,6 +6,7 @@ import time
 from html.parser import HTMLParser
 
 import pytest
+from hostile import HOSTILE
 from hypothesis import given, settings, strategies as st
 from parrot import Parrot, Token, small_tokenizer
 
@@ -20,6 +21,7 @@ from nanochat.ui import (
     add_piece,
     bubble_html,
     check_messages,
+    comparison_html,
     fit_context,
     load_session,
     markdown_html,
@@ -136,6 +138,35 @@ def test_stop_keeps_the_part_that_came():
     assert session.finish_reason == "cancelled" and 3 <= session.stats.tokens <= 4
     run(session.send("still alive?"))
     assert session.finish_reason == "stop" and len(session.messages) == 4
+
+
+def test_compare_takes_turns_and_leaves_the_conversation_alone():
+    engines = {"one": Parrot(), "two": Parrot(reply=TOOL)}
+    session = ChatSession(engines["one"], small_tokenizer(), settings=ChatSettings(seed=7))
+    run(session.send("first"))
+    before, names = json.dumps(session.messages), []
+    for _ in session.compare(engines, "the quick brown fox"):
+        names.append([sum(len(p["text"]) > 0 for p in x) > 0 for x in session.compared.values()])
+    assert names[2] == [True, True]  # both have begun after one token of each
+    assert json.dumps(session.messages) == before and len(session.compared["two"]) == 4
+    assert text_of({"content": session.compared["one"]}) == "You said: the quick brown fox"
+    assert engines["one"].calls[-1]["seed"] == engines["two"].calls[-1]["seed"] == 7
+    run(session.compare(engines))
+    assert text_of({"content": session.compared["one"]}) == "You said: first"
+    run(session.send("second"))
+    assert session.compared == {}
+
+
+def test_compare_stops_all_and_needs_a_question():
+    engines = {"one": Parrot(), "two": Parrot()}
+    session = ChatSession(engines["one"], small_tokenizer())
+    with pytest.raises(UserError, match="no question"):
+        run(session.compare(engines))
+    for _ in session.compare(engines, "the quick brown fox"):
+        if session.stats.tokens == 6:
+            session.stop()
+    assert session.finish_reason == "cancelled" and session.stats.tokens <= 8
+    assert all(engine.running == 0 for engine in engines.values())
 
 
 def test_dropped_generator_frees_the_session():
@@ -364,7 +395,21 @@ def test_bubbles_and_tokens_make_only_known_tags(text):
             name in ("class", "role", "aria-label") for _, *attrs in extra for name, _ in attrs
         )
     seen = Tags(tokens_html([Piece("text", text, 3, -1.0)])).seen
-    assert {tag for tag, *_ in seen} <= {"div", "span"}
+    assert {tag for tag, *_ in seen} <= {"div", "p", "span"}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_text_stays_text_in_every_part_of_the_widget(text):
+    parts = [{"type": kind, "text": text} for kind in ("text", "python", "python_output")]
+    drawn = bubble_html({"role": "assistant", "content": parts})
+    drawn += bubble_html({"role": "user", "content": text}) + tokens_html([Piece("text", text)])
+    drawn += comparison_html(text, {text: parts})
+    read = Tags(drawn)
+    own = {"div", "section", "details", "summary", "span", "b"}
+    assert {tag for tag, *_ in read.seen} <= own | set(MARKDOWN_TAGS)
+    names = {name for _, *attributes in read.seen for name, _ in attributes}
+    assert names <= {"class", "role", "aria-label", "title", "style"}
+    assert len(read.text) >= 4 * len(text) - 100  # nothing is dropped but the marks of Markdown
 
 
 @given(st.text(alphabet="abc <>&\"'", max_size=40))
@@ -486,6 +531,35 @@ def test_widget_settings_reach_the_engine_and_models_can_be_picked():
     assert not base.calls and call["temperature"] == 0.3 and call["top_k"] is None
     assert call["top_p"] == 0.5 and call["max_tokens"] == 7 and call["seed"] == 11
     assert "quick" in small_tokenizer().decode(call["ids"])
+
+
+def test_widget_keys_of_the_message_box():
+    engine = Parrot(delay=0.01)
+    widget = ChatWidget(engine)
+    box = widget.controls.box
+    box.set_state({"value": "one\ntwo " * 9, "sent": 1})  # what the browser sends for Enter
+    assert widget.busy and box.value == "" and len(bubbles(widget)) == 2
+    box.set_state({"value": "", "stopped": 1})
+    assert widget.wait(2) and widget.session.finish_reason == "cancelled"
+    box.set_state({"value": " ", "sent": 2})
+    assert "Write a message" in widget.controls.status.value
+    box.set_state({"value": "bye", "sent": 3})
+    widget.wait()
+    assert box.said == "You said: bye"  # for a screen reader, once, when it is complete
+
+
+def test_widget_compares_models_side_by_side():
+    widget = ChatWidget({"base <b>": Parrot(reply="I am base"), "sft": Parrot(reply=TOOL)})
+    say(widget, "who?")
+    widget.wait()
+    widget.controls.compare.click()
+    widget.wait()
+    shown = widget.controls.columns.value
+    assert "base &lt;b&gt;</b>" in shown and "I am base" in shown and "used the calculator" in shown
+    assert len(bubbles(widget)) == 2
+    say(widget, "next")
+    widget.wait()
+    assert widget.controls.columns.value == "" and len(bubbles(widget)) == 4
 
 
 def test_widget_folds_tool_calls_and_shades_tokens():
