@@ -4,7 +4,8 @@ r"""
 
 A pretraining run is a sum of small decisions, each made once and paid for in hours. Here you make
 them: how the batch is cut, how long the run is, what it costs, how it is saved. Some exercises ask
-for a prediction: write the numbers down before you compute anything.
+for a prediction: write the numbers down before you compute anything. `check(id, answer)` looks at
+an answer, `hint(id)` helps, `progress()` shows your points (sheet 0 says how).
 """
 
 # %%
@@ -1067,6 +1068,7 @@ The useful batch grows with the length of the run. Could the batch grow *during*
 to large? Plan the experiment: what stays equal between the two runs you compare, what do you do
 with the rates, how many seeds do you need to see a difference of 0.01 nats, and what does it cost?
 (nanochat's author tried it and took it out again: the gain was too small for its complexity.)
+(No marks.)
 """
 
 # %%

@@ -4,7 +4,8 @@ r"""
 
 No processes are started here. A list holds what each rank has, and a function that is handed to you
 plays the wire: it takes what one rank sends and gives what the other receives. That is enough to
-make every mistake that costs hours on eight GPUs, and to see it at once.
+make every mistake that costs hours on eight GPUs, and to see it at once. `check(id, answer)` looks
+at an answer, `hint(id)` helps, `progress()` shows your points (sheet 0 says how).
 """
 
 # %%
@@ -682,6 +683,19 @@ memory = {"state": 3.52, "plain": 9.76, "stage 1": 1.22, "stage 2": 3.95}
 #| wrong 06-memory: stage 2
 memory = {"state": 3.52, "plain": 9.76, "stage 1": 6.68, "stage 2": 1.22}
 
+
+# %%
+#| wrong 06-memory: plain data parallel
+tables, matrices = 2 * 32768 * 1536, 12 * 24 * 1536**2
+weights, state = 4 * (tables + matrices) / 1e9, (8 * tables + 4 * matrices) / 1e9
+memory = {
+    "state": state,
+    "plain": weights + state,
+    "stage 1": weights + weights + state / 8,
+    "stage 2": weights + weights / 8 + state / 8,
+}
+
+
 # %%
 #| right 06-memory
 memory = {"state": 3.52, "plain": 9.76, "stage 1": 6.68, "stage 2": 3.95}
@@ -760,7 +774,7 @@ def _(reading):
     "column only. Exercise 1 has what a ring carries.",
 )
 def _(reading):
-    assert reading["why"] == "b"
+    assert reading["why"].strip().lower() == "b"
 
 
 # %%
@@ -799,7 +813,7 @@ r"""
 The exchange of gradients can begin while the backward pass still runs: the gradients of the last
 layers are ready first. How much of the exchange could hide behind computing, for depths 12 and 24,
 with the bandwidth of the machine at hand (`python -m nanochat.distributed --check`) and the FLOPs
-of chapter 3? How large should a bucket be, and what goes wrong at either end?
+of chapter 3? How large should a bucket be, and what goes wrong at either end? (No marks.)
 """
 
 # %%

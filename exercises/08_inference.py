@@ -302,6 +302,20 @@ def padded_view(starts, length, n_new):
 
 
 # %%
+#| wrong 08-view: no padding needs no view
+def padded_view(
+    starts: Tensor | None, length: int, n_new: int
+) -> tuple[Tensor | None, Tensor | None]:
+    if starts is None:
+        starts = torch.zeros(1, dtype=torch.int64)
+    slots = torch.arange(length + n_new, device=starts.device)  # (S,)
+    new = slots[length:, None]  # (T, 1)
+    positions = (new.T - starts[:, None]).clamp(min=0)  # (B, T)
+    visible = (slots <= new) & (slots >= starts[:, None, None])  # (B, T, S)
+    return positions, (visible | (slots == new)).unsqueeze(1)
+
+
+# %%
 #| right 08-view
 def padded_view(starts, length, n_new):
     if starts is None:
@@ -640,6 +654,54 @@ def shaped(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
 
 
 # %%
+#| wrong 08-knobs: temperature divides the logits
+def shaped(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    if temperature == 0:
+        return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
+    p = (logits * temperature).softmax(0)
+    if top_k is not None:
+        p = p * (p >= p.topk(min(top_k, len(p))).values[-1])
+        p = p / p.sum()
+    if top_p is not None:
+        ordered, where = p.sort(descending=True)
+        before = ordered.cumsum(0) - ordered  # what the likelier tokens hold
+        p = torch.zeros_like(p).scatter(0, where, ordered * (before < top_p))
+    if min_p is not None:
+        p = p * (p >= min_p * p.max())
+    return p / p.sum()
+
+
+# %%
+#| wrong 08-knobs: top_k keeps the k likeliest
+def shaped(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    if temperature == 0:
+        return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
+    p = (logits / temperature).softmax(0)
+    if top_k is not None:
+        p = p * (p >= p.topk(top_k).values[-1])
+        p = p / p.sum()
+    if top_p is not None:
+        ordered, where = p.sort(descending=True)
+        before = ordered.cumsum(0) - ordered  # what the likelier tokens hold
+        p = torch.zeros_like(p).scatter(0, where, ordered * (before < top_p))
+    if min_p is not None:
+        p = p * (p >= min_p * p.max())
+    return p / p.sum()
+
+
+# %%
 #| right 08-knobs
 def shaped(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     order = sorted(range(len(logits)), key=lambda i: -float(logits[i]))
@@ -901,7 +963,7 @@ text with `ast.parse(text, mode="eval")` and compute the few kinds of node that 
 the operators `+ - * / // % **`, and a sign. Whatever else the tree holds has no meaning and gives
 None. So does everything that cannot be computed, and everything too large: a text longer than 500
 characters, a number beyond 1e30. `7**7**7` is seven characters long and has 700,000 digits, so
-look at a power *before* you compute it: its exponent must not be above 100.
+look at a power *before* you compute it: its exponent must lie between -100 and 100.
 """
 
 
@@ -993,7 +1055,7 @@ def _(value_of):
 @says("refuses what is too large", "A limit on the text, on exponents, and on every number.")
 def _(value_of):
     texts = ("7 ** 7 ** 7", "10 ** 20 * 10 ** 20", "9 ** 99", "1e31", "1e999", "1" + " + 1" * 400)
-    texts += ("1 ** 101", "(-1) ** 200", "0.5 ** 1000")
+    texts += ("1 ** 101", "(-1) ** 200", "1 ** -101")
     assert [t for t in texts if value_of(t) is not None] == []
     assert value_of("10 ** 30") == 10**30 and value_of("1 ** 100") == 1
     assert value_of("1" + 499 * " ") == 1 and value_of("1" + 500 * " ") is None
@@ -1018,7 +1080,7 @@ hints = [
 #| wrong 08-calculator: knows nothing but arithmetic
 def value_of(expression):
     try:
-        powers = [int(n) for n in re.findall(r"\*\*\s*(\d+)", expression)]
+        powers = [int(n) for n in re.findall(r"\*\*\s*-?(\d+)", expression)]
         if len(expression) > 500 or max(powers, default=0) > 100:
             return None
         value = eval(expression, {"__builtins__": {}})  # "nothing can happen without builtins"
@@ -1138,6 +1200,47 @@ def value_of(expression):
 
 
 # %%
+#| wrong 08-calculator: computes what Python computes
+def value_of(expression: str) -> int | float | None:
+    operators = {
+        ast.Add: operator.add,
+        ast.Sub: operator.sub,
+        ast.Mult: operator.mul,
+        ast.Div: operator.truediv,
+        ast.FloorDiv: operator.floordiv,
+        ast.Mod: math.fmod,
+        ast.Pow: operator.pow,
+        ast.USub: operator.neg,
+        ast.UAdd: operator.pos,
+    }
+
+    def compute(node):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            value = node.value
+        elif isinstance(node, ast.BinOp) and type(node.op) in operators:
+            left, right = compute(node.left), compute(node.right)
+            if isinstance(node.op, ast.Pow) and abs(right) > 100:
+                raise ValueError("the exponent is too large")
+            value = operators[type(node.op)](left, right)
+        elif isinstance(node, ast.UnaryOp) and type(node.op) in operators:
+            value = operators[type(node.op)](compute(node.operand))
+        else:
+            raise ValueError("not arithmetic")
+        if isinstance(value, complex) or not abs(value) <= 1e30:
+            raise ValueError("too large, or not a number")
+        return value
+
+    try:
+        return (
+            compute(ast.parse(expression.strip(), mode="eval").body)
+            if len(expression) <= 500
+            else None
+        )
+    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
+        return None
+
+
+# %%
 #| right 08-calculator
 def value_of(expression):
     """A parser written by hand: no Python syntax tree at all."""
@@ -1196,7 +1299,7 @@ r"""
 
 Two people send prompts to your engine. One sends 50 tokens and wants 500, the other sends 500 and
 wants 50. Which of the two costs you more on a GPU, and which on your laptop? Should they share a
-batch?
+batch? (No marks.)
 """
 
 # %%

@@ -264,6 +264,60 @@ def render(messages):
 
 
 # %%
+#| wrong 09-mask: turns, calls and outputs stand between their marks
+def render(messages: list[dict]) -> tuple[list[int], list[int]]:
+    marks = {
+        "python": ("python_start", "python_end"),
+        "python_output": ("python_start", "python_end"),
+    }
+    ids, mask = [SPECIAL["bos"]], [0]
+
+    def add(tokens, trained):
+        ids.extend(tokens)
+        mask.extend([int(trained)] * len(tokens))
+
+    for message in messages:
+        role, content = message["role"], message["content"]
+        speaks = role == "assistant"
+        add([SPECIAL[f"{role}_start"]], False)
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            piece = encode(part["text"])
+            if part["type"] in marks:
+                start, end = marks[part["type"]]
+                piece = [SPECIAL[start], *piece, SPECIAL[end]]
+            add(piece, speaks and part["type"] != "python_output")
+        add([SPECIAL[f"{role}_end"]], speaks)
+    return ids, mask
+
+
+# %%
+#| wrong 09-mask: the user's turns are not trained
+def render(messages: list[dict]) -> tuple[list[int], list[int]]:
+    marks = {
+        "python": ("python_start", "python_end"),
+        "python_output": ("output_start", "output_end"),
+    }
+    ids, mask = [SPECIAL["bos"]], [0]
+
+    def add(tokens, trained):
+        ids.extend(tokens)
+        mask.extend([int(trained)] * len(tokens))
+
+    for message in messages:
+        role, content = message["role"], message["content"]
+        speaks = role == "assistant"
+        add([SPECIAL[f"{role}_start"]], False)
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            piece = encode(part["text"])
+            if part["type"] in marks:
+                start, end = marks[part["type"]]
+                piece = [SPECIAL[start], *piece, SPECIAL[end]]
+            add(piece, part["type"] != "python_output")
+        add([SPECIAL[f"{role}_end"]], speaks)
+    return ids, mask
+
+
+# %%
 #| right 09-mask
 def render(messages):
     wrap = {"text": [], "python": ["python_start", "python_end"]}
@@ -417,6 +471,19 @@ def pack_row(pieces, seq_len, pad_id):
 
 
 # %%
+#| wrong 09-pack: the inputs are the conversations, then padding
+def pack_row(
+    pieces: list[tuple[list[int], list[int]]], seq_len: int, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    row = [token for ids, _ in pieces for token in ids]
+    trained = [bool(m) for _, mask in pieces for m in mask]
+    rest = seq_len + 1 - len(row)
+    row = torch.tensor(row + [0] * rest, dtype=torch.int64)
+    trained = torch.tensor(trained + [False] * rest)
+    return row[:-1].clone(), torch.where(trained, row, -1)[1:]
+
+
+# %%
 #| right 09-pack
 def pack_row(pieces, seq_len, pad_id):
     inputs = torch.full((seq_len + 1,), pad_id)
@@ -543,8 +610,8 @@ r"""
 
 Conversations longer than a row are cut. When nanochat's conversations were cut at a short context,
 some had a long question and lost the whole reply: no target was left. A micro-batch of such rows
-divides a loss of 0 by 0 targets; one NaN, and all weights are gone (issues 590 and 618). Our loss
-survives that, but the row is still wasted.
+divides a loss of 0 by 0 targets; one NaN, and all weights are gone (nanochat's issues 590 and
+618). Our loss survives that, but the row is still wasted.
 
 Write a cut that never drops all targets:
 
@@ -821,6 +888,18 @@ def mixture(sizes, weights, seed):
 
 
 # %%
+#| wrong 09-mixture: another seed gives another list
+def mixture(sizes: list[int], weights: list[float], seed: int) -> list[tuple[int, int]]:
+    pairs = []
+    for task, (size, weight) in enumerate(zip(sizes, weights)):
+        whole, part = divmod(round(weight * size), size)
+        drawn = np.random.default_rng(task).permutation(size)[:part].tolist()
+        pairs += [(task, row) for row in [*range(size)] * whole + drawn]
+    order = np.random.default_rng(0).permutation(len(pairs))
+    return [pairs[i] for i in order]
+
+
+# %%
 #| right 09-mixture
 def mixture(sizes, weights, seed):
     pairs = []
@@ -895,22 +974,22 @@ check("09-letters", readings)
 #| checks 09-letters
 @says("base", "0.36 with ±0.03 is no luck. What does the letter ask for besides the answer itself?")
 def _(answer):
-    assert answer["base"] == "B"
+    assert answer["base"].strip().lower() == "b"
 
 
 @says("written", "What can a reply be that is neither right nor one of the four letters?")
 def _(answer):
-    assert answer["written"] == "C"
+    assert answer["written"].strip().lower() == "c"
 
 
 @says("gain", "One row needs neither form nor letters. How far did it move?")
 def _(answer):
-    assert answer["gain"] == "B"
+    assert answer["gain"].strip().lower() == "b"
 
 
 @says("compare", "How large are the differences between the rows of one and the same model?")
 def _(answer):
-    assert answer["compare"] == "D"
+    assert answer["compare"].strip().lower() == "d"
 
 
 # %%
@@ -933,6 +1012,12 @@ readings = {"base": "B", "written": "C", "gain": "B", "compare": "A"}
 # %%
 #| wrong 09-letters: base
 readings = {"base": "C", "written": "C", "gain": "B", "compare": "D"}
+
+
+# %%
+#| wrong 09-letters: written
+readings = {"base": "B", "written": "A", "gain": "B", "compare": "D"}
+
 
 # %%
 #| right 09-letters
@@ -1054,7 +1139,7 @@ r"""
 
 Your model answers well and never says "I do not know". Where in the pipeline of this chapter could
 it learn to? Which conversations would you add, how would you make sure that it does not simply
-refuse everything, and how would you measure both?
+refuse everything, and how would you measure both? (No marks.)
 """
 
 # %%

@@ -38,7 +38,9 @@ model in this chapter. It points uphill: a step of `+ lr * g` earns more.
 
 # %%
 #| exercise id=10-reinforce points=2 minutes=15 level=2 answer=reinforce_gradient
-def reinforce_gradient(logits: Tensor, arms: Tensor, coins: Tensor, baseline: float = 0.0):
+def reinforce_gradient(
+    logits: Tensor, arms: Tensor, coins: Tensor, baseline: float = 0.0
+) -> Tensor:
     """Estimate the gradient of the mean pay from pulls.
 
     Args:
@@ -438,9 +440,11 @@ A reply with a calculator call holds tokens that the model did not choose: the e
 result in. Trained on, they teach the model to make results up. Here is a `reply_targets` as a first
 version of such a program had it:
 
-    def reply_targets(prompt, reply, mask):
-        row = prompt + reply
-        return [-1] * len(prompt) + row[len(prompt) + 1 :]
+```python
+def reply_targets(prompt, reply, mask):
+    row = prompt + reply
+    return [-1] * len(prompt) + row[len(prompt) + 1 :]
+```
 
 The row without its last token is the input, and the target at position `t` is the token at
 `t + 1`, or -1 where there is nothing to learn. Two things are wrong with this version: one
@@ -539,6 +543,13 @@ def reply_targets(prompt, reply, mask):
 def reply_targets(prompt, reply, mask):
     end = mask.index(0) if 0 in mask else len(reply)
     return [-1] * (len(prompt) - 1) + reply[:end] + [-1] * (len(reply) - end)
+
+
+# %%
+#| wrong 10-tool-mask: the first token of the reply is learnt
+def reply_targets(prompt: list, reply: list, mask: list) -> list:
+    learnt = [token if sampled else -1 for token, sampled in zip(reply, mask)]
+    return [-1] * len(prompt) + learnt[1:]
 
 
 # %%
@@ -678,6 +689,15 @@ def kl_and_entropy(logprobs, reference, targets):
 
 
 # %%
+#| wrong 10-kl: the entropy is that of the policy
+def kl_and_entropy(logprobs: Tensor, reference: Tensor, targets: Tensor) -> tuple:
+    sampled = targets >= 0
+    difference = (reference - logprobs)[sampled]
+    kl = (difference.exp() - 1 - difference).sum()
+    return float(kl), float(-reference[sampled].sum())
+
+
+# %%
 #| right 10-kl
 def kl_and_entropy(logprobs, reference, targets):
     sampled = (targets != -1).double()
@@ -797,9 +817,11 @@ r"""
 
 This reward was in use for a day, and the share of "right" replies rose to 97 %:
 
-    def paid_for_the_number(parts, problem):
-        text = "".join(part["text"] for part in parts)
-        return float(problem["answer"] in text)
+```python
+def paid_for_the_number(parts, problem):
+    text = "".join(part["text"] for part in parts)
+    return float(problem["answer"] in text)
+```
 
 The model had found out that it is paid wherever the digits of the answer stand: in a list of all
 numbers to 200, inside a longer number, in what the calculator printed. Write the reward that we
@@ -919,6 +941,13 @@ def answer_reward(parts, problem):
 
 
 # %%
+#| wrong 10-reward: a right reply is paid 1.0
+def answer_reward(parts: list, problem: dict) -> float:
+    text = " ".join(part["text"] for part in parts if part["type"] == "text")
+    return float(final_answer(text) == problem["answer"])
+
+
+# %%
 #| right 10-reward
 def answer_reward(parts, problem):
     own = [part["text"] for part in parts if part["type"] not in ("python", "python_output")]
@@ -942,19 +971,22 @@ at most. `correct` is the share of replies with the right number; the reward nev
 | useful (share with an advantage) | 0.81 | 0.06 |
 
 **happened.** What happened?
-(a) The model learnt to add; `correct` is measured wrongly.
-(b) The model found a short text that is paid, and it is rarely right.
-(c) The learning rate was too high and the model now writes noise.
+
+- (a) The model learnt to add; `correct` is measured wrongly.
+- (b) The model found a short text that is paid, and it is rarely right.
+- (c) The learning rate was too high and the model now writes noise.
 
 **next.** What would another 500 steps of the same run do?
-(a) Almost nothing: replies of a group earn the same, so advantages are 0.
-(b) Bring `correct` back, since the reward has room for 0.04 more.
-(c) Lengthen the replies, since short ones carry less gradient.
+
+- (a) Almost nothing: replies of a group earn the same, so advantages are 0.
+- (b) Bring `correct` back, since the reward has room for 0.04 more.
+- (c) Lengthen the replies, since short ones carry less gradient.
 
 **remedy.** What do you do?
-(a) Add a KL penalty to the hacked model and go on from there.
-(b) Sample at a higher temperature until `useful` rises, and go on.
-(c) Start again from the SFT model and pay for the right answer.
+
+- (a) Add a KL penalty to the hacked model and go on from there.
+- (b) Sample at a higher temperature until `useful` rises, and go on.
+- (c) Start again from the SFT model and pay for the right answer.
 
 Put a letter for each into the dict.
 """
@@ -977,7 +1009,7 @@ check("10-gauges", gauges)
     "Noise has a high entropy and no pay. Which text is short, sure of itself and paid?",
 )
 def _(gauges):
-    assert gauges["happened"] == "b"
+    assert gauges["happened"].strip().lower() == "b"
 
 
 @says(
@@ -985,7 +1017,7 @@ def _(gauges):
     "Look at `useful`: where all replies of a group earn the same, what is the gradient?",
 )
 def _(gauges):
-    assert gauges["next"] == "a"
+    assert gauges["next"].strip().lower() == "a"
 
 
 @says(
@@ -993,7 +1025,7 @@ def _(gauges):
     "A policy that is never right earns no reward for it; one with no entropy tries nothing new.",
 )
 def _(gauges):
-    assert gauges["remedy"] == "c"
+    assert gauges["remedy"].strip().lower() == "c"
 
 
 # %%
@@ -1027,7 +1059,7 @@ r"""
 Take a task of your own that has no number at its end: a summary, a polite reply, a poem in a given
 metre. Write down a reward that a program can compute. Then be the model: what is the cheapest text
 that earns it? Mend the reward, and be the model again. After how many rounds do you stop, and would
-a second model as the judge end the game or only move it?
+a second model as the judge end the game or only move it? (No marks.)
 """
 
 # %%

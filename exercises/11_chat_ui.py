@@ -27,7 +27,9 @@ tell another machine that you are reading.
 
 Write `link_html`. `[label](address)` becomes
 
-    <a href="ADDRESS" rel="noreferrer">LABEL</a>
+```html
+<a href="ADDRESS" rel="noreferrer">LABEL</a>
+```
 
 but only if the address begins with `http://` or `https://` and holds no space and no parenthesis.
 Everything else stays text and is escaped, above all images, `![label](address)`: a picture from
@@ -179,6 +181,32 @@ def link_html(text):
 
 
 # %%
+#| wrong 11-links: a web link becomes an anchor
+def link_html(text: str) -> str:
+    link = r"(?<!!)\[([^\[\]\n]+)\]\((https?://[^\s()]+)\)"
+    out, at = [], 0
+    for match in re.finditer(link, text):
+        out.append(html.escape(text[at : match.start()]))
+        label, address = html.escape(match[1]), html.escape(match[2])
+        out.append(f'<a href="{address}">{label}</a>')
+        at = match.end()
+    return "".join(out) + html.escape(text[at:])
+
+
+# %%
+#| wrong 11-links: a label is text
+def link_html(text: str) -> str:
+    link = r"(?<!!)\[([^\[\]\n]+)\]\((https?://[^\s()]+)\)"
+    out, at = [], 0
+    for match in re.finditer(link, text):
+        out.append(html.escape(text[at : match.start()]))
+        label, address = match[1], html.escape(match[2])
+        out.append(f'<a href="{address}" rel="noreferrer">{label}</a>')
+        at = match.end()
+    return "".join(out) + html.escape(text[at:])
+
+
+# %%
 #| right 11-links
 def link_html(text):
     safe = html.escape(text)
@@ -270,6 +298,13 @@ def event(data):
 #| wrong 11-event: other alphabets stay readable
 def event(data):
     return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n"
+
+
+# %%
+#| wrong 11-event: one line and an empty line
+def event(data) -> str:
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    return f"data: {text}\n"
 
 
 # %%
@@ -425,6 +460,36 @@ def read_stream(chunks):
             break
         if line.startswith("data:"):
             found.append(json.loads(line[5:]))
+    return found
+
+
+# %%
+#| wrong 11-stream: other lines are skipped
+def read_stream(chunks: list) -> list:
+    found, rest = [], ""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split("\n")
+        for line in lines:
+            data = line.removeprefix("data:").strip()
+            if line.startswith("data:") and data == "[DONE]":
+                return found
+            if data and not line.startswith(":"):
+                found.append(json.loads(data))
+    return found
+
+
+# %%
+#| wrong 11-stream: lines may end with \r\n
+def read_stream(chunks: list) -> list:
+    found, rest = [], ""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split("\n")
+        for line in lines:
+            data = line.removeprefix("data: ")
+            if line.startswith("data:") and data == "[DONE]":
+                return found
+            if line.startswith("data:"):
+                found.append(json.loads(data))
     return found
 
 
@@ -766,13 +831,17 @@ A program that speaks OpenAI's dialect looks at two things when it is refused: t
 the `type` in the body. On `rate_limit_error` it waits and tries again, on `invalid_request_error`
 it does not. The first version of a server's error answer:
 
-    def error_body(status, message, param=None):
-        return {"error": message}
+```python
+def error_body(status, message, param=None):
+    return {"error": message}
+```
 
 Clients crash on it, and on a day when something broke inside, `message` held the traceback, with
 the paths and settings of the machine. Mend it. The body is
 
-    {"error": {"message": ..., "type": ..., "param": ..., "code": None}}
+```text
+{"error": {"message": ..., "type": ..., "param": ..., "code": None}}
+```
 
 The type is `authentication_error` for 401, `rate_limit_error` for 429, `server_error` from 500 up,
 `invalid_request_error` otherwise. From 500 up the message is always
@@ -863,6 +932,26 @@ def error_body(status, message, param=None):
 
 
 # %%
+#| wrong 11-error: the body has the four fields
+def error_body(status: int, message: str, param: str | None = None) -> dict:
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if status >= 500:
+        message = "Something went wrong inside the server."
+    return {"error": {"message": message, "type": kind, "param": param}}
+
+
+# %%
+#| wrong 11-error: message and param are passed on
+def error_body(status: int, message: str, param: str | None = None) -> dict:
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if status >= 500:
+        message = "Something went wrong inside the server."
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+# %%
 #| right 11-error
 def error_body(status, message, param=None):
     error = dict(message=message, type="invalid_request_error", param=param, code=None)
@@ -881,29 +970,36 @@ r"""
 
 From the chapter's guard, with the token that was set when the server started:
 
-    given = headers.get(b"authorization", b"")
-    if not hmac.compare_digest(given, b"Bearer " + self.token.encode()):
-        return ApiError(401, "A valid access token is required (Authorization: Bearer).")
+```python
+given = headers.get(b"authorization", b"")
+if not hmac.compare_digest(given, b"Bearer " + self.token.encode()):
+    return ApiError(401, "A valid access token is required (Authorization: Bearer).")
+```
 
 and from `run_server`, the address that is printed:
 
-    http://192.0.2.7:8000/#token=...
+```text
+http://192.0.2.7:8000/#token=...
+```
 
 **compare.** Why `compare_digest` and not `==`?
-(a) `==` on bytes may say equal for different tokens.
-(b) `==` ends at the first difference, so its time tells how much of a guess is right.
-(c) `compare_digest` hashes the token, so the server need not keep it.
+
+- (a) `==` on bytes may say equal for different tokens.
+- (b) `==` ends at the first difference, so its time tells how much of a guess is right.
+- (c) `compare_digest` hashes the token, so the server need not keep it.
 
 **hash.** Why does the token stand behind `#`?
-(a) The browser keeps that part to itself: it is in no request, and so in no log on the way.
-(b) The browser encrypts that part.
-(c) A token behind `?` could not be read by the page's script.
+
+- (a) The browser keeps that part to itself: it is in no request, and so in no log on the way.
+- (b) The browser encrypts that part.
+- (c) A token behind `?` could not be read by the page's script.
 
 **host.** Without a token the guard answers only if the header `Host` is localhost, although the
 server listens on 127.0.0.1 alone. Against what?
-(a) Against other machines of the network, which could connect otherwise.
-(b) Against another program of the same machine.
-(c) Against a page of a foreign name that is made to point to 127.0.0.1 and then asks your server.
+
+- (a) Against other machines of the network, which could connect otherwise.
+- (b) Against another program of the same machine.
+- (c) Against a page of a foreign name that is made to point to 127.0.0.1 and then asks your server.
 """
 
 # %%
@@ -924,7 +1020,7 @@ check("11-door", door)
     "Both give the same result and neither hashes. What can a stranger measure from outside?",
 )
 def _(door):
-    assert door["compare"] == "b"
+    assert door["compare"].strip().lower() == "b"
 
 
 @says(
@@ -932,7 +1028,7 @@ def _(door):
     "Nothing in an address is encrypted by itself. Which part does a browser not send at all?",
 )
 def _(door):
-    assert door["hash"] == "a"
+    assert door["hash"].strip().lower() == "a"
 
 
 @says(
@@ -940,7 +1036,7 @@ def _(door):
     "Nobody outside can connect to 127.0.0.1. Who sits inside and runs what strangers wrote?",
 )
 def _(door):
-    assert door["host"] == "c"
+    assert door["host"].strip().lower() == "c"
 
 
 # %%
@@ -1112,7 +1208,7 @@ r"""
 Two of your friends use your server at once. Requests take turns at the engine, one token each.
 Would you rather answer one friend after the other, as a queue? Which of the two is better for the
 time to first token, for the time to the last, and for a friend with a long prompt? What would
-batching (chapter 8) change?
+batching (chapter 8) change? (No marks.)
 """
 
 # %%

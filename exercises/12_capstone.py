@@ -127,6 +127,17 @@ def difference(before, after):
 
 
 # %%
+#| wrong 12-delta: of one item the error is not known
+def difference(before: list, after: list) -> tuple:
+    n = len(before)
+    changes = [b - a for a, b in zip(before, after)]
+    mean = sum(changes) / n
+    if n == 1:
+        return mean, 0.0
+    return mean, math.sqrt(sum((d - mean) ** 2 for d in changes) / (n - 1) / n)
+
+
+# %%
 #| right 12-delta
 def difference(before, after):
     import torch
@@ -392,18 +403,18 @@ about 0.07 either way.)
 
 What explains each run best? Give a number.
 
-1. It has learnt the task.
-2. The test items stood in the training set.
-3. It knows the training items by heart; the test is honest.
-4. The fresh items are easier than the others, whatever the rules said.
-5. The test gives its answers away at the moment of asking: in the prompt or in the scorer.
+1. The fresh items are easier than the others, whatever the rules said.
+2. It knows the training items by heart; the test is honest.
+3. The test gives its answers away at the moment of asking: in the prompt or in the scorer.
+4. It has learnt the task.
+5. The test items stood in the training set.
 """
 
 # %%
 #| exercise id=12-leak points=2 minutes=8 level=2 answer=explained
 # A dict from each run to a number: {"A": ..., "B": ..., "C": ..., "D": ..., "E": ...}
 # BEGIN SOLUTION
-explained = {"A": 1, "B": 2, "C": 3, "D": 4, "E": 5}
+explained = {"A": 4, "B": 5, "C": 2, "D": 1, "E": 3}
 # END SOLUTION
 
 # %%
@@ -414,22 +425,22 @@ check("12-leak", explained)
 #| checks 12-leak
 @says("run A", "What would a leak do to the fresh items? Nothing lifts those but learning.")
 def _(explained):
-    assert explained["A"] == 1
+    assert explained["A"] == 4
 
 
 @says("run B", "The test looks like the training set, and new items of the same kind do not.")
 def _(explained):
-    assert explained["B"] == 2
+    assert explained["B"] == 5
 
 
 @says("run C", "Test and fresh agree, so the test tells the truth, however sad. What of the rest?")
 def _(explained):
-    assert explained["C"] == 3
+    assert explained["C"] == 2
 
 
 @says("run D", "A leak lifts the test, never the fresh items. The odd column here is the last.")
 def _(explained):
-    assert explained["D"] == 4
+    assert explained["D"] == 1
 
 
 @says(
@@ -437,7 +448,7 @@ def _(explained):
     "Had it learnt test items in training, it would know its training items at least as well.",
 )
 def _(explained):
-    assert explained["E"] == 5
+    assert explained["E"] == 3
 
 
 # %%
@@ -450,19 +461,30 @@ hints = [
 
 # %%
 #| wrong 12-leak: run C
-explained = {"A": 1, "B": 2, "C": 2, "D": 4, "E": 5}
+explained = {"A": 4, "B": 5, "C": 5, "D": 1, "E": 3}
 
 # %%
 #| wrong 12-leak: run E
-explained = {"A": 1, "B": 2, "C": 3, "D": 4, "E": 2}
+explained = {"A": 4, "B": 5, "C": 2, "D": 1, "E": 5}
 
 # %%
 #| wrong 12-leak: run D
-explained = {"A": 1, "B": 2, "C": 3, "D": 1, "E": 5}
+explained = {"A": 4, "B": 5, "C": 2, "D": 4, "E": 3}
+
+
+# %%
+#| wrong 12-leak: run A
+explained = {"A": 1, "B": 5, "C": 2, "D": 1, "E": 3}
+
+
+# %%
+#| wrong 12-leak: run B
+explained = {"A": 4, "B": 2, "C": 2, "D": 1, "E": 3}
+
 
 # %%
 #| right 12-leak
-explained = {run: number for number, run in enumerate("ABCDE", start=1)}
+explained = dict(zip("DCEAB", range(1, 6)))
 
 # %% [markdown]
 r"""
@@ -479,24 +501,28 @@ A real run, cut short: depth 12 on one GPU, 170 steps of real text, then 25 step
 | identity | 0.000 | 0.000 | 0.812 | 1.000 | 1.000 |
 
 **exam.** The base model is below chance. Why?
-(a) It has learnt wrong facts and answers against them.
-(b) With 32 items 0.083 and 0.142 cannot be told apart; it guesses.
-(c) Chance is computed wrongly; no model can be below it.
+
+- (a) It has learnt wrong facts and answers against them.
+- (b) With 32 items 0.083 and 0.142 cannot be told apart; it guesses.
+- (c) Chance is computed wrongly; no model can be below it.
 
 **bits.** Bits per byte rises from 1.47 to 2.77. What is it?
-(a) The price of teaching another kind of text; it is watched, not repaired.
-(b) A bug: further training cannot make a model worse.
-(c) The tokenizer has more special tokens now, so the number is another unit.
+
+- (a) The price of teaching another kind of text; it is watched, not repaired.
+- (b) A bug: further training cannot make a model worse.
+- (c) The tokenizer has more special tokens now, so the number is another unit.
 
 **rl.** Arithmetic is the same before and after RL. What follows?
-(a) RL cannot help a model of this size.
-(b) The reward must have been hacked.
-(c) Nothing yet: five steps of RL, 32 items; a longer run on more items would tell.
+
+- (a) RL cannot help a model of this size.
+- (b) The reward must have been hacked.
+- (c) Nothing yet: five steps of RL, 32 items; a longer run on more items would tell.
 
 **identity.** Who taught the model its name?
-(a) Pretraining; the later stages only unlocked it.
-(b) Midtraining, where it read conversations about itself for the first time.
-(c) SFT, because only there the score is perfect.
+
+- (a) Pretraining; the later stages only unlocked it.
+- (b) Midtraining, where it read conversations about itself for the first time.
+- (c) SFT, because only there the score is perfect.
 """
 
 # %%
@@ -514,24 +540,24 @@ check("12-card", card)
 #| checks 12-card
 @says("exam", "The standard error of a share of 0.14 on 32 items is 0.06. How far away is 0.083?")
 def _(card):
-    assert card["exam"] == "b"
+    assert card["exam"].strip().lower() == "b"
 
 
 @says(
     "bits", "The unit is bytes of text whatever the tokens are. What were the later stages taught?"
 )
 def _(card):
-    assert card["bits"] == "a"
+    assert card["bits"].strip().lower() == "a"
 
 
 @says("rl", "A share of 32 items moves by 0.03 for one item. What could five steps show?")
 def _(card):
-    assert card["rl"] == "c"
+    assert card["rl"].strip().lower() == "c"
 
 
 @says("identity", "Look at the largest gain in the row, and at what was read before it.")
 def _(card):
-    assert card["identity"] == "b"
+    assert card["identity"].strip().lower() == "b"
 
 
 # %%
@@ -554,6 +580,12 @@ card = {"exam": "b", "bits": "a", "rl": "a", "identity": "b"}
 #| wrong 12-card: bits
 card = {"exam": "b", "bits": "b", "rl": "c", "identity": "b"}
 
+
+# %%
+#| wrong 12-card: identity
+card = {"exam": "b", "bits": "a", "rl": "c", "identity": "c"}
+
+
 # %%
 #| right 12-card
 card = dict(zip(["exam", "bits", "rl", "identity"], "bacb"))
@@ -565,7 +597,7 @@ r"""
 Someone shows you a model with the card of their own run and says it is better than yours. Write
 down, before you look, the five things you would ask for: which items, how many, how chosen, how
 often tried, and what else? Then put the five questions to the card that your own run wrote. Which
-of them does it answer?
+of them does it answer? (No marks.)
 """
 
 # %%

@@ -675,22 +675,22 @@ check("A2-traps", traps)
     "What does the schedule do in the last part of a run, and what does the loss do then?",
 )
 def _(answer):
-    assert answer["halfway"] == "B"
+    assert answer["halfway"].strip().lower() == "b"
 
 
 @says("bend", "Which parameters are counted by one x axis and not by the other?")
 def _(answer):
-    assert answer["bend"] == "D"
+    assert answer["bend"].strip().lower() == "d"
 
 
 @says("sweep", "Take the best of many: what part of its lead is noise? And what else changed?")
 def _(answer):
-    assert answer["sweep"] == "A"
+    assert answer["sweep"].strip().lower() == "a"
 
 
 @says("floor", "Both laws agree wherever there is data. What does that say about far away?")
 def _(answer):
-    assert answer["floor"] == "C"
+    assert answer["floor"].strip().lower() == "c"
 
 
 # %%
@@ -714,6 +714,12 @@ traps = {"halfway": "B", "bend": "D", "sweep": "D", "floor": "C"}
 #| wrong A2-traps: floor
 traps = {"halfway": "B", "bend": "D", "sweep": "A", "floor": "A"}
 
+
+# %%
+#| wrong A2-traps: bend
+traps = {"halfway": "B", "bend": "C", "sweep": "A", "floor": "C"}
+
+
 # %%
 #| right A2-traps
 traps = dict(floor="C", sweep="A", bend="D", halfway="B")
@@ -724,7 +730,7 @@ r"""
 
 You have money for one large run, or for that run at half the size and twenty small ones. The small
 runs tell you how the large one will end. Which do you buy? What would the small runs have to show
-to change your mind?
+to change your mind? (No marks.)
 """
 
 # %%

@@ -5,6 +5,8 @@ r"""
 A program is fast when it does less, or moves less. The first exercise asks you to say beforehand
 which of the two counts; the others do less or move less, and give the same result. All of them run
 on a CPU; where the time is measured, an answer is compared with a slow version on the same machine.
+`check(id, answer)` looks at an answer, `hint(id)` helps, `progress()` shows your points (sheet 0
+says how).
 """
 
 # %%
@@ -119,6 +121,18 @@ predicted = {"add": 1 / 6, "product": 4096 / 6, "token": 1.0, "batch": 230}
 # %%
 #| wrong A3-intensity: the batch at which arithmetic becomes the limit
 predicted = {"add": 1 / 6, "product": 4096 / 3, "token": 1.0, "batch": 207}
+
+
+# %%
+#| wrong A3-intensity: one vector
+d, ridge = 4096, 989.4e12 / 4800e9
+predicted = {
+    "add": 1 / 6,
+    "product": 2 * d**3 / (3 * 2 * d**2),
+    "token": d**2 / (2 * d**2 + 2 * 2 * d),
+    "batch": math.ceil(ridge / (1 - 2 * ridge / d)),  # b / (1 + 2 b / d) = ridge
+}
+
 
 # %%
 #| right A3-intensity
@@ -606,8 +620,8 @@ def merge_blocks(out_a, log_a, out_b, log_b):
 r"""
 ## 5. Count the blocks
 
-With a sliding **window** a token sees itself and the `window - 1` tokens before it. A kernel works
-on square blocks of scores, `block` queries by `block` keys. It skips a block in which nothing is
+With a sliding **window** a token sees itself and the `window` tokens before it. A kernel works on
+square blocks of scores, `block` queries by `block` keys. It skips a block in which nothing is
 visible, computes one in which everything is without looking at a mask, and needs the mask only for
 the rest. So two numbers tell its cost: how many blocks it computes, and how many of these need a
 mask.
@@ -625,7 +639,7 @@ def count_blocks(n_tokens: int, window: int, block: int) -> tuple[int, int]:
 
     Args:
         n_tokens: queries and keys, a multiple of block.
-        window: 1 or more; may be larger than n_tokens.
+        window: 0 or more; may be larger than n_tokens.
     Returns:
         (blocks computed, those of them that need a mask).
     """
@@ -634,9 +648,9 @@ def count_blocks(n_tokens: int, window: int, block: int) -> tuple[int, int]:
     for apart in range(n):  # how many blocks the keys lie before the queries
         nearest = apart * block - (block - 1)
         farthest = apart * block + (block - 1)
-        if nearest < window:
+        if nearest <= window:
             computed += n - apart
-            masked += n - apart if nearest < 0 or farthest >= window else 0
+            masked += n - apart if nearest < 0 or farthest > window else 0
     return computed, masked
     # END SOLUTION
 
@@ -651,7 +665,7 @@ def by_mask(n_tokens, window, block):
     """Both counts from the whole mask."""
     at = torch.arange(n_tokens)
     apart = at[:, None] - at[None, :]
-    mask = (apart >= 0) & (apart < window)
+    mask = (apart >= 0) & (apart <= window)
     n = n_tokens // block
     visible = mask.view(n, block, n, block).sum((1, 3))
     return int((visible > 0).sum()), int(((visible > 0) & (visible < block**2)).sum())
@@ -673,12 +687,12 @@ def _(count_blocks):
 
 
 @says(
-    "a window of whole blocks",
-    "A window of one block's length reaches into the block before the query's own, for all queries "
-    "but the last: that block is computed and needs a mask.",
+    "a window one short of whole blocks",
+    "With a window of block - 1 every query of a block but the last reaches into the block before: "
+    "that block is computed and needs a mask.",
 )
 def _(count_blocks):
-    compare(count_blocks, [(32, 4, 4), (32, 8, 4), (64, 24, 8)])
+    compare(count_blocks, [(32, 3, 4), (32, 7, 4), (64, 23, 8)])
 
 
 @says(
@@ -686,26 +700,27 @@ def _(count_blocks):
     "Its edge runs diagonally through two blocks of each row: both need a mask.",
 )
 def _(count_blocks):
-    compare(count_blocks, [(32, 6, 4), (32, 11, 4), (64, 3, 8)])
+    compare(count_blocks, [(32, 5, 4), (32, 10, 4), (64, 2, 8)])
 
 
 @says(
-    "a window that ends one token past a block",
-    "With a window of 1 only the diagonal is visible; with block + 1 the block before is visible "
-    "entirely but for its own diagonal. No block further away is touched.",
+    "a window of whole blocks",
+    "With a window of 0 only the diagonal is visible. With a window of one block, the first query "
+    "of a block sees all keys of the block before, and the last one sees a single key of it.",
 )
 def _(count_blocks):
-    compare(count_blocks, [(32, 1, 4), (32, 5, 4), (64, 17, 8)])
+    compare(count_blocks, [(32, 0, 4), (32, 4, 4), (64, 16, 8)])
 
 
 # %%
 #| hints A3-window
 hints = [
-    "Draw 4 x 4 blocks of 4 tokens on squared paper and shade a window of 6.",
+    "Draw 4 x 4 blocks of 4 tokens on squared paper and shade a window of 5.",
     "All blocks on one diagonal look the same. For the diagonal `apart` blocks below the main one, "
     "what are the smallest and the largest distance between a query and a key?",
     "They are apart * block - (block - 1) and apart * block + (block - 1). Something is visible if "
-    "the first is below window; everything if it is not negative and the second is below window.",
+    "the first is not above window; everything if, besides, it is not negative and the second is "
+    "not above window.",
 ]
 
 
@@ -713,20 +728,20 @@ hints = [
 #| wrong A3-window: a window that ends inside a block
 def count_blocks(n_tokens, window, block):
     n = n_tokens // block
-    last = (window + block - 2) // block  # the farthest diagonal that is touched
+    last = (window + block - 1) // block  # the farthest diagonal that is touched
     computed = sum(n - apart for apart in range(min(last + 1, n)))
     masked = n + (n - last if 0 < last < n else 0)  # the diagonal and the farthest
     return computed, masked
 
 
 # %%
-#| wrong A3-window: a window that ends one token past a block
+#| wrong A3-window: a window of whole blocks
 def count_blocks(n_tokens, window, block):
     n, computed, masked = n_tokens // block, 0, 0
     for apart in range(n):
-        if apart * block < window + block:
+        if apart * block < window + 1 + block:
             computed += n - apart
-            masked += n - apart if apart == 0 or (apart + 1) * block > window else 0
+            masked += n - apart if apart == 0 or (apart + 1) * block > window + 1 else 0
     return computed, masked
 
 
@@ -738,9 +753,9 @@ def count_blocks(n_tokens, window, block):
         for column in range(0, row + 1, block):
             corner = [(row, column + block - 1), (row + block - 1, column)]
             near, far = (query - key for query, key in corner)
-            if near < window:
+            if near <= window:
                 computed += 1
-                masked += near < 0 or far >= window
+                masked += near < 0 or far > window
     return computed, masked
 
 
@@ -755,13 +770,13 @@ $T^2$ scores and throws most of them away:
 def slow(q, k, v, window):
     at = torch.arange(q.size(2))
     apart = at[:, None] - at[None, :]
-    mask = (apart >= 0) & (apart < window)
+    mask = (apart >= 0) & (apart <= window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 ```
 
 Cut the queries into blocks of `window` tokens. The queries of a block see keys of their own block
 and of the one before, nothing else: $2 T \cdot$ `window` scores in all. Be at least twice as fast
-as the code above with 2,048 tokens and a window of 64; ten times is within reach. `T` is a
+as the code above with 1,024 tokens and a window of 32; ten times is within reach. `T` is a
 multiple of `window`.
 """
 
@@ -769,7 +784,7 @@ multiple of `window`.
 # %%
 #| exercise id=A3-local points=5 minutes=40 level=3 answer=local_attention
 def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention in which a token sees itself and the window - 1 tokens before it.
+    """Causal attention in which a token sees itself and the `window` tokens before it.
 
     Args:
         q, k, v: (B, H, T, D), float32; T is a multiple of window.
@@ -786,7 +801,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
     query = torch.arange(window)[:, None] + window
     apart = query - torch.arange(2 * window)
-    mask = ((apart >= 0) & (apart < window)).repeat(t // window, 1, 1)
+    mask = ((apart >= 0) & (apart <= window)).repeat(t // window, 1, 1)
     mask[0, :, :window] = False  # nothing lies before the first block
     out = F.scaled_dot_product_attention(q, with_previous(k), with_previous(v), attn_mask=mask)
     return out.reshape(b, h, t, d)
@@ -809,7 +824,7 @@ def draw(*shape):
 def slow(q, k, v, window):
     at = torch.arange(q.size(2))
     apart = at[:, None] - at[None, :]
-    mask = (apart >= 0) & (apart < window)
+    mask = (apart >= 0) & (apart <= window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -826,8 +841,8 @@ def seconds(function, *args):
 
 @says(
     "agrees with the full mask from the second block on",
-    "Inside the two blocks of keys the window still holds: the distance must be below window, and "
-    "no key may lie ahead.",
+    "Inside the two blocks of keys the window still holds: the distance is at most window, and no "
+    "key may lie ahead.",
 )
 def _(local_attention):
     q, k, v = draw(2, 3, 24, 4)
@@ -852,9 +867,9 @@ def _(local_attention):
     "nothing in Python that can be a dimension.",
 )
 def _(local_attention):
-    q, k, v = draw(1, 1, 2048, 64)
-    fast = seconds(local_attention, q, k, v, 64)
-    ratio = seconds(slow, q, k, v, 64) / fast
+    q, k, v = draw(1, 1, 1024, 64)
+    fast = seconds(local_attention, q, k, v, 32)
+    ratio = seconds(slow, q, k, v, 32) / fast
     assert ratio > 2, f"it is {ratio:.1f} times as fast."
 
 
@@ -865,7 +880,7 @@ hints = [
     "The keys of a block are the block before and the block itself, side by side: torch.cat of the "
     "blocks shifted by one and the blocks. F.pad puts an empty one in front.",
     "The mask is (blocks, window, 2 * window): query i stands at window + i, key j at j; "
-    "their distance is between 0 and window - 1; and mask[0, :, :window] is False.",
+    "their distance is between 0 and window; and mask[0, :, :window] is False.",
 ]
 
 
@@ -873,7 +888,7 @@ hints = [
 #| wrong A3-local: at least twice as fast as the full mask
 def local_attention(q, k, v, window):
     t = q.size(2)
-    mask = torch.ones(t, t, dtype=torch.bool).tril().triu(1 - window)
+    mask = torch.ones(t, t, dtype=torch.bool).tril().triu(-window)
     scores = (q @ k.mT / q.size(3) ** 0.5).masked_fill(~mask, -math.inf)
     return scores.softmax(-1) @ v
 
@@ -885,7 +900,7 @@ def local_attention(q, k, v, window):
     q, k, v = (x.reshape(b, h, t // window, window, d) for x in (q, k, v))
     k, v = (torch.cat([F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x], 3) for x in (k, v))
     apart = torch.arange(window)[:, None] + window - torch.arange(2 * window)
-    mask = (apart >= 0) & (apart < window)
+    mask = (apart >= 0) & (apart <= window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(b, h, t, d)
 
 
@@ -908,7 +923,7 @@ def local_attention(q, k, v, window):
     rows = torch.arange(t).view(-1, window)
     keys = rows[:, :1] - window + torch.arange(2 * window)  # (blocks, 2 * window)
     apart = rows[:, :, None] - keys[:, None, :]
-    mask = (apart >= 0) & (apart < window) & (keys[:, None, :] >= 0)
+    mask = (apart >= 0) & (apart <= window) & (keys[:, None, :] >= 0)
     near_k, near_v = k[:, :, keys.clamp(min=0)], v[:, :, keys.clamp(min=0)]
     scores = q[:, :, rows] @ near_k.mT / math.sqrt(d)
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
@@ -922,7 +937,7 @@ r"""
 The profile of a training step of a small model shows matrix products on top, and yet its
 utilisation is far below that of a large one. Where does the rest of the time go? Take the profile
 of one step at depths 2, 4 and 6, compare the sum of the products' times with the time of the step,
-and say what a fused kernel could win in each case, and what it could not.
+and say what a fused kernel could win in each case, and what it could not. (No marks.)
 """
 
 # %%

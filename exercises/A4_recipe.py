@@ -4,9 +4,8 @@ r"""
 
 Everything here is about the hours around the learning: sizes that are legal, memory that is known
 before and a bill that is known after, a run that goes on where it broke, a log that survives a
-power cut.
-`check` says which properties your answer has, `hint` helps three times, `progress()` shows your
-points.
+power cut. `check` says which properties your answer has, `hint` helps three times, `progress()`
+shows your points.
 """
 
 # %%
@@ -221,6 +220,29 @@ fit.update(logits=14 * 2048 * 65536, rows=5, rows_chunked=40)
 fit = {"fixed": 12 * 84934656 + 16 * 100663296, "activations": 34 * 2048 * 12 * 768}
 fit.update(logits=14 * 2048 * 65536, rows=5, rows_chunked=10)
 
+
+# %%
+#| wrong A4-fit: the logits of a row
+matrices, tables = 12 * 12 * 768**2, 2 * 65536 * 768
+fixed = 8 * (matrices + tables) + 4 * matrices + 8 * tables
+activations, logits = 34 * 2 * 2048 * 12 * 768, 14 * 2048 * 65536
+free = 0.8 * 24e9 - fixed
+fit = {"fixed": fixed, "activations": activations, "logits": 4 * 2048 * 65536}
+fit.update(rows=int(free / (activations + logits)))
+fit.update(rows_chunked=int(free / (activations + logits / 8)))
+
+
+# %%
+#| wrong A4-fit: whole rows beside the fixed part
+matrices, tables = 12 * 12 * 768**2, 2 * 65536 * 768
+fixed = 8 * (matrices + tables) + 4 * matrices + 8 * tables
+activations, logits = 34 * 2 * 2048 * 12 * 768, 14 * 2048 * 65536
+free = 0.8 * 24e9 - fixed
+fit = {"fixed": fixed, "activations": activations, "logits": logits}
+fit.update(rows=int((24e9 - fixed) / (activations + logits)))
+fit.update(rows_chunked=int(free / (activations + logits / 8)))
+
+
 # %%
 #| right A4-fit
 fit = dict(fixed=2.63e9, activations=1.283e9, logits=1.879e9, rows=5, rows_chunked=10)
@@ -395,6 +417,57 @@ def scaled(depth, ratio=12.0):
 
 
 # %%
+#| wrong A4-dial: the weight decay shrinks with the length of the run
+def scaled(depth: int, ratio: float = 12.0) -> dict:
+    growth = scaling_params(depth) / scaling_params(12)
+    tokens = ratio * scaling_params(depth)
+    batch = 2 ** round(math.log2(2**19 * growth**0.383))
+    rate = math.sqrt(batch / 2**19)
+    return {
+        "batch_tokens": batch,
+        "pretrain_steps": int(tokens // batch),
+        "matrix_lr": 0.02 * rate,
+        "embedding_lr": 0.3 * rate,
+        "head_lr": 0.008 * rate,
+        "weight_decay": 0.28 * rate * 12 / depth,
+    }
+
+
+# %%
+#| wrong A4-dial: steps and batch are whole numbers
+def scaled(depth: int, ratio: float = 12.0) -> dict:
+    growth = scaling_params(depth) / scaling_params(12)
+    tokens = ratio * scaling_params(depth)
+    batch = 2 ** round(math.log2(2**19 * growth**0.383))
+    rate = math.sqrt(batch / 2**19)
+    return {
+        "batch_tokens": batch,
+        "pretrain_steps": tokens // batch,
+        "matrix_lr": 0.02 * rate,
+        "embedding_lr": 0.3 * rate,
+        "head_lr": 0.008 * rate,
+        "weight_decay": 0.28 * rate / growth,
+    }
+
+
+# %%
+#| wrong A4-dial: the text is ratio tokens for each parameter
+def scaled(depth: int, ratio: float = 12.0) -> dict:
+    growth = scaling_params(depth) / scaling_params(12)
+    tokens = ratio * 12 * depth * (64 * depth) ** 2
+    batch = 2 ** round(math.log2(2**19 * growth**0.383))
+    rate = math.sqrt(batch / 2**19)
+    return {
+        "batch_tokens": batch,
+        "pretrain_steps": int(tokens // batch),
+        "matrix_lr": 0.02 * rate,
+        "embedding_lr": 0.3 * rate,
+        "head_lr": 0.008 * rate,
+        "weight_decay": 0.28 * rate / growth,
+    }
+
+
+# %%
 #| right A4-dial
 def scaled(depth, ratio=12.0):
     n, n12 = scaling_params(depth), scaling_params(12)
@@ -415,7 +488,9 @@ The estimate before a run counts pretraining. The bill counts hours: every stage
 model as well, and **all** GPUs all the time, also while the tokenizer trains on one CPU core and
 seven GPUs wait. The log has an event for each finished stage, such as
 
-    {"stage": "base", "seconds": 7200.0, "judge_seconds": 300.0, "processes": 8}
+```json
+{"stage": "base", "seconds": 7200.0, "judge_seconds": 300.0, "processes": 8}
+```
 
 `judge_seconds` is missing where nothing was judged, `processes` where it is 1. A kill at a bad
 moment logs a stage twice; then the later event counts. As many GPUs are rented as the largest
@@ -671,6 +746,40 @@ first_stale = {
     "micro_batch": "base",
 }
 
+
+# %%
+#| wrong A4-first: vocab_size
+first_stale = {
+    "vocab_size": "data",
+    "pretrain_steps": "data",
+    "depth": "base",
+    "sft_lr": "sft",
+    "micro_batch": None,
+}
+
+
+# %%
+#| wrong A4-first: depth
+first_stale = {
+    "vocab_size": "tokenizer",
+    "pretrain_steps": "data",
+    "depth": "data",
+    "sft_lr": "sft",
+    "micro_batch": None,
+}
+
+
+# %%
+#| wrong A4-first: sft_lr
+first_stale = {
+    "vocab_size": "tokenizer",
+    "pretrain_steps": "data",
+    "depth": "base",
+    "sft_lr": "rl",
+    "micro_batch": None,
+}
+
+
 # %%
 #| right A4-first
 first_stale = dict(zip(("vocab_size", "pretrain_steps", "depth"), ("tokenizer", "data", "base")))
@@ -800,6 +909,17 @@ def stages_to_run(old, new, reads, done):
 
 
 # %%
+#| wrong A4-stale: what is not done runs
+def stages_to_run(old: dict, new: dict, reads: dict, done: list) -> list:
+    run = []
+    for stage, names in reads.items():
+        changed = any(name not in old or old[name] != new[name] for name in names)
+        if run or changed:
+            run.append(stage)
+    return run
+
+
+# %%
 #| right A4-stale
 def stages_to_run(old, new, reads, done):
     order = list(reads)
@@ -817,7 +937,9 @@ r"""
 `metrics.jsonl` has one JSON object a line. A power cut leaves half a line at its end, without a
 newline. When the run goes on, the new process appends its first line right behind it:
 
-    {"event": "step", "stage": "base", "step": 41, "lo{"event": "step", "stage": "base", ...}
+```text
+{"event": "step", "stage": "base", "step": 41, "lo{"event": "step", "stage": "base", ...}
+```
 
 A reader that skips every line it cannot parse loses the good half as well. And steps between the
 last checkpoint and the cut are in the log twice: 40 was done before the cut and after it, and the
@@ -981,7 +1103,7 @@ r"""
 A run that resumes exactly needs every piece of state on disk. Which state would *your* next idea
 add: dropout, a data loader that reads ahead, an average of the weights, a model on a server that
 writes the training text? For each: where does it live, when does it change, and which test would
-show that it was forgotten?
+show that it was forgotten? (No marks.)
 """
 
 # %%
