@@ -423,7 +423,7 @@ class Answer:
             raise TimeoutError(f"no answer within {max(limit, 0):.0f} seconds") from None
         except Exception:  # its process ended, or speaks nonsense
             self.__exit__()
-            raise RuntimeError("the process of the answer ended, or it took too much") from None
+            raise RuntimeError("its process ended: it left, crashed or took too much") from None
         finally:
             self.left -= time.monotonic() - begin
         if reply[0] == "error":

@@ -295,8 +295,8 @@ def write_grades(grades: dict[str, dict], out: Path) -> None:
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.2rem .6rem;
-vertical-align:top;border-bottom:1px solid #ddd}td.n{text-align:right}.passed{color:#0072b2}
-.failed{color:#b34700}h3{margin-bottom:.2rem}small{color:#555;white-space:pre-line}"""
+vertical-align:top;border-bottom:1px solid #ddd}td.n,th.n{text-align:right}.mark{width:6rem}
+.passed{color:#0072b2}.failed{color:#b34700}h3{margin-bottom:.2rem}small{color:#555;white-space:pre-line}"""
 
 
 def feedback(name: str, grade: dict) -> str:
@@ -308,7 +308,7 @@ def feedback(name: str, grade: dict) -> str:
     ]
     page = [f"<h1>{say(name)}: {grade['score']:g} of {grade['points']} points</h1>"]
     page += [f"<p>{say(note)}</p>" for note in grade["notes"]]
-    page += ["<table><tr><th>chapter<th>points<th>of", *rows, "</table>"]
+    page += ["<table><tr><th>chapter<th class=n>points<th class=n>of", *rows, "</table>"]
     for chapter in grade["chapters"]:
         page.append(f"<h2>{say(chapter['sheet'])}</h2>")
         for e in chapter["exercises"]:
@@ -316,7 +316,7 @@ def feedback(name: str, grade: dict) -> str:
             for o in e["outcomes"]:
                 word = "passed" if o["passed"] else "failed" if o["verified"] else "not verified"
                 words = f"<br><small>{say(o['words'])}</small>" if o["words"] else ""
-                page.append(f'<tr><td class="{word}">{word}<td>{say(o["name"])}{words}')
+                page.append(f'<tr><td class="mark {word}">{word}<td>{say(o["name"])}{words}')
             page.append("</table>")
     head = f'<meta charset="utf-8"><title>{say(name)}</title><style>{STYLE}</style>'
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(page)}</body></html>\n"
