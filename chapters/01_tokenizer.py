@@ -824,10 +824,10 @@ r"""
 > **Exercise 1.2.** Learn the merges of `aaaaaaa` by hand, from left to right and then from right to
 > left. Where do the results part? Which texts cannot tell the two directions apart?
 
-On real text with a vocabulary of 32,768 the compiled trainer keeps up with `rustbpe`, which is
-written in Rust, and needs less than half the time of Hugging Face's `tokenizers`, on the same two
-cores (`benchmarks/RESULTS.md` has the table, and `python benchmarks/tokenizer.py` repeats it on
-your machine).
+On real text with a vocabulary of 32,768 the whole training takes about as much processor time as
+`rustbpe`, which is written in Rust, and less than half the time of Hugging Face's `tokenizers`
+(`benchmarks/RESULTS.md` has the table, and `python benchmarks/tokenizer.py` repeats it on your
+machine).
 
 ## From merges to a tokenizer
 
