@@ -319,8 +319,9 @@ words.
 May we? A cut is safe if the pattern would have cut there too. Look at a space with a visible
 character after it: every alternative that takes such a space begins with it, and no alternative
 that begins earlier can run past it. So there is always a cut *before* a space that is not followed
-by white space. A document in which some space has white space or nothing after it (program code,
-verse) does not qualify; it goes the long way through the pattern.
+by white space, and we may call whatever lies between two such cuts a word. In prose every space is
+one, and we cut at plain spaces, which is quickest. In program code and verse some space has white
+space or nothing after it; there we first mark the good ones, and some words contain spaces.
 
 The counting itself is done by Apache Arrow, the library that also reads our parquet files. It
 keeps a million strings in one block of memory and counts them without making a Python object of
@@ -330,7 +331,8 @@ each.
 
 # %%
 #| export bpe
-UNSAFE_SPACE = r" ([\x00-\x20\x7f\x{80}-\x{a0}\p{Z}]|$)"  # a space with white space or no more text
+BLANK = r"\x00-\x20\x7f\x{80}-\x{a0}\p{Z}"  # white space, and a little more
+UNSAFE_SPACE = f" ([{BLANK}]|$)"  # a space with white space or no more text behind it
 
 
 def text_batches(texts: Iterable[str], size: int = 4_000_000) -> Iterator[pa.StringArray]:
@@ -356,19 +358,26 @@ def _string_array(texts: list[str]) -> pa.StringArray:
 
 # %% [markdown]
 r"""
-`count_words` cuts documents at spaces; `count_batches` splits what has to be split. In the second
-one, a thousand different words become one string, so that the pattern is called once; we find our
-way back because each word begins with a space and no other chunk does.
+`count_words` cuts documents into words and counts them; `count_batches` splits what has to be
+split. There a thousand different words become one string, so that the pattern is called once; we
+find our way back because each word begins with a space and no other chunk does. Words that contain
+a space are rare and go one by one.
 """
 
 
 # %%
 #| export bpe
-def count_words(batch: pa.StringArray) -> tuple[list[str], pa.StructArray]:
-    """Cut texts before each space: (their first words, the other words' values and counts)."""
-    words = pc.split_pattern(batch, " ")
-    first = pc.list_element(words, 0).to_pylist()
-    return first, pc.list_flatten(pc.list_slice(words, 1)).value_counts()
+def count_words(batch: pa.StringArray) -> Iterator[tuple[list[str], pa.StructArray]]:
+    """Cut texts before safe spaces; yield (first words, values and counts of the other words).
+
+    Twice: for the texts whose spaces are all safe, and for the others, which may not hold a NUL.
+    """
+    unsafe = pc.match_substring_regex(batch, UNSAFE_SPACE)
+    marked = pc.replace_substring_regex(batch.filter(unsafe), f" ([^{BLANK}])", "\0\\1")
+    for texts, mark in ((batch.filter(pc.invert(unsafe)), " "), (marked, "\0")):
+        words = pc.split_pattern(texts, mark)
+        first = pc.list_element(words, 0).to_pylist()
+        yield first, pc.list_flatten(pc.list_slice(words, 1)).value_counts()
 
 
 def count_batches(batches: Iterable[pa.StringArray], pattern: str = SPLIT_PATTERN) -> Counter[str]:
@@ -380,18 +389,22 @@ def count_batches(batches: Iterable[pa.StringArray], pattern: str = SPLIT_PATTER
     split, counts = regex.compile(pattern).findall, Counter()
     words, numbers = [pa.array([], pa.string())], [pa.array([], pa.int64())]
     for batch in batches:
-        short = pc.invert(pc.match_substring_regex(batch, UNSAFE_SPACE))
+        short = pc.invert(pc.match_substring(batch, "\0"))
         short = pc.and_(short, pattern == SPLIT_PATTERN)  # we know about this pattern only
         for text in batch.filter(pc.invert(short)).to_pylist():
             counts.update(split(text))
-        first, others = count_words(batch.filter(short))
-        for text in first:
-            counts.update(split(text))
-        words.append(others.field("values"))
-        numbers.append(others.field("counts"))
+        for first, others in count_words(batch.filter(short)):
+            for text in first:
+                counts.update(split(text))
+            words.append(others.field("values"))
+            numbers.append(others.field("counts"))
     table = pa.table({"word": pa.chunked_array(words), "n": pa.chunked_array(numbers)})
     table = table.group_by("word").aggregate([("n", "sum")])
-    for part in table.to_batches(max_chunksize=1000):
+    several = pc.match_substring(table["word"], " ")
+    for word, weight in zip(*table.filter(several).select(["word", "n_sum"]).to_pydict().values()):
+        for chunk in split(" " + word):
+            counts[chunk] += weight
+    for part in table.filter(pc.invert(several)).to_batches(max_chunksize=1000):
         number, weight = iter(part["n_sum"].to_pylist()), 0
         for chunk in split(" " + " ".join(part["word"].to_pylist())):
             weight = next(number) if chunk[0] == " " else weight
@@ -408,6 +421,8 @@ _odd = [
     " ",
     "a b b",
     " b",
+    "def f(x):\n    if x :  \n        return 'a  b' \n\n\n  # c  ",
+    "nul \0 and  two\0 ",
 ]
 for _pattern in (SPLIT_PATTERN, r"\p{L}+|\P{L}+"):
     _direct = Counter(chunk for text in _odd for chunk in regex.findall(_pattern, text))

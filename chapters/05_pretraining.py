@@ -1040,6 +1040,18 @@ class BackgroundSaver:
             raise error
 
 
+# %%
+big, place = GPT(GPTConfig.classic(4, 8192, 128)), Path(workspace.name) / "behind"
+start = time.perf_counter()
+save_checkpoint(place, 1, big, None, {})
+middle = time.perf_counter()
+saver = BackgroundSaver()
+saver.save(place, 2, big, None, {})
+whole, waited = middle - start, time.perf_counter() - middle
+saver.wait()
+print(f"{big.num_params()['total'] / 1e6:.0f} M weights; saved now: {saved_steps(place)}")
+print(f"training waits {waited / whole:.0%} of the time that a save takes")
+
 # %% [markdown]
 r"""
 ### Kill it

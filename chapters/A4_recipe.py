@@ -77,7 +77,13 @@ import psutil
 import torch
 
 from nanochat.chat import parse, render_prompt, reply_text
-from nanochat.checkpoint import Checkpoint, latest_step, load_checkpoint, save_checkpoint
+from nanochat.checkpoint import (
+    BackgroundSaver,
+    Checkpoint,
+    latest_step,
+    load_checkpoint,
+    save_checkpoint,
+)
 from nanochat.common import (
     MetricsLog,
     Progress,
@@ -898,7 +904,7 @@ class Training:
         self.world = world or SingleProcess(pick_device(run.recipe.device))
         self.device, self.tokenizer = self.world.device, run.tokenizer()
         self.log = run.log.bind(stage=stage) if self.world.is_main else MetricsLog(None)
-        self.folder = run.directory / stage
+        self.folder, self.saver = run.directory / stage, BackgroundSaver()
         seed_everything(run.recipe.seed)
         resumed = latest_step(self.folder) is not None
         before = MODELS[MODELS.index(stage) - 1] if stage != "base" else None
@@ -927,7 +933,10 @@ class Training:
         return self.kept.get("seconds", 0.0) + time.perf_counter() - self.began
 
     def save(self, step: int, batches: Any = None, result: dict | None = None) -> None:
-        """Keep a checkpoint from which the stage can go on, and the result when it has ended."""
+        """Keep a checkpoint from which the stage can go on, and the result when it has ended.
+
+        On a GPU the checkpoints on the way are written while training goes on.
+        """
         meta = {
             "stage": self.stage,
             "tokenizer": self.tokenizer.fingerprint(),
@@ -936,8 +945,11 @@ class Training:
             "result": result,
         }
         state = self.optimizer.named_state(self.model)  # every rank takes part
+        behind = result is None and self.device.type == "cuda"
         if self.world.is_main:
-            save_checkpoint(self.folder, step, self.model, state, meta)
+            self.saver.wait()
+            save = self.saver.save if behind else save_checkpoint
+            save(self.folder, step, self.model, state, meta)
         self.world.barrier()
 
 

@@ -677,7 +677,7 @@ def bootstrap(values, picks, level=0.95):
 #| wrong 07-bootstrap: the same interval as the loop
 def bootstrap(values, picks, level=0.95):
     edges = torch.tensor([(1 - level) / 2, (1 + level) / 2]).double()
-    return tuple(values[picks].flatten().quantile(edges).tolist())
+    return tuple(values.quantile(edges).tolist())
 
 
 # %%

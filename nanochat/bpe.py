@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import regex
 
 __all__ = [
+    "BLANK",
     "COMPILE_FROM",
     "SPLIT_PATTERN",
     "UNSAFE_SPACE",
@@ -41,7 +42,8 @@ SPLIT_PATTERN = (
 )
 
 
-UNSAFE_SPACE = r" ([\x00-\x20\x7f\x{80}-\x{a0}\p{Z}]|$)"  # a space with white space or no more text
+BLANK = r"\x00-\x20\x7f\x{80}-\x{a0}\p{Z}"  # white space, and a little more
+UNSAFE_SPACE = f" ([{BLANK}]|$)"  # a space with white space or no more text behind it
 
 
 def text_batches(texts: Iterable[str], size: int = 4_000_000) -> Iterator[pa.StringArray]:
@@ -65,11 +67,17 @@ def _string_array(texts: list[str]) -> pa.StringArray:
         return pa.array([text.encode("utf-8", "replace").decode() for text in texts], pa.string())
 
 
-def count_words(batch: pa.StringArray) -> tuple[list[str], pa.StructArray]:
-    """Cut texts before each space: (their first words, the other words' values and counts)."""
-    words = pc.split_pattern(batch, " ")
-    first = pc.list_element(words, 0).to_pylist()
-    return first, pc.list_flatten(pc.list_slice(words, 1)).value_counts()
+def count_words(batch: pa.StringArray) -> Iterator[tuple[list[str], pa.StructArray]]:
+    """Cut texts before safe spaces; yield (first words, values and counts of the other words).
+
+    Twice: for the texts whose spaces are all safe, and for the others, which may not hold a NUL.
+    """
+    unsafe = pc.match_substring_regex(batch, UNSAFE_SPACE)
+    marked = pc.replace_substring_regex(batch.filter(unsafe), f" ([^{BLANK}])", "\0\\1")
+    for texts, mark in ((batch.filter(pc.invert(unsafe)), " "), (marked, "\0")):
+        words = pc.split_pattern(texts, mark)
+        first = pc.list_element(words, 0).to_pylist()
+        yield first, pc.list_flatten(pc.list_slice(words, 1)).value_counts()
 
 
 def count_batches(batches: Iterable[pa.StringArray], pattern: str = SPLIT_PATTERN) -> Counter[str]:
@@ -81,18 +89,22 @@ def count_batches(batches: Iterable[pa.StringArray], pattern: str = SPLIT_PATTER
     split, counts = regex.compile(pattern).findall, Counter()
     words, numbers = [pa.array([], pa.string())], [pa.array([], pa.int64())]
     for batch in batches:
-        short = pc.invert(pc.match_substring_regex(batch, UNSAFE_SPACE))
+        short = pc.invert(pc.match_substring(batch, "\0"))
         short = pc.and_(short, pattern == SPLIT_PATTERN)  # we know about this pattern only
         for text in batch.filter(pc.invert(short)).to_pylist():
             counts.update(split(text))
-        first, others = count_words(batch.filter(short))
-        for text in first:
-            counts.update(split(text))
-        words.append(others.field("values"))
-        numbers.append(others.field("counts"))
+        for first, others in count_words(batch.filter(short)):
+            for text in first:
+                counts.update(split(text))
+            words.append(others.field("values"))
+            numbers.append(others.field("counts"))
     table = pa.table({"word": pa.chunked_array(words), "n": pa.chunked_array(numbers)})
     table = table.group_by("word").aggregate([("n", "sum")])
-    for part in table.to_batches(max_chunksize=1000):
+    several = pc.match_substring(table["word"], " ")
+    for word, weight in zip(*table.filter(several).select(["word", "n_sum"]).to_pydict().values()):
+        for chunk in split(" " + word):
+            counts[chunk] += weight
+    for part in table.filter(pc.invert(several)).to_batches(max_chunksize=1000):
         number, weight = iter(part["n_sum"].to_pylist()), 0
         for chunk in split(" " + " ".join(part["word"].to_pylist())):
             weight = next(number) if chunk[0] == " " else weight
