@@ -9,6 +9,7 @@ dicts, sets, tensors and dtypes, or an error. Nothing is pickled.
 import builtins
 import contextlib
 import importlib
+import inspect
 import json
 import os
 import random
@@ -346,10 +347,15 @@ def block(replaced: str) -> None:
 
 
 def put_in_place(old: Any, new: Any) -> None:
-    """Put `new` where any loaded module of the package holds `old` as a name."""
+    """Put `new` where a loaded module of the package holds `old`, as a name or as a default."""
     for module in [m for n, m in sys.modules.items() if n.startswith("nanochat.") and m]:
         for name in [n for n, value in vars(module).items() if value is old]:
             setattr(module, name, new)
+        for one in [f for f in vars(module).values() if inspect.isfunction(f)]:
+            if old in (one.__defaults__ or ()):
+                one.__defaults__ = tuple(new if d is old else d for d in one.__defaults__)
+            for name in [n for n, d in (one.__kwdefaults__ or {}).items() if d is old]:
+                one.__kwdefaults__[name] = new
 
 
 def words_of(error: BaseException) -> tuple[str, str]:

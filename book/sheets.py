@@ -9,7 +9,7 @@ from book.manuscript import Book, BookError, Cell, read_cells
 from book.printing import as_text, code_cells, notebook_of
 
 BLOCK = re.compile(r"(?ms)^([ \t]*)# BEGIN SOLUTION\n(.*?)\n[ \t]*# END SOLUTION$")
-STUB = r'\1raise NotImplementedError("your code here")'
+STUB = 'raise NotImplementedError("your code here")'
 NUMBERS = {"points": (1, 5), "minutes": (5, 45), "level": (1, 3)}
 FIELDS = ("id", *NUMBERS, "answer")
 FORM = "#| exercise " + " ".join(f"{name}=..." for name in FIELDS)
@@ -35,7 +35,7 @@ class Exercise:
 
     @property
     def stub(self) -> str:
-        return BLOCK.sub(STUB, self.solution)
+        return without_solutions(self.solution)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,18 @@ class Sheet:
     name: str
     given: str
     exercises: dict[str, Exercise]
+
+
+def without_solutions(text: str) -> str:
+    """The text as a learner gets it: solutions raise, an answer that is a value is None."""
+
+    def stub(block: re.Match) -> str:
+        answer = re.findall(r"answer=(\w+)", text[: block.start()])[-1:]
+        if answer and re.search(rf"(?m)^{answer[0]}\b.* = ", block[2] + "\n"):
+            return f"{answer[0]} = None  # your answer"
+        return block[1] + STUB
+
+    return BLOCK.sub(stub, text)
 
 
 def sheet_files(book: Book) -> dict[str, str]:
@@ -58,7 +70,7 @@ def sheet_files(book: Book) -> dict[str, str]:
             sheets.append(read_sheet(path))
             text = path.read_text(encoding="utf-8")
             for folder, given in (
-                ("exercises", BLOCK.sub(STUB, text)),
+                ("exercises", without_solutions(text)),
                 ("exercises/solutions", text),  # with its markers: nbgrader asks for them
             ):
                 notebook = sheet_notebook(book, path, given, sheets[-1])

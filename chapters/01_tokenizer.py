@@ -839,8 +839,8 @@ r"""
 > **Exercise 1.2.** Learn the merges of `aaaaaaa` by hand, from left to right and then from right to
 > left. Where do the results part? Which texts cannot tell the two directions apart?
 
-On real text with a vocabulary of 32,768 the whole training takes about as much processor time as
-`rustbpe`, which is written in Rust, and less than half the time of Hugging Face's `tokenizers`
+On 387 MB of real text with a vocabulary of 32,768 the whole training takes 18.5 seconds on two
+cores, `rustbpe`, which is written in Rust, 22.2, and Hugging Face's `tokenizers` 59
 (`benchmarks/RESULTS.md` has the table, and `python benchmarks/tokenizer.py` repeats it on your
 machine).
 

@@ -10,7 +10,7 @@ from book.check import check
 from book.learning import work
 from book.manuscript import BookError, load_book
 from book.printing import print_book
-from book.sheets import sheet_files
+from book.sheets import sheet_files, without_solutions
 
 
 def edit(path, old, new):
@@ -162,6 +162,14 @@ def test_sheets_take_the_solution_out_and_solutions_keep_it(sample):
     assert solution.endswith("    # BEGIN SOLUTION\n    return x * x\n    # END SOLUTION")
     points = files["exercises/POINTS.md"]
     assert "| 00-square | 2 | 5 | 1 |" in points and "| all | 1 | 2 | 5 | |" in points
+
+
+def test_a_value_is_none_in_the_stub_and_a_helper_still_raises():
+    head = "#| exercise id=00-x points=1 minutes=5 level=1 answer=guess\n"
+    value = head + "# BEGIN SOLUTION\nn = 3\nguess = n * 2\n# END SOLUTION"
+    assert without_solutions(value) == head + "guess = None  # your answer"
+    helper = head + "# BEGIN SOLUTION\nguesses = 3\n# END SOLUTION"
+    assert without_solutions(helper) == head + 'raise NotImplementedError("your code here")'
 
 
 def test_two_solution_blocks_at_different_depths(sample):

@@ -45,6 +45,7 @@ def test_check_names_properties_and_likely_mistakes(course):
     page = result._repr_html_()
     assert "\u2717" in page and "\u2713" in page and "A square is a number" in page
     assert str(check("00-square", unwritten)).count("not written yet") == 2
+    assert str(check("00-square", None)).count("not written yet") == 2
     said = str(check("00-square", lambda x: [][0]))
     assert said.count("IndexError: list index out of range") == 2
     assert "<b>" not in check("00-square", lambda x: {}["<b>"])._repr_html_().split("table")[1]

@@ -85,8 +85,10 @@ def test_the_learners_function_is_the_one_that_runs_everywhere(tmp_path):
     yours = nanochat.optim.lr_multiplier
     assert yours is not book and yours.__code__.co_filename == "<answer>"
     assert nanochat.recipe.lr_multiplier is yours
+    assert nanochat.train.fit.__kwdefaults__["schedule"] is yours
     assert use_mine(tiny_recipe()) == []  # a run without `mine` has the book's
     assert nanochat.optim.lr_multiplier is nanochat.recipe.lr_multiplier is book
+    assert nanochat.train.fit.__kwdefaults__["schedule"] is book
 
 
 def test_the_ranks_of_several_use_it_too(tmp_path, capfd):
