@@ -17,7 +17,8 @@ from nanochat.model import GPT, GPTConfig
 from nanochat.optim import build_optimizer
 from nanochat.train import SingleProcess, fit
 
-STEPS, SAVE_EVERY = 75, 3
+STEPS, SAVE_EVERY = 180, 3
+SIZES = GPTConfig(vocab_size=61, seq_len=16, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
 
 
 class Batches:
@@ -40,11 +41,11 @@ def train(folder):
 
     def slow(tensors, path):  # so that many a kill hits a save
         write(tensors, path)
-        time.sleep(0.03)
+        time.sleep(0.01)
 
     checkpoint.save_file = slow
     batches, start = Batches(), checkpoint.latest_step(folder) or 0
-    model = GPT(GPTConfig(vocab_size=61, seq_len=16, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
+    model = GPT(SIZES)
     optimizer = build_optimizer(model)
     if start:
         found = checkpoint.load_checkpoint(folder)
@@ -77,6 +78,7 @@ def fork(folder):
 
 def main(place):
     straight, killed = place / "straight", place / "killed"
+    build_optimizer(GPT(SIZES))  # imports what every child would import for itself
     assert os.waitpid(fork(straight), 0)[1] == 0
     kills = inside = lost = 0
     chance = random.Random(0)
@@ -86,7 +88,7 @@ def main(place):
         while kills < 20 and (checkpoint.latest_step(killed) or 0) == before:
             time.sleep(0.01)  # it must get somewhere, or twenty kills never end
         if kills < 20:
-            time.sleep(chance.random() * 0.1)
+            time.sleep(chance.random() * 0.05)
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         if os.WIFSIGNALED(status):
