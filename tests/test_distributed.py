@@ -147,6 +147,8 @@ def test_a_module_that_ends_early_shows_what_it_wrote(tmp_path):
 def test_an_interrupt_ends_every_rank_soon(tmp_path):
     """Within five seconds on a free machine; torchrun alone would wait thirty."""
     pids, began = [], []
+    # A job in the background has SIGINT ignored; launch is for people in the foreground.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_line(line):
         pids.append(int(line.split()[-1]))
@@ -154,8 +156,11 @@ def test_an_interrupt_ends_every_rank_soon(tmp_path):
             began.append(time.monotonic())
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        launch(WORKERS, ["sleeps", str(tmp_path)], 2, on_line)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch(WORKERS, ["sleeps", str(tmp_path)], 2, on_line)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert wait_until_gone(pids, 15 - (time.monotonic() - began[0]))
 
 
