@@ -775,7 +775,6 @@ raw numbers. There is nothing to execute.
 
 # %%
 #| export checkpoint
-import hashlib
 import os
 import shutil
 import threading
@@ -790,6 +789,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanochat.common import UserError, read_json, write_json
+from nanochat.data import file_digest
 from nanochat.model import GPT, GPTConfig
 
 # %%
@@ -858,15 +858,6 @@ def best_step(directory: str | Path) -> int | None:
     return min(scores, key=scores.get, default=None)
 
 
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def put_aside(folder: Path) -> Path:
     """Rename a checkpoint out of sight, if it is there; return its new name, to be deleted."""
     aside = folder.with_name(f".{folder.name}.old")
@@ -909,7 +900,8 @@ def save_checkpoint(
         versions = {"torch": torch.__version__}
         facts = {"step": step, "config": model.config.to_dict(), "versions": versions, **meta}
         files = sorted(temporary.glob("*.safetensors"))
-        facts |= {"sha256": {file.name: file_hash(file) for file in files}, "score": score}
+        hashes = {file.name: file_digest(file, "sha256") for file in files}
+        facts |= {"sha256": hashes, "score": score}
         write_json(temporary / "meta.json", facts)
         for file in files:
             with open(file, "rb+") as handle:
@@ -949,7 +941,7 @@ def load_checkpoint(
     meta = read_json(folder / "meta.json")
     try:
         for name, expected in meta["sha256"].items():
-            if file_hash(folder / name) != expected:
+            if file_digest(folder / name, "sha256") != expected:
                 raise OSError(f"{name} is not the file that was saved")
         model = GPT(GPTConfig(**meta["config"]))
         model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -1527,7 +1519,7 @@ r"""
 
 `nanochat.train` now holds `fit`, `accumulate_gradients` and `SingleProcess`; `nanochat.checkpoint`
 holds `Checkpoint`, `save_checkpoint`, `load_checkpoint`, `BackgroundSaver`, `saved_steps`,
-`latest_step`, `best_step`, `file_hash` and `put_aside`; `nanochat.convert` holds
+`latest_step`, `best_step` and `put_aside`; `nanochat.convert` holds
 `to_transformers`, `from_transformers` and `from_nanochat`. You can train a model for any number of
 steps, cut its batch as your memory wants, lose the machine, and say beforehand what it will cost.
 

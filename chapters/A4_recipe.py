@@ -137,8 +137,8 @@ import tempfile
 import matplotlib.pyplot as plt
 from safetensors.torch import load_file, save_file
 
-from nanochat.checkpoint import file_hash
 from nanochat.common import COLORS, figure
+from nanochat.data import file_digest
 
 # %% [markdown]
 r"""
@@ -1481,7 +1481,7 @@ alone, the optimizer starts with empty moments, the data begin anew.
 folder = careless.directory / "base" / f"step_{cut:06d}"
 save_file({}, folder / "optimizer.safetensors")  # the moments are forgotten
 meta = read_json(folder / "meta.json")
-meta["sha256"]["optimizer.safetensors"] = file_hash(folder / "optimizer.safetensors")
+meta["sha256"]["optimizer.safetensors"] = file_digest(folder / "optimizer.safetensors", "sha256")
 meta["data"] |= {"epoch": 0, "window": 0, "row": 0}  # and so is the place in the text
 write_json(folder / "meta.json", meta)
 for resumed in (exact, careless):

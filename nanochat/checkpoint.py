@@ -3,7 +3,6 @@
 Exported from chapters/05_pretraining.py (chapter 05, Pretraining); edit there, not here.
 """
 
-import hashlib
 import os
 import shutil
 import threading
@@ -18,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanochat.common import UserError, read_json, write_json
+from nanochat.data import file_digest
 from nanochat.model import GPT, GPTConfig
 
 __all__ = [
     "BackgroundSaver",
     "Checkpoint",
     "best_step",
-    "file_hash",
     "latest_step",
     "load_checkpoint",
     "put_aside",
@@ -61,15 +60,6 @@ def best_step(directory: str | Path) -> int | None:
         if score is not None:
             scores[step] = score
     return min(scores, key=scores.get, default=None)
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def put_aside(folder: Path) -> Path:
@@ -112,7 +102,8 @@ def save_checkpoint(
         versions = {"torch": torch.__version__}
         facts = {"step": step, "config": model.config.to_dict(), "versions": versions, **meta}
         files = sorted(temporary.glob("*.safetensors"))
-        facts |= {"sha256": {file.name: file_hash(file) for file in files}, "score": score}
+        hashes = {file.name: file_digest(file, "sha256") for file in files}
+        facts |= {"sha256": hashes, "score": score}
         write_json(temporary / "meta.json", facts)
         for file in files:
             with open(file, "rb+") as handle:
@@ -150,7 +141,7 @@ def load_checkpoint(
     meta = read_json(folder / "meta.json")
     try:
         for name, expected in meta["sha256"].items():
-            if file_hash(folder / name) != expected:
+            if file_digest(folder / name, "sha256") != expected:
                 raise OSError(f"{name} is not the file that was saved")
         model = GPT(GPTConfig(**meta["config"]))
         model.load_state_dict(load_file(folder / "model.safetensors"))
