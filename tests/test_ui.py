@@ -431,9 +431,9 @@ def test_markdown_renders_what_it_knows():
 
 @pytest.mark.parametrize("text", ["*" * 30_000, "`" * 30_000, " " * 30_000 + "x", "- " * 15_000])
 def test_markdown_is_fast_on_nasty_input(text):
-    begin = time.perf_counter()
+    begin = time.process_time()
     markdown_html(text)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 10  # of computing; quadratic search would take minutes
 
 
 def test_transcript_is_static_and_names_the_speakers():
@@ -444,6 +444,13 @@ def test_transcript_is_static_and_names_the_speakers():
 
 
 # ---- the widget, headless ---------------------------------------------------------------------
+
+
+def wait_for(condition, seconds=60):
+    end = time.perf_counter() + seconds
+    while not condition():
+        assert time.perf_counter() < end, "waited in vain"
+        time.sleep(0.01)
 
 
 def say(widget, text):
@@ -466,23 +473,21 @@ def test_widget_sends_and_shows_the_reply():
 
 
 def test_widget_shows_text_while_it_streams_and_stops_in_time():
-    widget = ChatWidget(Parrot(delay=0.02))
-    say(widget, "the quick brown fox " * 10)
-    time.sleep(0.4)
-    seen = bubbles(widget)[1]
-    assert "You" in seen and widget.busy and not widget.controls.stop.disabled
-    begin = time.perf_counter()
+    widget = ChatWidget(Parrot(delay=0.1, reply="fox ", times=1000))
+    say(widget, "the quick brown fox")
+    wait_for(lambda: "fox fox" in bubbles(widget)[1])
+    assert widget.busy and not widget.controls.stop.disabled
     widget.controls.stop.click()
-    assert widget.wait(5) and time.perf_counter() - begin < 0.2
+    assert widget.wait(60)
     assert "stopped" in widget.controls.status.value
     assert len(widget.session.messages) == 2
 
 
 def test_widget_stop_pressed_at_once_is_not_lost():
-    widget = ChatWidget(Parrot(delay=0.01))
-    say(widget, "the quick brown fox " * 10)
+    widget = ChatWidget(Parrot(delay=0.1, reply="fox ", times=1000))
+    say(widget, "the quick brown fox")
     widget.controls.stop.click()
-    assert widget.wait(1) and widget.session.finish_reason == "cancelled"
+    assert widget.wait(60) and widget.session.finish_reason == "cancelled"
 
 
 def test_widget_redraws_at_most_every_refresh():
@@ -682,8 +687,8 @@ def test_terminal_prints_no_escape_sequences():
 
 
 def test_session_stop_from_another_thread():
-    session = ChatSession(Parrot(delay=0.01), small_tokenizer())
+    engine = Parrot(delay=0.1, reply="fox ", times=1000)
+    session = ChatSession(engine, small_tokenizer())
     threading.Timer(0.1, session.stop).start()
-    begin = time.perf_counter()
-    run(session.send("the quick brown fox " * 20))
-    assert time.perf_counter() - begin < 0.6 and session.finish_reason == "cancelled"
+    run(session.send("the quick brown fox"))
+    assert session.finish_reason == "cancelled" and engine.running == 0

@@ -176,10 +176,8 @@ def test_type_stream_edit_regenerate(page):
 def test_stop(page, how):
     say(page, "the quick brown fox " * 20)
     expect(page.locator(TURN).nth(1)).to_contain_text("You said")  # while it is being written
-    begin = time.perf_counter()
     button(page, "Stop").click() if how == "click" else page.press(BOX, "Escape")
     expect(button(page, "Stop")).to_be_disabled()
-    assert time.perf_counter() - begin < 2  # of a busy machine; the chapter measures the promise
     expect(page.get_by_text("stopped")).to_be_visible()
 
 
