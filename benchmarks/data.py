@@ -13,7 +13,6 @@ causes. On a machine with a GPU use benchmarks/stall.py instead: it trains the m
 import argparse
 import bisect
 import itertools
-import os
 import platform
 import sys
 import tempfile
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from nanochat.common import usable_cores
 from nanochat.data import (
     Prefetch,
     TokenBatches,
@@ -175,7 +175,7 @@ def main():
     else:
         documents = itertools.islice(source.documents("train"), 3000)
         tokenizer = Tokenizer.train(documents, args.vocab)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     print(f"{source.describe('train')}; {cores} cores, {platform.system()}, {platform.machine()}")
 
     with tempfile.TemporaryDirectory() as folder:

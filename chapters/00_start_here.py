@@ -466,7 +466,9 @@ class UserError(Exception):
 r"""
 **Devices.** `pick_device` takes a GPU if there is one. `pick_dtype` chooses the kind of number to
 compute with: 16-bit `bfloat16` where the hardware multiplies it fast, else 32-bit floats (chapter
-5 measures the difference). `seed_everything` makes random draws repeatable.
+5 measures the difference). `usable_cores` counts the processor cores we may use: a container or a
+cluster's scheduler often lends us fewer than the machine has. `seed_everything` makes random draws
+repeatable.
 """
 
 
@@ -504,6 +506,13 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cpu" and has_amx():
         return torch.bfloat16
     return torch.float32
+
+
+def usable_cores() -> int:
+    """Return how many processor cores this process may use; at least 1."""
+    if hasattr(os, "sched_getaffinity"):  # Linux knows what was lent to us, others what there is
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def synchronize(device: torch.device) -> None:
@@ -560,7 +569,7 @@ def doctor() -> list[tuple[str, str, bool, str]]:
         ("packages", f"missing {', '.join(missing)}" if missing else f"{len(NEEDED)} found",
          not missing, install),
         ("device", f"{device.type} ({kind}), computes in {dtype}", True, ""),
-        ("cores", f"{os.cpu_count()}, torch uses {torch.get_num_threads()}", True, ""),
+        ("cores", f"{usable_cores()}, torch uses {torch.get_num_threads()}", True, ""),
         ("memory", f"{memory:.0f} GiB", memory > 3.5, "close other programs; a run wants 4 GiB"),
         ("disk", f"{disk:,.0f} GiB free", disk > 2,
          "free some space; a small run wants 2 GiB"),

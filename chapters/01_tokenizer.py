@@ -103,7 +103,7 @@ import regex
 import tiktoken
 import torch
 
-from nanochat.common import UserError, atomic_write, read_json, write_json
+from nanochat.common import UserError, atomic_write, read_json, usable_cores, write_json
 
 # %% [markdown]
 r"""
@@ -520,8 +520,7 @@ def count_chunks(
     """
     batches = text_batches(texts)
     begin = list(itertools.islice(batches, 4))
-    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-    workers = min(len(usable), 16) if workers is None else workers
+    workers = min(usable_cores(), 16) if workers is None else workers
     if workers <= 1 or len(begin) < 4:
         return count_batches(itertools.chain(begin, batches), pattern)
     waiting: queue.Queue = queue.Queue(workers)

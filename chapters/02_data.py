@@ -102,7 +102,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from nanochat.common import Progress, UserError, atomic_write, read_json, write_json
+from nanochat.common import (
+    Progress,
+    UserError,
+    atomic_write,
+    read_json,
+    usable_cores,
+    write_json,
+)
 from nanochat.tinyworld import World, document, validation_document
 from nanochat.tokenizer import Tokenizer
 
@@ -823,8 +830,7 @@ def empty_main() -> Iterator[None]:
 
 def pick_workers(n_tokens: int) -> int:
     """Return how many processes should tokenise: 0 (this one) for small work or few cores."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = usable_cores()
     return min(cores, 16) if cores > 2 and n_tokens > 20_000_000 else 0
 
 

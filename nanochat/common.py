@@ -37,6 +37,7 @@ __all__ = [
     "seed_everything",
     "show_bar",
     "synchronize",
+    "usable_cores",
     "write_json",
 ]
 
@@ -80,6 +81,13 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def usable_cores() -> int:
+    """Return how many processor cores this process may use; at least 1."""
+    if hasattr(os, "sched_getaffinity"):  # Linux knows what was lent to us, others what there is
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queued work (a no-op on the CPU)."""
     if device.type == "cuda":
@@ -117,7 +125,7 @@ def doctor() -> list[tuple[str, str, bool, str]]:
         ("packages", f"missing {', '.join(missing)}" if missing else f"{len(NEEDED)} found",
          not missing, install),
         ("device", f"{device.type} ({kind}), computes in {dtype}", True, ""),
-        ("cores", f"{os.cpu_count()}, torch uses {torch.get_num_threads()}", True, ""),
+        ("cores", f"{usable_cores()}, torch uses {torch.get_num_threads()}", True, ""),
         ("memory", f"{memory:.0f} GiB", memory > 3.5, "close other programs; a run wants 4 GiB"),
         ("disk", f"{disk:,.0f} GiB free", disk > 2,
          "free some space; a small run wants 2 GiB"),

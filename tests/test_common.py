@@ -20,6 +20,7 @@ from nanochat.common import (
     read_json,
     read_metrics,
     seed_everything,
+    usable_cores,
     write_json,
 )
 
@@ -40,6 +41,15 @@ def test_the_dtype_is_one_the_device_multiplies():
     dtype = pick_dtype(torch.device("cpu"))
     assert dtype in (torch.bfloat16, torch.float32)
     assert (torch.ones(2, 2, dtype=dtype) @ torch.ones(2, 2, dtype=dtype)).dtype == dtype
+
+
+def test_usable_cores_are_those_lent_to_us(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    assert usable_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS and Windows
+    for counted, expected in ((64, 64), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda counted=counted: counted)
+        assert usable_cores() == expected
 
 
 @given(value=JSON)

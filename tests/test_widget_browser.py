@@ -1,18 +1,12 @@
 """The widget in JupyterLab, in a real browser: what a reader does with it, and nothing else."""
 
 import json
-import os
-import secrets
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from chromium import launch, shot
 from hostile import HOSTILE
+from lab_server import serve_lab
 
 from nanochat.ui import MARKDOWN_TAGS
 
@@ -40,42 +34,14 @@ widget"""
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """A JupyterLab server on a notebook with one cell; yields its address."""
-    folder = tmp_path_factory.mktemp("lab")
+    folder = tmp_path_factory.mktemp("lab") / "notebooks"
+    folder.mkdir()
     cell = {"cell_type": "code", "id": "chat", "source": CELL, "metadata": {}, "outputs": []}
     spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = {"cells": [{**cell, "execution_count": None}], "nbformat": 4, "nbformat_minor": 5}
     (folder / "chat.ipynb").write_text(json.dumps({**notebook, "metadata": {"kernelspec": spec}}))
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port, token = sock.getsockname()[1], secrets.token_hex(8)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):
-        env[f"JUPYTER_{name}"] = str(folder / ".jupyter" / name)
-    for name in ("SETTINGS_DIR", "WORKSPACES_DIR"):
-        env[f"JUPYTERLAB_{name}"] = str(folder / ".jupyter" / name)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--expose-app-in-browser"]
-    command += [f"--port={port}", f"--IdentityProvider.token={token}", f"--notebook-dir={folder}"]
-    command += ["--allow-root", "--ServerApp.port_retries=0", "--LabApp.check_for_updates_class="]
-    command[-1] += "jupyterlab.handlers.announcements.NeverCheckForUpdate"
-    settings = folder / ".jupyter/SETTINGS_DIR/@jupyterlab/apputils-extension"
-    settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
-    with open(folder / "log.txt", "w") as log:
-        server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
-    url, end = f"http://127.0.0.1:{port}", time.perf_counter() + 60
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(url + f"/api?token={token}").close()
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "log.txt").read_text()
-                assert time.perf_counter() < end, "JupyterLab did not start in a minute"
-                time.sleep(0.1)
+    with serve_lab(folder, ROOT, ROOT / "tests") as (url, token):
         yield f"{url}/doc/tree/chat.ipynb?token={token}"
-    finally:
-        server.terminate()
-        server.wait(20)
 
 
 @pytest.fixture(scope="module")
