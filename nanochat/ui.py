@@ -564,6 +564,7 @@ export default { render({ model, el }) {
   const box = document.createElement("textarea"), log = document.createElement("div");
   let known = box.value = model.get("value");
   box.rows = 3;
+  box.dataset.lmSuppressShortcuts = "true";  // else Notebook 7 runs the cell on Shift+Enter
   box.setAttribute("aria-label", "Message");
   box.placeholder = "Ask something. Enter sends, Shift+Enter starts a line, Escape stops.";
   log.setAttribute("role", "log");
@@ -575,7 +576,7 @@ export default { render({ model, el }) {
   };
   box.addEventListener("change", () => tell({}));
   box.addEventListener("keydown", (event) => {
-    event.stopPropagation();  // the notebook has its own meaning for keys
+    event.stopPropagation();
     if (event.isComposing) return;
     if (event.key === "Escape") tell({ stopped: model.get("stopped") + 1 });
     if (event.key !== "Enter" || event.shiftKey) return;

@@ -10,7 +10,11 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 def launch(playwright):
-    """Start Chromium without a window; skips the test when there is none on this machine."""
+    """Start Chromium without a window; skips the test when there is none on this machine.
+
+    Expectations may then take a minute, on a machine that does much else.
+    """
+    pytest.importorskip("playwright.sync_api").expect.set_options(timeout=60_000)
     own = playwright.chromium.executable_path
     paths = [os.environ.get("CHROMIUM"), own, *(shutil.which(name) for name in NAMES)]
     for path in paths:

@@ -50,7 +50,7 @@ def page(lab):
     with sync_api.sync_playwright() as playwright:
         browser = launch(playwright)
         page = browser.new_page(viewport={"width": 1000, "height": 1000})
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)
         problems, requests = [], []
         page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -140,11 +140,13 @@ def test_type_stream_edit_regenerate(page):
 
 @pytest.mark.parametrize("how", ["click", "Escape"])
 def test_stop(page, how):
+    kernel(page, "setattr(engines['base'], 'delay', 0.2)")  # by itself it would take a minute
     say(page, "the quick brown fox " * 20)
     expect(page.locator(TURN).nth(1)).to_contain_text("You said")  # while it is being written
     button(page, "Stop").click() if how == "click" else page.press(BOX, "Escape")
     expect(button(page, "Stop")).to_be_disabled()
     expect(page.get_by_text("stopped")).to_be_visible()
+    kernel(page, "setattr(engines['base'], 'delay', 0.02)")
 
 
 def test_settings_and_models_reach_the_engine(page):
