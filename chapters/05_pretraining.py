@@ -69,20 +69,27 @@ sweep_steps = 40  # of each short run in the comparison of rates
 
 # %%
 #| export
+import atexit
+import contextlib
+import gc
+import importlib
+import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat.common import MetricsLog, Progress, UserError, synchronize
+from nanochat.common import MetricsLog, Progress, UserError
 from nanochat.model import GPT
 from nanochat.optim import MuonAdamW, lr_multiplier, muon_momentum
 
 # %%
 import copy
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -242,47 +249,37 @@ class SingleProcess:
 # %%
 #| export
 def accumulate_gradients(
-    model: torch.nn.Module, batches: Any, accumulation: int, world: Any
-) -> tuple[float, int]:
-    """Add up the gradients of `accumulation` micro-batches; return (mean loss, trained tokens).
+    model: torch.nn.Module, micro_batches: list[tuple[Tensor, Tensor]], world: Any
+) -> tuple[Tensor, Tensor]:
+    """Add up the gradients of a list of (inputs, targets); return (mean loss, trained tokens).
 
-    The loss is the mean in nats over all targets that count (not -1) in the whole global batch, so
-    the result does not depend on how the batch is cut into micro-batches or processes.
+    Both are 0-d tensors on the device, so that nobody has to wait for them. The loss is the mean in
+    nats over all targets that count (not -1) in the whole global batch, so the result does not
+    depend on how the batch is cut into micro-batches or processes.
     """
-    micro_batches = [batches.next() for _ in range(accumulation)]
-    counted = torch.tensor(sum(int((y != -1).sum()) for _, y in micro_batches), device=world.device)
-    n_tokens = max(int(world.sum(counted)), 1)
-    total = torch.zeros((), device=world.device)
+    device = world.device
+    counted = float(sum(int((y != -1).sum()) for _, y in micro_batches))
+    n_tokens = world.sum(torch.full((), counted, device=device)).clamp(min=1)
+    total = torch.zeros((), device=device)
     for inputs, targets in micro_batches:
-        inputs = inputs.to(world.device, non_blocking=True)
-        targets = targets.to(world.device, non_blocking=True)
+        inputs, targets = (t.to(device, non_blocking=True) for t in (inputs, targets))
         loss = model(inputs, targets, reduction="sum") / n_tokens  # this rank's share of the mean
         (loss * world.world_size).backward()  # average_gradients divides by world_size
         total += loss.detach()
     world.average_gradients(model)
-    return float(world.sum(total)), n_tokens
+    return world.sum(total), n_tokens
 
 
 # %%
 #| test
-class _Pieces:
-    """Gives the parts of one batch, cut into micro-batches."""
-
-    def __init__(self, inputs, targets, cuts):
-        self.parts = list(zip(inputs.split(cuts), targets.split(cuts)))
-
-    def next(self):
-        return self.parts.pop(0)
-
-
 _ids = torch.randint(0, 50, (6, 17), generator=torch.Generator().manual_seed(0))
 _inputs, _targets = _ids[:, :-1], _ids[:, 1:].clone()
 _targets[0], _targets[3, 5:] = -1, -1  # one row with nothing to learn, one with little
 _found = []
 for _cuts in ([6], [1, 5], [1, 2, 3]):
     _model = GPT(GPTConfig(vocab_size=50, seq_len=16, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
-    _pieces = _Pieces(_inputs, _targets, _cuts)
-    _loss, _n = accumulate_gradients(_model, _pieces, len(_cuts), SingleProcess(_model.device))
+    _pieces = list(zip(_inputs.split(_cuts), _targets.split(_cuts)))
+    _loss, _n = accumulate_gradients(_model, _pieces, SingleProcess(_model.device))
     _found.append((_loss, _model.head.weight.grad))
     assert _n == 5 * 16 - 11
 for _loss, _grad in _found[1:]:
@@ -402,7 +399,7 @@ def short_run(factor, schedule, n_steps):
     optimizer, batches = build_optimizer(small), TokenBatches(train, 4, 128)
     for step in range(n_steps):
         optimizer.set_schedule(factor * schedule(step, n_steps), muon_momentum(step))
-        accumulate_gradients(small, batches, 1, SingleProcess(small.device))
+        accumulate_gradients(small, [batches.next()], SingleProcess(small.device))
         optimizer.step()
         optimizer.zero_grad()
     return validation_loss(small)
@@ -437,11 +434,223 @@ comes at the end, and a run must know its length before it starts.
 
 ## 5. The loop we keep
 
-`fit` is the loop for pretraining, midtraining and fine-tuning. Three decisions shape it. It
-counts **optimizer steps**, whatever the accumulation. It **knows nothing about** files, plots or
-metrics: it calls `evaluate` and `save` and writes events to a log. And it can begin **anywhere**:
-`start_step` is all it needs to take up a run, because the schedule is a function of the step.
+Before the loop, two helpers for what can go wrong in it. The first gives way. If memory runs out,
+it cuts every micro-batch in two and does the step again: the batch, and with it what is learnt,
+stays the same. If `torch.compile`, which fuses small operations into large ones, does not work on
+this machine, it goes on without. Both are said in one line. (With several processes only a common
+decision would help; there the error comes through, and appendix A4 measures beforehand what fits.)
 """
+
+
+# %%
+#| export
+class Gradients:
+    """Gradients of global batches, by a compiled model where that works, in pieces that fit.
+
+    `compiled` and `pieces` (of each micro-batch) say what it has come to.
+    """
+
+    def __init__(self, model: GPT, world: Any, compile_model: bool):
+        self.model, self.world, self.pieces, self.compiled = model, world, 1, compile_model
+        self.run = torch.compile(model, dynamic=False) if compile_model else model
+
+    def add_up(self, micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """As `accumulate_gradients`; what fails is tried again in a smaller way, and said."""
+        while True:
+            try:
+                return accumulate_gradients(self.run, self.cut(micro_batches), self.world)
+            except RuntimeError as error:
+                self.give_way(error, micro_batches[0][0].size(0))
+            self.model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()  # does nothing without a GPU
+
+    def cut(self, micro_batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Return every micro-batch in `pieces` parts, by rows."""
+        rows = max(1, micro_batches[0][0].size(0) // self.pieces)
+        return [part for x, y in micro_batches for part in zip(x.split(rows), y.split(rows))]
+
+    def give_way(self, error: RuntimeError, rows: int) -> None:
+        """Choose a smaller way after an error; raise it when there is none."""
+        alone, kind = self.world.world_size == 1, type(error)
+        if isinstance(error, torch.OutOfMemoryError) and alone and rows > self.pieces:
+            self.pieces *= 2
+            parts = f"{max(1, rows // self.pieces)} rows, {self.pieces} times as many of them"
+            print(f"out of memory with {2 * rows // self.pieces} rows: going on with {parts}")
+        elif self.compiled and kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+            self.compiled, self.run = False, self.model
+            print(f"torch.compile does not work here ({kind.__name__}): going on without it")
+        else:
+            raise error
+
+
+# %%
+class Tight(GPT):
+    """A model with room for two rows, as far as it says."""
+
+    def forward(self, idx, *rest, **named):
+        if idx.size(0) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return super().forward(idx, *rest, **named)
+
+
+tight, batch = Tight(config), TokenBatches(train, 8, 128).next()
+loss, _ = Gradients(tight, SingleProcess(tight.device), compile_model=False).add_up([batch])
+print(f"loss {loss:.4f}; all eight rows at once would give {GPT(config)(*batch):.4f}")
+
+# %% [markdown]
+r"""
+The second helper watches. Most runs that die were ill for a while before, and the log knew it: so
+something should look at it while the run goes on. Four numbers are enough. A **loss** that is not
+finite ends the run at once: a day of training on NaN is a day lost. A **gradient** ten times as long
+as usual comes before most explosions. So does a **residual stream** that has grown a hundredfold, of
+which we take the size now and then from the last block. And a loop that waits for **data** is not
+ill but dear: the GPU is paid by the hour. Each warning is one sentence, once a run, on the screen
+and in the log.
+"""
+
+
+# %%
+#| export
+class EarlyWarnings:
+    """Looks at the numbers of each step and says, once of each kind, what begins to go wrong."""
+
+    def __init__(self) -> None:
+        self.norms, self.times = deque(maxlen=50), deque(maxlen=20)
+        self.first_size, self.said = None, set()
+
+    def check(
+        self, loss: float, norm: float, seconds: float, waited: float, size: float | None = None
+    ) -> list[tuple[str, str]]:
+        """Return (kind, sentence) for what is new.
+
+        `loss` in nats, `norm` of the gradient, `seconds` of the step and how many of them were
+        spent `waited` for data, `size` the root mean square of the residual stream, if measured.
+        """
+        usual = statistics.median(self.norms) if len(self.norms) >= 10 else math.inf
+        self.norms.append(norm)
+        self.times.append((waited, seconds))
+        share = sum(w for w, _ in self.times) / max(sum(s for _, s in self.times), 1e-9)
+        self.first_size = self.first_size or size
+        grown = size / self.first_size if size else 1.0
+        found = []
+        if not math.isfinite(loss):
+            found.append(("loss", f"the loss is not a number ({loss}); try lower rates"))
+        if not norm <= 10 * usual:
+            found.append(("gradient", f"the gradient's norm is {norm:.3g}, usual is {usual:.3g}"))
+        if not grown <= 100:
+            found.append(("activation", f"the activations are {grown:.0f} times those at first"))
+        if len(self.times) >= 10 and share > 0.2:
+            found.append(("data", f"{share:.0%} of the time goes into waiting for data"))
+        new = [(kind, text) for kind, text in found if kind not in self.said]
+        self.said |= {kind for kind, _ in new}
+        return new
+
+
+def gradient_norm(model: torch.nn.Module) -> Tensor:
+    """Return the length of the whole gradient, a 0-d tensor on the model's device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+@torch.no_grad()
+def stream_size(model: GPT, idx: Tensor) -> Tensor:
+    """Return the root mean square of what the last block gives for ids (B, T), a 0-d tensor."""
+    seen = []
+    hook = model.blocks[-1].register_forward_hook(lambda block, given, x: seen.append(x))
+    try:
+        model(idx.to(model.device), last_only=True)
+    finally:
+        hook.remove()
+    return seen[0].float().square().mean().sqrt()
+
+
+# %%
+#| test
+_watch = EarlyWarnings()
+_calm = [_watch.check(3.0, 1.0 + 0.1 * (i % 3), 0.1, 0.001, 1.0) for i in range(30)]
+assert not any(_calm)
+_told = _watch.check(3.0, 20.0, 0.1, 0.001, 150.0)
+assert [kind for kind, _ in _told] == ["gradient", "activation"]
+assert _watch.check(3.0, 20.0, 0.1, 0.001, 150.0) == []  # said once
+assert [kind for kind, _ in _watch.check(math.inf, 1.0, 1.0, 0.9)] == ["loss", "data"]
+
+# %% [markdown]
+r"""
+One thing more before the loop: *when* to read the loss. A GPU works behind Python's back. Whoever
+asks for the value of a loss waits until the device has got there, and meanwhile the device gets no
+new work: at every step it stands still while Python prepares the next one. So on a GPU the numbers
+of a step are read when the *next* step has been handed over. `Meter` does that, keeps the clock,
+and writes the log.
+"""
+
+
+# %%
+#| export
+class Meter:
+    """Reads the numbers of each step, one step late on a GPU; logs, warns, keeps the speed."""
+
+    def __init__(self, log: MetricsLog, bar: Progress, world: Any, start_step: int, n_steps: int):
+        self.log, self.bar, self.world, self.n_steps = log, bar, world, n_steps
+        self.first_timed = start_step + min(10, n_steps // 4)  # before, it compiles and warms up
+        self.warnings, self.pending = EarlyWarnings(), None
+        self.loss, self.seconds, self.tokens = math.nan, 0.0, 0
+        self.clock = time.perf_counter()
+
+    def add(self, **step: Any) -> None:
+        """Take a step that has been handed to the device; read the one before."""
+        self.pending, before = step, self.pending
+        if before:
+            self.read(**before)
+        if self.world.device.type != "cuda":  # the work is done: nothing to overlap with
+            self.settle()
+
+    def settle(self) -> None:
+        """Read what has not been read."""
+        before, self.pending = self.pending, None
+        if before:
+            self.read(**before)
+
+    def read(self, step: int, loss: Any, norm: Any, tokens: Any, waited: float, size: Any) -> None:
+        """Wait for a step's numbers; log them and warn. UserError when the loss is not finite."""
+        self.loss, norm, tokens = float(loss), float(norm), int(tokens)
+        now = time.perf_counter()
+        took, self.clock = now - self.clock, now
+        if step >= self.first_timed:
+            self.seconds, self.tokens = self.seconds + took, self.tokens + tokens
+        if step % max(1, self.n_steps // 100) == 0 or step == self.n_steps - 1:
+            facts = dict(tokens=tokens, seconds=took, waited=waited, gradient_norm=norm)
+            self.log.write("step", step=step, loss=self.loss, **facts)
+        size = None if size is None else float(size)
+        for kind, text in self.warnings.check(self.loss, norm, took, waited, size):
+            self.log.write("warning", step=step, kind=kind, text=text)
+            if kind == "loss":
+                raise UserError(f"at step {step} {text}.")
+            if self.world.is_main:
+                print(f"warning at step {step}: {text}", flush=True)
+        if self.world.is_main:
+            self.bar.update(loss=self.loss)
+
+
+# %% [markdown]
+r"""
+Now `fit`, the loop for pretraining, midtraining and fine-tuning. Three decisions shape it. It
+counts **optimizer steps**, whatever the accumulation. It **knows nothing about** files, plots or
+metrics: it calls `evaluate` and `save`, in this order, so that a checkpoint can carry its score.
+And it can begin **anywhere**: `start_step` is all it needs to take up a run, because the schedule
+is a function of the step.
+"""
+
+
+# %%
+#| export
+@contextlib.contextmanager
+def spared_garbage():
+    """Let Python's garbage collector pass over what exists now, until the block ends."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 # %%
@@ -469,48 +678,51 @@ def fit(
     `batches.next()` gives (inputs, targets), each (B, T) int64. `schedule(step, n_steps)` is the
     factor on every rate. `evaluate(step)` returns metrics to log, every `eval_every` steps and at
     the end; `save(step)` keeps a checkpoint after that many steps. `start_step` resumes. Events
-    "step" and "eval" go to `log`. Returns the last loss and the speed. Raises UserError when the
-    loss is no longer a number.
+    "step", "eval" and "warning" go to `log`. Returns the last loss and the speed. Raises UserError
+    when the loss is no longer a number.
     """
     world, log = world or SingleProcess(model.device), log or MetricsLog(None)
-    run = torch.compile(model, dynamic=False) if compile_model else model
-    log_every, loss, seconds, timed = max(1, n_steps // 100), float("nan"), 0.0, 0
-    with Progress(n_steps, label, quiet=10.0 if world.is_main else float("inf")) as bar:
+    gradients, look_every = Gradients(model, world, compile_model), max(1, n_steps // 10)
+    bar = Progress(n_steps, label, quiet=10.0 if world.is_main else float("inf"))
+    with spared_garbage(), bar:
         bar.skip(start_step)
+        meter = Meter(log, bar, world, start_step, n_steps)
         for step in range(start_step, n_steps):
-            if evaluate and eval_every and step % eval_every == 0:
-                log.write("eval", step=step, **evaluate(step))
-            synchronize(world.device)
-            began = time.perf_counter()
+            judging = evaluate and eval_every and step % eval_every == 0
+            saving = save and save_every and step % save_every == 0 and step > start_step
+            if judging or saving:
+                meter.settle()
+                if judging:
+                    log.write("eval", step=step, **evaluate(step))
+                if saving:
+                    save(step)
+                meter.clock = time.perf_counter()
             optimizer.set_schedule(schedule(step, n_steps), muon_momentum(step))
-            loss, n_tokens = accumulate_gradients(run, batches, accumulation, world)
+            began = time.perf_counter()
+            micro_batches = [batches.next() for _ in range(accumulation)]
+            waited = time.perf_counter() - began
+            loss, n_tokens = gradients.add_up(micro_batches)
+            norm = gradient_norm(model)
+            looking = step % look_every == 0
+            size = stream_size(model, micro_batches[0][0][:1]) if looking else None
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            synchronize(world.device)
-            took = time.perf_counter() - began
-            if loss != loss:
-                raise UserError(f"the loss is not a number at step {step}; try lower rates.")
-            if step - start_step >= min(10, n_steps // 4):  # the first steps compile and warm up
-                seconds, timed = seconds + took, timed + n_tokens
-            if step % log_every == 0 or step == n_steps - 1:
-                log.write("step", step=step, loss=loss, tokens=n_tokens, seconds=took)
-            if world.is_main:
-                bar.update(loss=loss)
-            if save and save_every and (step + 1) % save_every == 0 and step + 1 < n_steps:
-                save(step + 1)
+            meter.add(step=step, loss=loss, norm=norm, tokens=n_tokens, waited=waited, size=size)
+        meter.settle()
     if evaluate:
         log.write("eval", step=n_steps, **evaluate(n_steps))
-    return {"loss": loss, "tokens_per_second": timed / seconds if seconds else 0.0}
+    speed = meter.tokens / meter.seconds if meter.seconds else 0.0
+    return {"loss": meter.loss, "tokens_per_second": speed}
 
 
 # %% [markdown]
 r"""
-Some lines have a story. A loss that is no longer a number (`loss != loss` is true for NaN alone)
-ends the run at once: a day of training on NaN is a day lost. The time of the first steps is not
-counted, since compiling and warming up would make the speed look bad. `synchronize` waits for the
-GPU, which works behind Python's back; without it we would time the *asking*. And
-`compile_model=True` hands the model to `torch.compile`, which fuses small operations into large
-ones. It takes a minute and a C compiler, so we use it on GPUs only (appendix A3).
+Some lines have a story. The time of the first steps is not counted, since compiling and warming up
+would make the speed look bad. Python's garbage collector, which walks over every object of the
+program now and then, is told that what exists before the run will stay; otherwise it would stop a
+long run for half a second, again and again. And `compile_model=True` costs a minute
+and a C++ compiler before the first step, so it pays in long runs only: on GPUs always, on two CPU
+cores in the capstone (appendix A4 has the figures).
 """
 
 
@@ -538,7 +750,7 @@ assert _seen == [1, 2, 3, 4] and _kept == [2, 4]  # steps are optimizer steps
 with torch.no_grad():
     _model.embedding.weight.fill_(float("nan"))
 try:
-    fit(_model, build_optimizer(_model), _Rows(), 2)
+    fit(_model, build_optimizer(_model), _Rows(), 2, world=_quiet)
     raise AssertionError("a loss that is not a number must stop the run")
 except UserError as error:
     assert "step 0" in str(error)
