@@ -52,7 +52,7 @@ chapter 12 on eight GPUs. The chapter is about what has to be true inside for th
 - explain why weights stay in 32 bits when the products are done in 16;
 - read a loss curve against lines that mean something;
 - save a run so that killing it costs minutes, and prove that the resumed run is the same run;
-- predict tokens, batch, rates, time and money of a run from its depth.
+- predict tokens, batch, rates, memory, time, money and carbon of a run from its depth.
 
 **Before you start**: chapters 2 to 4 (batches, the model, the optimizer). Reading takes 45 minutes,
 running under a minute on two CPU cores. No GPU is needed.
@@ -60,8 +60,9 @@ running under a minute on two CPU cores. No GPU is needed.
 
 # %% tags=["parameters"]
 profile = "quick"
-steps = 280  # of the main run
-control_steps = 100  # of its control
+steps = 200  # of the main run
+control_steps = 60  # of its control
+contest_steps = 60  # of Muon in its contest with AdamW, which gets the same time
 sweep_steps = 40  # of each short run in the comparison of rates
 
 # %%
@@ -501,11 +502,11 @@ print(f"loss {loss:.4f}; all eight rows at once would give {GPT(config)(*batch):
 r"""
 The second helper watches. Most runs that die were ill for a while before, and the log knew it: so
 something should look at it while the run goes on. Four numbers are enough. A **loss** that is not
-finite ends the run at once: a day of training on NaN is a day lost. A **gradient** ten times as long
-as usual comes before most explosions. So does a **residual stream** that has grown a hundredfold, of
-which we take the size now and then from the last block. And a loop that waits for **data** is not
-ill but dear: the GPU is paid by the hour. Each warning is one sentence, once a run, on the screen
-and in the log.
+finite ends the run at once: a day of training on NaN is a day lost. A **gradient** ten times as
+long as usual comes before most explosions. So does a **residual stream** that has grown a
+hundredfold, of which we take the size now and then from the last block. And a loop that waits for
+**data** is not ill but dear: the GPU is paid by the hour. Each warning is one sentence, once a run,
+on the screen and in the log.
 """
 
 
@@ -935,6 +936,86 @@ Staying on the unigram line: the model cannot see the past, or the targets do no
 inputs. Falling *suspiciously* low: it sees the future, or the validation text. Going up after a
 while: the rate.
 
+Some people follow their runs in a browser, with Weights & Biases, TensorBoard or trackio. For us a
+**tracker** is a function that takes the dict of one event. The log hands each of its lines on to
+it, and remains the record: a tracker that is missing one day loses nothing.
+"""
+
+
+# %%
+#| export
+TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+
+
+def open_tracker(name: str, run: str, folder: str | Path) -> Callable[[dict[str, Any]], None]:
+    """Return a function that shows an event's numbers in "wandb", "tensorboard" or "trackio".
+
+    `run` names the run, `folder` is where files may be left. Names are "<stage>/<field>", the step
+    is a field like the others where a tool wants it to rise over all stages. Raises UserError for
+    an unknown name and a missing package.
+    """
+    if name not in TRACKERS:
+        raise UserError(f"unknown tracker {name!r}; choose one of {', '.join(TRACKERS)}.")
+    try:
+        tool = importlib.import_module(TRACKERS[name])
+    except ModuleNotFoundError:
+        raise UserError(
+            f"the tracker {name} is not installed; run `pip install {TRACKERS[name]}`, or go on "
+            f"without a tracker: metrics.jsonl has every number."
+        ) from None
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(Path(folder) / "tensorboard"))
+        atexit.register(writer.close)
+
+        def show(event: dict[str, Any]) -> None:
+            for key, value in plain_numbers(event).items():
+                writer.add_scalar(key, value, event.get("step"))
+            writer.flush()
+
+        return show
+    tool.init(project="nanochat", name=run)
+    atexit.register(tool.finish)
+    return lambda event: tool.log(plain_numbers(event))
+
+
+def plain_numbers(event: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of an event, named "<stage>/<field>"."""
+    stage = event.get("stage", "train")
+    numbers = {k: v for k, v in event.items() if isinstance(v, (int, float))}
+    return {f"{stage}/{k}": v for k, v in numbers.items() if not isinstance(v, bool)}
+
+
+class TrackedLog(MetricsLog):
+    """A log that hands each event to a tracker as well."""
+
+    def __init__(self, path: str | Path | None, track: Callable[[dict], None], **static: Any):
+        super().__init__(path, **static)
+        self.track = track
+
+    def bind(self, **static: Any) -> "TrackedLog":
+        """Return a log to the same file and tracker with more static fields."""
+        return TrackedLog(self.path, self.track, **{**self.static, **static})
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event and hand it on."""
+        super().write(event, **fields)
+        self.track({"event": event, **self.static, **fields})
+
+
+# %%
+shown = []
+tracked = TrackedLog(None, shown.append, stage="base")
+tracked.write("step", step=3, loss=2.5)
+print(shown)
+try:
+    open_tracker("tensorflow", "my run", workspace.name)
+except UserError as error:
+    print(error)
+
+# %% [markdown]
+r"""
 > **Exercise 5.2.** Break the run on purpose: shift the targets by one place, so that the model is
 > asked for the token it has just read. What does the curve look like? And with targets two places
 > on? *(Sketch both before you run them.)*
@@ -1611,7 +1692,7 @@ subscript 12 for the values at depth 12:
   with another way of counting, 8 is nanochat's fastest way to a GPT-2-grade model);
 - **batch** $B = 2^{19}\,(D/D_{12})^{0.383}$, rounded to a power of two;
 - **rates** times $\sqrt{B/2^{19}}$, those of AdamW times $\sqrt{768/\text{width}}$ as well;
-- **weight decay** $0.28\,\sqrt{B/2^{19}}\;D_{12}/D$.
+- **weight decay** $\lambda = 0.28\,\sqrt{B/2^{19}}\;D_{12}/D$.
 """
 
 
@@ -1641,7 +1722,7 @@ def plan(depth, ratio=12, vocab_size=32768, seq_len=2048):
 
 
 print("depth   params    tokens     batch   steps  rate (Muon)  (AdamW)   decay     FLOPs")
-for depth in (4, 6, 8, 12, 16, 20, 24, 26):
+for depth in (2, 4, 6, 8, 12, 16, 20, 24, 26):
     p = plan(depth)
     size = f"{depth:5d} {p['params'] / 1e6:7.1f}M {p['tokens'] / 1e9:8.2f}B {p['batch']:9,}"
     rates = f"{p['rate']:12.3f} {p['adam']:8.3f} {p['decay']:7.3f} {p['flops']:9.1e}"
@@ -1651,26 +1732,330 @@ assert [plan(d)["steps"] for d in (12, 20, 24)] == [2520, 4980, 8352]  # as nano
 # %% [markdown]
 r"""
 The step counts are those of nanochat's own code. Look at the column *decay*: at depth 24 it is
-0.06, at depth 4 it would be 1.9, far outside of what anybody has tuned. **A rule is good where it
-was measured.** Our small runs set the decay to zero.
+0.06, at depth 4 it would be 1.9, at depth 2 over 3. Is that too much? Chapter 4 says what a decay
+does to a matrix under Muon. Each step adds a matrix whose singular values are about 1, times the
+rate $\eta$, and takes away the share $\eta\lambda$ of what is there. The two balance when the
+largest singular value is $1/\lambda$: **weights under Muon live in a ball of radius $1/\lambda$**.
+A fresh square matrix of ours has a largest singular value of 2. So a decay above one half forbids a
+matrix even the size with which it was born. We try it, on the small model of section 4.
+"""
 
+
+# %%
+def decayed(decay, n_steps=60):
+    """Train a fresh small model; return its loss and the largest singular value of its queries."""
+    small = GPT(GPTConfig.for_depth(2, tokenizer.vocab_size, 128, aspect=32, head_dim=32))
+    optimizer, batches = build_optimizer(small, weight_decay=decay), TokenBatches(train, 4, 128)
+    for step in range(n_steps):
+        optimizer.set_schedule(lr_multiplier(step, n_steps), muon_momentum(step))
+        accumulate_gradients(small, [batches.next()], SingleProcess(small.device))
+        optimizer.step()
+        optimizer.zero_grad()
+    sizes = [torch.linalg.svdvals(block.attention.q.weight.detach())[0] for block in small.blocks]
+    return validation_loss(small), max(sizes).item()
+
+
+decays = (0.0, 0.28, 0.5, 1.9, 3.4)
+for decay in decays:
+    loss, size = decayed(decay)
+    bound = f"{1 / decay:5.2f}" if decay else " none"
+    print(
+        f"decay {decay:4.2f}: largest singular value {size:.2f}, 1/decay {bound}, loss {loss:.3f}"
+    )
+
+# %% [markdown]
+r"""
+The decay that the rule asks for at depth 2 has shrunk the queries to less than half of what they
+were born with, within 60 steps. So our rule is nanochat's with a ceiling,
+
+$$\lambda = \min\!\left(\tfrac12,\; 0.28\,\sqrt{B/2^{19}}\;D_{12}/D\right),$$
+
+which leaves everything as it was from depth 9 on, where the rule has been measured, and stays
+finite at any size. (nanochat's log reports a best decay of 0.40 at depth 8, of 0.22 at depth 12.)
+"""
+
+# %%
+fig, ax = figure(
+    "With a ceiling the decay is sane from depth 1 to depth 40",
+    "depth (layers)",
+    "weight decay",
+    alt="A falling curve over the depth; below depth 9 a dotted part rises to 3.5, ours stays 0.5.",
+)
+every_depth = range(1, 41)
+ax.semilogy(every_depth, [plan(d)["decay"] for d in every_depth], ":", label="nanochat's rule")
+ax.semilogy(every_depth, [min(0.5, plan(d)["decay"]) for d in every_depth], label="with a ceiling")
+ax.plot((8, 12, 16, 20), (0.40, 0.22, 0.10, 0.08), "o", label="best found by nanochat's author")
+ax.legend(fontsize=8, frameon=False)
+plt.show()
+
+# %% [markdown]
+r"""
 > **Exercise 5.4.** Which of these rules would you have to measure again for a vocabulary of 2,048?
 > *(Look at what share of $N$ the head is at depth 4.)*
 
-## 9. Time and money, before the run
+## 9. Memory, before the run
 
-FLOPs divided by speed is time, and time is money. The speed of a machine is its peak times the
-share that real training reaches, its **utilisation**. We assume:
+"Out of memory" is what people with one small card ask about most. Some of it can be counted: per
+parameter 4 bytes of weight, 4 of gradient, and 4 (Muon) or 8 (AdamW) of optimizer state. What
+grows with the micro-batch is what the backward pass must find again. We go through a block with
+a pencil, in values per token and channel:
+
+| kept for the backward pass | values |
+|---|---|
+| the stream before each of the two norms, and after each norm | 4 |
+| queries and keys before their norm and after it, the values, what attention returns | 6 |
+| inside of the MLP, four times as wide: after ReLU, and squared | 8 |
+
+That makes **18** numbers per token, channel and layer, of 4 bytes or of 2. The logits come on top,
+with the copies that softcap, softmax and their gradients make: four of 4 bytes for each token and
+id. A compiler fuses those; what remains is the logit and its gradient, in 2 bytes each.
+"""
+
+# %%
+#| export budget
+import bisect
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nanochat.model import GPT, GPTConfig
+
+
+# %%
+#| export budget
+def sizes_of(config: GPTConfig) -> GPT:
+    """Return a model of these sizes that has no memory, to be counted."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def kept_values(config: GPTConfig, compiled: bool = False) -> float:
+    """Return how many numbers a layer keeps per token and channel for the backward pass.
+
+    18 in the classic model; one more for scaled residuals, one for a table of values. Uncompiled,
+    windows keep overlapping pieces of keys and values (chapter 3).
+    """
+    values = 18 + config.residual_scalars + len(config.value_layers()) / config.n_layer
+    for window in config.window_sizes():
+        if window and not compiled:
+            values += (4 + 10 * (1 - window / config.seq_len)) / config.n_layer
+    return values
+
+
+def memory_estimate(
+    config: GPTConfig,
+    micro_batch: int,
+    dtype: torch.dtype = torch.bfloat16,
+    compiled: bool = False,
+) -> dict[str, int]:
+    """Return the bytes that a training step holds at its peak, part by part.
+
+    Float32 weights and gradients; one moment for matrices (Muon), two for the rest (AdamW); a copy
+    of what multiplies when `dtype` has 16 bits; then what `micro_batch` rows need.
+    """
+    counts, n_bytes = sizes_of(config).num_params(), dtype.itemsize
+    tokens, width = micro_batch * config.seq_len, config.n_embd
+    values = kept_values(config, compiled) * config.n_layer + 3
+    if n_bytes < 4 and not compiled:
+        values += 4 * config.n_layer  # the two norms of a block work on copies of 4 bytes
+    logit = 2 * n_bytes if compiled else 16
+    return {
+        "weights": 4 * counts["total"],
+        "gradients": 4 * counts["total"],
+        "optimizer": 8 * counts["total"] - 4 * counts["matrix"],
+        "copies": n_bytes * (counts["matrix"] + counts["head"]) if n_bytes < 4 else 0,
+        "activations": int(n_bytes * tokens * width * values),
+        "logits": logit * tokens * config.padded_vocab,
+    }
+
+
+# %% [markdown]
+r"""
+A formula is worth what a measurement says about it. A GPU keeps a count of its memory. On a CPU we
+keep one ourselves: PyTorch lets us stand between a program and every single operation. We note the
+memory that each result brings, and strike it out when that memory is given back.
+"""
+
+
+# %%
+#| export budget
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside of the block, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.known.update(self.memories((args, kwargs)))  # made before: not ours to count
+        result = func(*args, **kwargs)
+        for key, memory in self.memories(result).items():
+            if key not in self.known:
+                self.known.add(key)
+                self.now += memory.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(memory, self.forget, key, memory.nbytes())
+        return result
+
+    def memories(self, values) -> dict:
+        """Return the memory of each tensor in `values`, by address."""
+        tensors = [
+            t for t in tree_leaves(values) if isinstance(t, Tensor) and t.device.type != "meta"
+        ]
+        return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+
+    def forget(self, key: int, n_bytes: int) -> None:
+        """Note that a memory has been given back."""
+        self.known.discard(key)
+        self.now -= n_bytes
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that tensors made by `work()` held at once, beyond those before it.
+
+    On a GPU by the allocator's own count. On a CPU uncompiled operations only are seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveBytes() as count:
+        work()
+    return count.peak
+
+
+# %%
+def working_memory(size, n_rows):
+    """Measure the peak of a forward and backward pass of a fresh model, beyond its weights."""
+    probe, ids = GPT(size), torch.zeros(n_rows, size.seq_len, dtype=torch.int64)
+    return peak_bytes(lambda: probe(ids, ids).backward(), probe.device)
+
+
+print("                    rows  estimated MB  measured MB   ratio")
+for name, build in (("classic", GPTConfig.classic), ("modern", GPTConfig.modern)):
+    size = build(4, 1024, 256, aspect=32, head_dim=64)
+    for n_rows in (2, 8):
+        measured = working_memory(size, n_rows)
+        parts = memory_estimate(size, n_rows, torch.float32)
+        guess = parts["activations"] + parts["logits"]
+        facts = f"{guess / 1e6:12.1f} {measured / 1e6:12.1f} {guess / measured:8.2f}"
+        print(f"{name:8s} activations {n_rows:3d} {facts}")
+
+# %% [markdown]
+r"""
+The formula is for judging sizes that we cannot try. Where we *can* try, we do: the largest
+micro-batch is found by real steps. From a guess we double while it fits, then halve the distance
+to what did not.
+"""
+
+
+# %%
+#| export budget
+def largest_that_fits(
+    sizes: Sequence[int], fits: Callable[[int], bool], guess: int = 1
+) -> int | None:
+    """Return the largest of ascending `sizes` for which `fits(size)`, None when there is none.
+
+    Starts at the largest size up to `guess`, doubles while it fits, then bisects. `fits` is asked
+    once a size at most; what fits must have everything smaller fit too.
+    """
+    low, high = -1, len(sizes)  # the places of the largest known to fit, the smallest known not to
+    at = max(bisect.bisect_right(sizes, guess) - 1, 0)
+    while high - low > 1:
+        if fits(sizes[at]):
+            low = at
+        else:
+            high = at
+        doubled = bisect.bisect_left(sizes, 2 * sizes[low]) if low >= 0 else 0
+        at = min(doubled, high - 1) if high == len(sizes) else (low + high) // 2
+    return sizes[low] if low >= 0 else None
+
+
+def step_fits(run: torch.nn.Module, model: GPT, rows: int, reserve: int = 0) -> bool:
+    """Do one real forward and backward pass with so many rows; say whether memory sufficed.
+
+    `reserve` bytes are held meanwhile, for what is not there yet (the optimizer's state). `run` is
+    the model, perhaps compiled. Leaves no gradients behind.
+    """
+    idx, enough = None, True
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.zero_grad, set_to_none=True)
+        try:
+            held = torch.empty(reserve, dtype=torch.uint8, device=model.device)
+            idx = torch.zeros(rows, model.config.seq_len, dtype=torch.int64, device=model.device)
+            run(idx, idx, reduction="sum").backward()
+            del held
+        except torch.OutOfMemoryError:
+            enough = False
+    torch.cuda.empty_cache()  # does nothing without a GPU
+    return enough
+
+
+# %%
+#| test
+for _limit in (0, 1, 5, 6, 48, 100):
+    _divisors = [n for n in range(1, 49) if 48 % n == 0]
+    _found = largest_that_fits(_divisors, _limit.__ge__, guess=7)
+    assert _found == max((n for n in _divisors if n <= _limit), default=None)
+
+# %%
+tried = []
+largest = largest_that_fits(range(1, 257), lambda n: tried.append(n) or n <= 37)
+print(f"found {largest}, tried {tried}")
+
+# %% [markdown]
+r"""
+## 10. Time, money and carbon, before the run
+
+FLOPs divided by speed is time, time is money, and time times power is carbon. The speed of a
+machine is its peak times the share that real training reaches, its **utilisation**. We assume, and
+mark as assumptions:
 
 - **H100 or H200**: 989 TFLOP per second in bfloat16 (NVIDIA's data sheet, without sparsity),
-  40 % utilisation, 3 dollars per GPU-hour;
-- **eight of them**: eight times that, communication included in the 40 %;
-- **laptop**: 0.1 TFLOP per second on two cores, the order of what the run above reached; free.
+  40 % utilisation, 3 dollars per GPU-hour, 1.3 kW (a DGX H100 with eight of them draws up to
+  10.2 kW by its data sheet);
+- **electricity**: 436 g of CO2 for each kWh, the world's mean of 2022 (Ember, *Global Electricity
+  Review 2023*). Grids differ tenfold; put in your own.
 
 First we test the method on a run whose outcome is known. nanochat's first release trained depth 20
 on 11.22 billion tokens, $3.92\times 10^{19}$ FLOPs. Reproductions report 172 to 176 minutes of
 pretraining on eight H100 at a utilisation of 47 to 48 %.
 """
+
+
+# %%
+#| export budget
+GRID_GRAMS = (
+    436.0  # g CO2 for a kWh: the world's mean in 2022, Ember, Global Electricity Review 2023
+)
+
+
+def footprint(
+    seconds: float, devices: int = 1, price: float = 3.0, watts: float = 1300.0, grid=GRID_GRAMS
+) -> dict[str, float]:
+    """Return hours, dollars, kWh and kg of CO2 of a run that takes so many seconds.
+
+    `price` in dollars per device and hour, `watts` per device with its share of the machine, `grid`
+    in g CO2 per kWh. All three are assumptions: change them to yours.
+    """
+    hours = seconds / 3600
+    energy = hours * devices * watts / 1000
+    return {
+        "hours": hours,
+        "dollars": hours * devices * price,
+        "kwh": energy,
+        "co2_kg": energy * grid / 1000,
+    }
+
 
 # %%
 minutes = 3.92e19 / (8 * 989e12 * 0.475) / 60
@@ -1687,13 +2072,15 @@ def duration(seconds):
     return f"{days:.0f} days" if days < 730 else f"{days / 365:,.0f} years"
 
 
-speeds = {"laptop": 1e11, "one H100": 0.4 * 989e12, "8 x H100": 8 * 0.4 * 989e12}
-print("depth   tokens     FLOPs" + "".join(f"{name:>14s}" for name in speeds) + "    dollars")
-for depth in (4, 6, 8, 12, 16, 20, 24, 26):
+here = result["tokens_per_second"] / 1024 * flops  # FLOP per second that the run above has reached
+speeds = {"here": here, "one H100": 0.4 * 989e12, "8 x H100": 8 * 0.4 * 989e12}
+print("depth   tokens     FLOPs" + "".join(f"{name:>12s}" for name in speeds) + "  dollars  kg CO2")
+for depth in (2, 4, 6, 8, 12, 16, 20, 24, 26):
     p = plan(depth)
-    times = "".join(f"{duration(p['flops'] / speed):>14s}" for speed in speeds.values())
-    dollars = p["flops"] / speeds["one H100"] / 3600 * 3
-    print(f"{depth:5d} {p['tokens'] / 1e9:7.2f}B {p['flops']:9.1e}{times} {dollars:10.2f}")
+    times = "".join(f"{duration(p['flops'] / speed):>12s}" for speed in speeds.values())
+    cost = footprint(p["flops"] / speeds["8 x H100"], devices=8)
+    paid = f"{cost['dollars']:9.2f} {cost['co2_kg']:7.2f}"
+    print(f"{depth:5d} {p['tokens'] / 1e9:7.2f}B {p['flops']:9.1e}{times} {paid}")
 
 # %% [markdown]
 r"""
@@ -1704,22 +2091,70 @@ their product; only the head, which grows more slowly, dampens that. Depth 24 co
 much as depth 12. Expect small models to come out worse than the table on a GPU: their matrices are
 too small to keep it busy.
 
-Memory is the other limit. Per parameter we hold 4 bytes of weight, 4 of gradient and 4 (Muon) or 8
-(AdamW) of optimizer state; activations come on top and grow with the micro-batch.
+## 11. What was predicted, and what came
+
+Two promises of this chapter are left to be shown side by side: that we know before the run what it
+will take, and that the optimizer of chapter 4 is worth its price. The second needs care. Muon's
+steps cost more than AdamW's, so the fair comparison is not at equal steps but at equal *time*. We
+train the model of section 6 once more, with AdamW for everything at its usual rate, for as many
+seconds as `contest_steps` steps of the same model with Muon take.
+"""
+
+
+# %%
+def timed_run(optimizer, model, seconds):
+    """Train for so many seconds (of steps alone); return (seconds, losses)."""
+    batches, spent, times, losses = TokenBatches(train, 8, 128), 0.0, [], []
+    while spent < seconds:
+        began = time.perf_counter()
+        for group in optimizer.param_groups:  # the fall of the rate, by the clock
+            group["lr"] = group["initial_lr"] * lr_multiplier(int(1000 * spent / seconds), 1000)
+        loss, _ = accumulate_gradients(model, [batches.next()], SingleProcess(model.device))
+        optimizer.step()
+        optimizer.zero_grad()
+        spent += time.perf_counter() - began
+        times.append(spent)
+        losses.append(loss.item())
+    return times, losses
+
+
+budget_seconds, curves = contest_steps * fastest, {}
+for name, rate in (("Muon + AdamW", None), ("AdamW", 0.003)):
+    contender = GPT(config)
+    if rate is None:
+        chosen = build_optimizer(contender)
+    else:
+        chosen = torch.optim.AdamW(contender.parameters(), lr=rate, betas=(0.9, 0.95))
+        chosen.param_groups[0]["initial_lr"] = rate
+    curves[name] = timed_run(chosen, contender, budget_seconds)
+    print(
+        f"{name:13s} {len(curves[name][0]):4d} steps, validation {validation_loss(contender):.3f}"
+    )
+
+# %%
+fig, ax = figure(
+    "At equal time Muon is ahead of AdamW, though its steps are dearer",
+    "seconds of training",
+    "loss (nats per token, mean of 9 steps)",
+    alt="Two falling curves over time; that of Muon lies below that of AdamW.",
+)
+for name, (times, losses) in curves.items():
+    ax.plot(times[4:-4], np.convolve(losses, np.ones(9) / 9, "valid"), label=name)
+ax.legend(fontsize=8, frameon=False)
+plt.show()
+
+# %% [markdown]
+r"""
+And the forecasts of the run in section 6:
 """
 
 # %%
-state = {kind: 0 for kind in ("muon", "adamw")}
-probe = GPT(config)
-probe(*TokenBatches(train, 1, 128).next()).backward()
-optimizer = build_optimizer(probe)
-optimizer.step()
-for group in optimizer.param_groups:
-    held = [t for p in group["params"] for t in optimizer.state[p].values() if torch.is_tensor(t)]
-    state[group["kind"]] += sum(t.numel() * t.element_size() for t in held)
-counts = probe.num_params()
-print(f"Muon  {state['muon'] / counts['matrix']:.2f} bytes of state per parameter")
-print(f"AdamW {state['adamw'] / (counts['embedding'] + counts['head']):.2f}")
+needed, working = memory_estimate(config, 8, torch.float32), working_memory(config, 8)
+guess = needed["activations"] + needed["logits"]
+step_seconds = steps * 1024 / result["tokens_per_second"]
+print("                      predicted   achieved")
+print(f"time of the steps   {steps * fastest:9.1f} s {step_seconds:8.1f} s")
+print(f"memory of a step    {guess / 1e6:8.1f} MB {working / 1e6:7.1f} MB")
 workspace.cleanup()
 
 # %% [markdown]
@@ -1729,9 +2164,11 @@ r"""
 
 ## Recap
 
-`nanochat.train` now holds `fit`, `accumulate_gradients` and `SingleProcess`; `nanochat.checkpoint`
-holds `Checkpoint`, `save_checkpoint`, `load_checkpoint`, `BackgroundSaver`, `saved_steps`,
-`latest_step`, `best_step` and `put_aside`; `nanochat.convert` holds
+`nanochat.train` now holds `fit`, `accumulate_gradients`, `SingleProcess` and what `fit` is made of
+(`Gradients`, `EarlyWarnings`, `Meter`), with `open_tracker` and `TrackedLog`; `nanochat.budget`
+holds `memory_estimate`, `peak_bytes`, `largest_that_fits`, `step_fits` and `footprint`;
+`nanochat.checkpoint` holds `Checkpoint`, `save_checkpoint`, `load_checkpoint`, `BackgroundSaver`,
+`saved_steps`, `latest_step`, `best_step` and `put_aside`; `nanochat.convert` holds
 `to_transformers`, `from_transformers` and `from_nanochat`. You can train a model for any number of
 steps, cut its batch as your memory wants, lose the machine, and say beforehand what it will cost.
 

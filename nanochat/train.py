@@ -3,13 +3,16 @@
 Exported from chapters/05_pretraining.py (chapter 05, Pretraining); edit there, not here.
 """
 
+import atexit
 import contextlib
 import gc
+import importlib
 import math
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +27,13 @@ __all__ = [
     "Gradients",
     "Meter",
     "SingleProcess",
+    "TRACKERS",
+    "TrackedLog",
     "accumulate_gradients",
     "fit",
     "gradient_norm",
+    "open_tracker",
+    "plain_numbers",
     "spared_garbage",
     "stream_size",
 ]
@@ -278,3 +285,63 @@ def fit(
         log.write("eval", step=n_steps, **evaluate(n_steps))
     speed = meter.tokens / meter.seconds if meter.seconds else 0.0
     return {"loss": meter.loss, "tokens_per_second": speed}
+
+
+TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+
+
+def open_tracker(name: str, run: str, folder: str | Path) -> Callable[[dict[str, Any]], None]:
+    """Return a function that shows an event's numbers in "wandb", "tensorboard" or "trackio".
+
+    `run` names the run, `folder` is where files may be left. Names are "<stage>/<field>", the step
+    is a field like the others where a tool wants it to rise over all stages. Raises UserError for
+    an unknown name and a missing package.
+    """
+    if name not in TRACKERS:
+        raise UserError(f"unknown tracker {name!r}; choose one of {', '.join(TRACKERS)}.")
+    try:
+        tool = importlib.import_module(TRACKERS[name])
+    except ModuleNotFoundError:
+        raise UserError(
+            f"the tracker {name} is not installed; run `pip install {TRACKERS[name]}`, or go on "
+            f"without a tracker: metrics.jsonl has every number."
+        ) from None
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(Path(folder) / "tensorboard"))
+        atexit.register(writer.close)
+
+        def show(event: dict[str, Any]) -> None:
+            for key, value in plain_numbers(event).items():
+                writer.add_scalar(key, value, event.get("step"))
+            writer.flush()
+
+        return show
+    tool.init(project="nanochat", name=run)
+    atexit.register(tool.finish)
+    return lambda event: tool.log(plain_numbers(event))
+
+
+def plain_numbers(event: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of an event, named "<stage>/<field>"."""
+    stage = event.get("stage", "train")
+    numbers = {k: v for k, v in event.items() if isinstance(v, (int, float))}
+    return {f"{stage}/{k}": v for k, v in numbers.items() if not isinstance(v, bool)}
+
+
+class TrackedLog(MetricsLog):
+    """A log that hands each event to a tracker as well."""
+
+    def __init__(self, path: str | Path | None, track: Callable[[dict], None], **static: Any):
+        super().__init__(path, **static)
+        self.track = track
+
+    def bind(self, **static: Any) -> "TrackedLog":
+        """Return a log to the same file and tracker with more static fields."""
+        return TrackedLog(self.path, self.track, **{**self.static, **static})
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event and hand it on."""
+        super().write(event, **fields)
+        self.track({"event": event, **self.static, **fields})
