@@ -34,16 +34,16 @@ def sizes_of(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
-def kept_values(config: GPTConfig, compiled: bool = False) -> float:
+def kept_values(config: GPTConfig) -> float:
     """Return how many numbers a layer keeps per token and channel for the backward pass.
 
-    18 in the classic model; one more for scaled residuals, one for a table of values. Uncompiled,
-    windows keep overlapping pieces of keys and values (chapter 3).
+    18 in the classic model; one more for scaled residuals, one for a table of values. Windows keep
+    overlapping pieces of keys and values (chapter 3; figures measured).
     """
     values = 18 + config.residual_scalars + len(config.value_layers()) / config.n_layer
     for window in config.window_sizes():
-        if window and not compiled:
-            values += (4 + 10 * (1 - window / config.seq_len)) / config.n_layer
+        if window:
+            values += (1 + 12.5 * (1 - window / config.seq_len)) / config.n_layer
     return values
 
 
@@ -60,7 +60,7 @@ def memory_estimate(
     """
     counts, n_bytes = sizes_of(config).num_params(), dtype.itemsize
     tokens, width = micro_batch * config.seq_len, config.n_embd
-    values = kept_values(config, compiled) * config.n_layer + 3
+    values = kept_values(config) * config.n_layer + 3 + 2 * config.smear
     if n_bytes < 4 and not compiled:
         values += 4 * config.n_layer  # the two norms of a block work on copies of 4 bytes
     logit = 2 * n_bytes if compiled else 16

@@ -235,7 +235,7 @@ class Burst(Batches):
     def next(self):
         if self.at == 30:
             with torch.no_grad():
-                self.model.embedding.weight.mul_(1e-3)  # its norm blows the gradient up
+                self.model.embedding.weight.mul_(1e-6)  # its norm blows the gradient up
                 for block in self.model.blocks:
                     block.mlp.down.weight.mul_(1e5)
         return super().next()
