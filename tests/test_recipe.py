@@ -1,6 +1,7 @@
 """nanochat.recipe: the rules of a recipe, and a run that is skipped, broken, resumed, shared."""
 
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -310,6 +311,7 @@ def test_the_estimate_is_in_the_log_before_the_first_step():
 
 def test_a_disk_without_room_makes_tokens_while_training(tmp_path, monkeypatch, capsys):
     run = copy_of(finished_run(), tmp_path / "tiny", "tokenizer")
+    shutil.rmtree(run.directory / "tokens")
 
     def full(folder, n_bytes, what):
         raise UserError(f"{what} needs 1.0 MB, but only 0.0 MB are free.")
