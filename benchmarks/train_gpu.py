@@ -6,9 +6,10 @@
 
 `--corpus` is a folder of parquet shards, `--tokenizer` a folder that `Tokenizer.load` reads or a
 `.tiktoken` file of ranks, `--rows` an npz with `rows` (n, T + 1): row by row inputs and targets.
-The run is that of the recipe: `python -m nanochat data` and `pretrain` do the same. The rates follow
-the root of the batch. Beside what came stands what was predicted: time and memory. The clock counts
-training steps from step 11 on; the wall time of the whole is given too. The last line is JSON.
+The run is that of the recipe: `python -m nanochat data` and `pretrain` do the same. The rates
+follow the root of the batch. Beside what came stands what was predicted: time and memory. The clock
+counts training steps from step 11 on; the wall time of the whole is given too. The last line is
+JSON.
 On a CPU, tiny (this is how the program is tried):
     python benchmarks/train_gpu.py --tier T1 --set depth=1 --set head_dim=32 --set seq_len=64 \
         --set vocab_size=512 --set batch_tokens=512 --set pretrain_steps=12 --set data=tinyworld

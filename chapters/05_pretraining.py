@@ -540,7 +540,8 @@ class EarlyWarnings:
             found.append(("gradient", f"the gradient's norm is {norm:.3g}, usual is {usual:.3g}"))
         if not grown <= 100:
             found.append(("activation", f"the activations are {grown:.0f} times those at first"))
-        if len(self.times) >= 10 and share > 0.2:
+        lost = sum(w for w, _ in self.times) / len(self.times)
+        if len(self.times) >= 10 and share > 0.2 and lost > 0.01:  # less than 10 ms are no loss
             found.append(("data", f"{share:.0%} of the time goes into waiting for data"))
         new = [(kind, text) for kind, text in found if kind not in self.said]
         self.said |= {kind for kind, _ in new}
@@ -801,7 +802,7 @@ def validate(model):
     for _ in range(4):
         inputs, targets = rows.next()
         nats = model(inputs, targets, reduction="none")  # (B, T)
-        losses.append(nats.mean().item())
+        losses.append((nats.sum() / (targets != -1).sum()).item())
         total += nats[length[targets] > 0].sum().item()
         n_bytes += length[targets].sum().item()
     return {"val_loss": sum(losses) / 4, "bits_per_byte": total / n_bytes / math.log(2)}
@@ -926,7 +927,7 @@ assert abs(first - math.log(V)) < 0.01 and sum(last) / 10 > lines["unigram"] - 0
 r"""
 Read it from the left. The first point lies on $\ln V$: the model is put together right (chapter
 3). In a few steps it drops through the unigram line, for frequencies are easy. Then it slows,
-learns which token follows which, and after some seventy steps crosses the bigram line: from here
+learns which token follows which, and after some sixty steps crosses the bigram line: from here
 on it uses more than the token before. The rate falls from the middle on, and the loss with it.
 Training and validation agree, because no row is seen twice: the training loss of one pass is
 measured on text that was new at that moment.

@@ -259,7 +259,7 @@ $g = N / N_{12}$, its growth over depth 12:
 - a run reads `ratio` tokens for each of the $N$ parameters, in whole steps (the rest is dropped);
 - a batch has $2^{\operatorname{round}(\log_2(2^{19}\, g^{0.383}))}$ tokens;
 - with $s = \sqrt{\text{batch} / 2^{19}}$, the rates are `matrix_lr` $0.02\,s$, `embedding_lr`
-  $0.3\,s$ and `head_lr` $0.008\,s$, and the weight decay is $0.28\,s / g$, but never above one half.
+  $0.3\,s$ and `head_lr` $0.008\,s$, and the weight decay is $0.28\,s / g$, at most one half.
 
 `scaling_params` is given above. Note where `ratio` stands and where it does not: training longer
 lengthens the run, and changes nothing else. This is the book's `scaled_settings`.

@@ -147,7 +147,8 @@ class EarlyWarnings:
             found.append(("gradient", f"the gradient's norm is {norm:.3g}, usual is {usual:.3g}"))
         if not grown <= 100:
             found.append(("activation", f"the activations are {grown:.0f} times those at first"))
-        if len(self.times) >= 10 and share > 0.2:
+        lost = sum(w for w, _ in self.times) / len(self.times)
+        if len(self.times) >= 10 and share > 0.2 and lost > 0.01:  # less than 10 ms are no loss
             found.append(("data", f"{share:.0%} of the time goes into waiting for data"))
         new = [(kind, text) for kind, text in found if kind not in self.said]
         self.said |= {kind for kind, _ in new}

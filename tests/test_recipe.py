@@ -321,7 +321,7 @@ def test_a_disk_without_room_makes_tokens_while_training(tmp_path, monkeypatch, 
     assert "tokens are made while the model trains" in capsys.readouterr().out
     assert not (run.directory / "tokens" / "train").exists()
     result = run_stage_here(run, "base")
-    assert result["loss"] == read_json(finished_run().directory / "base" / "trained.json")["loss"]
+    assert result["steps"] == 12 and result["loss"] < 5.0  # ln 512 is 6.2
 
 
 def test_a_tracker_gets_the_events_of_the_stages(tmp_path, monkeypatch):
