@@ -355,20 +355,10 @@ def share_moved(dtype, factor):
 
 
 factors = (1, 0.3, 0.1, 0.03, 0.01)
-fig, ax = figure(
-    "As the rate falls, weights in bfloat16 stop moving",
-    "factor on the rate",
-    "share of weights that one step moves",
-    alt="A flat line at one for float32, a falling one for bfloat16.",
-)
-for dtype, color in ((torch.float32, COLORS[0]), (torch.bfloat16, COLORS[1])):
-    label = f"weights in {str(dtype)[6:]}"
-    ax.semilogx(factors, [share_moved(dtype, f) for f in factors], "o-", color=color, label=label)
-ax.set_xticks(factors, [str(factor) for factor in factors])
-ax.invert_xaxis()
-ax.set_ylim(0, 1.05)
-ax.legend(fontsize=8, frameon=False)
-plt.show()
+print("factor on the rate", "".join(f"{factor:7}" for factor in factors))
+for dtype in (torch.float32, torch.bfloat16):
+    shares = "".join(f"{share_moved(dtype, factor):7.0%}" for factor in factors)
+    print(f"{str(dtype)[6:]:18s} {shares}  of the weights move")
 
 # %% [markdown]
 r"""
@@ -889,7 +879,6 @@ fig, ax = figure(
     "The model passes both tables, its control stops at the first",
     "step",
     "loss (nats per token)",
-    size=(6, 3.4),
     alt="The loss falls from ln V past the unigram and the bigram line; the control stays above.",
 )
 for run, label, color in (
@@ -1440,25 +1429,9 @@ for forget in ("the place in the data", "the optimizer's memory"):
     assert share > 0.5
 
 # %%
-fig, ax = figure(
-    "Killed and resumed, it ends where the other run ends",
-    "step",
-    "loss (nats per token)",
-    alt="A curve that stops in the middle, a second that starts at 40; both lie on the full one.",
-)
-events = read_metrics(straight / "metrics.jsonl", "step")
-ax.plot([e["step"] for e in events], [e["loss"] for e in events], color="#bbbbbb", linewidth=5)
-events = read_metrics(killed / "metrics.jsonl", "step")
-cut = next(i for i in range(1, len(events)) if events[i]["step"] < events[i - 1]["step"])
-for part, style, label, color in (
-    (events[cut:], "-", "resumed from step 40", COLORS[0]),
-    (events[:cut], "--", "until it was killed", COLORS[1]),
-):
-    ax.plot([e["step"] for e in part], [e["loss"] for e in part], style, color=color, label=label)
-ax.plot(events[cut - 1]["step"], events[cut - 1]["loss"], "X", color=COLORS[1], markersize=9)
-ax.plot([], [], color="#bbbbbb", linewidth=5, label="undisturbed")
-ax.legend(fontsize=8, frameon=False)
-plt.show()
+events = [e["step"] for e in read_metrics(killed / "metrics.jsonl", "step")]
+cut = next(i for i in range(1, len(events)) if events[i] < events[i - 1])
+print(f"killed at step {events[cut - 1]}, taken up at step {events[cut]}, ended at {events[-1]}")
 
 # %% [markdown]
 r"""
@@ -1779,6 +1752,7 @@ fig, ax = figure(
     "With a ceiling the decay is sane from depth 1 to depth 40",
     "depth (layers)",
     "weight decay",
+    size=(4.5, 2.5),
     alt="A falling curve over the depth; below depth 9 a dotted part rises to 3.5, ours stays 0.5.",
 )
 every_depth = range(1, 41)
@@ -2135,7 +2109,8 @@ fig, ax = figure(
     "At equal time Muon is ahead of AdamW, though its steps are dearer",
     "seconds of processor time",
     "loss (nats per token, mean of 9 steps)",
-    alt="Two falling curves over time; that of Muon lies below that of AdamW.",
+    size=(4.5, 2.5),
+    alt="Falling curves over time; that of Muon lies below those of AdamW.",
 )
 for name, (times, losses) in curves.items():
     ax.plot(times[4:-4], np.convolve(losses, np.ones(9) / 9, "valid"), label=name)

@@ -1027,7 +1027,8 @@ class Training:
 r"""
 `train_stage` hands all of it to the one loop of chapter 5. Two edges are easy to forget. A run
 killed *between* its last checkpoint and its mark has nothing left to do: its result lies in the
-checkpoint. And when memory runs out all the same, the sentence names the number to change, which
+checkpoint. Each checkpoint carries the bits per byte of its step, so that the best one is kept
+beside the newest; if the best is not the last, the run has gone on for too long, and says so. And when memory runs out all the same, the sentence names the number to change, which
 is one of the four that may be changed.
 """
 
@@ -2075,25 +2076,40 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, doctor
+from nanochat.common import UserError, doctor, pick_device
 from nanochat.distributed import LaunchError, setup
 from nanochat.engine import Engine
 from nanochat.recipe import (
     MODELS,
     Recipe,
     Run,
+    check_recipe,
+    estimate,
+    estimate_table,
     exchange,
     run_stage,
     run_stage_here,
     runs_directory,
+    training_speed,
 )
-from nanochat.report import write_report
+from nanochat.report import markdown_table, write_report
 from nanochat.serve import run_server
 from nanochat.ui import ChatSettings, terminal_chat
 
 
 # %%
 #| export cli
+def named_recipe(args: argparse.Namespace) -> Recipe:
+    """Return the recipe that `--profile` and `--set` name."""
+    changes = {}
+    for setting in args.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set needs FIELD=VALUE, got {setting!r}; try --set depth=4.")
+        changes[name] = value
+    return Recipe.for_profile(args.profile, **changes)
+
+
 def open_run(args: argparse.Namespace, start: bool = False) -> Run:
     """Return the run that the command line names: `--folder FOLDER`, or a profile with changes.
 
@@ -2105,13 +2121,7 @@ def open_run(args: argparse.Namespace, start: bool = False) -> Run:
                 "--folder takes the recipe of that run; leave --set out, or leave --folder."
             )
         return Run(args.folder)
-    changes = {}
-    for setting in args.set:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set needs FIELD=VALUE, got {setting!r}; try --set depth=4.")
-        changes[name] = value
-    recipe = Recipe.for_profile(args.profile, **changes)
+    recipe = named_recipe(args)
     if start:
         return Run.open(recipe)
     folder = runs_directory() / recipe.name
@@ -2250,6 +2260,19 @@ def do_report(args: argparse.Namespace) -> None:
         print(path)
 
 
+def do_estimate(args: argparse.Namespace) -> None:
+    """Print what pretraining of a recipe will take; on a CPU its speed is measured first."""
+    recipe = open_run(args).recipe if args.folder else named_recipe(args)
+    check_recipe(recipe)
+    device, config = pick_device(recipe.device), recipe.config(recipe.vocab_size)
+    speed = None if device.type == "cuda" else training_speed(recipe, config, device)
+    plan = estimate(recipe, speed=speed)
+    size, text = plan["parameters"] / 1e6, plan["tokens"] / 1e6
+    print(f"{size:.1f} M parameters, {text:,.1f} M tokens, {plan['flops']:.2g} FLOPs")
+    print(f"{plan['memory'] / 2**30:.2f} GiB with {recipe.micro_batch or 1} rows at a time\n")
+    print(markdown_table(estimate_table(plan)))
+
+
 def do_doctor(args: argparse.Namespace) -> None:
     """Check the environment; exit with 1 when something is missing."""
     facts = doctor()
@@ -2314,6 +2337,7 @@ def build_parser() -> argparse.ArgumentParser:
             about = "a web site whose pages may call it, such as https://my.site"
             command.add_argument("--origin", action="append", default=[], help=about)
     with_run(add("report", "write the report card of a run", do_report))
+    with_run(add("estimate", "say what pretraining will take, here and on 8xH100", do_estimate))
     add("doctor", "check the environment", do_doctor)
     return parser
 
