@@ -60,15 +60,15 @@ def tokenizer_of(path):
     return Tokenizer.load(path) if path.is_dir() else Tokenizer(read_ranks(path))
 
 
-def measured(run, recipe, seconds_all):
+def measured(run, recipe, config, result, seconds_all):
     """Return what came, and beside it what was predicted, as a dict."""
-    result, device = run.done_here, pick_device(recipe.device)
+    device = pick_device(recipe.device)
     steps = read_metrics(run.log.path, "step", stage="base")
     (plan,) = read_metrics(run.log.path, "estimate", stage="base")
     speed = result["tokens_per_second"]
     timed = recipe.pretrain_steps * recipe.batch_tokens / speed
     kind = dict(dtype=compute_dtype(recipe, device), compiled=compiles(recipe, device))
-    parts = memory_estimate(run.config, plan["micro_batch"], **kind)
+    parts = memory_estimate(config, plan["micro_batch"], **kind)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = peak_flops(name, torch.bfloat16) if device.type == "cuda" else None
     return {
@@ -120,10 +120,10 @@ def main():
         else:
             run_stage_here(run, "tokenizer")
         run_stage_here(run, "data")
-        run.done_here = run_stage_here(run, "base")
+        result = run_stage_here(run, "base")
         found = run.checkpoint("base", pick_device(recipe.device))
         model, tokenizer = found.model.eval(), run.tokenizer()
-        run.config, model.compute_dtype = model.config, compute_dtype(recipe, model.device)
+        model.compute_dtype = compute_dtype(recipe, model.device)
         if args.tier != "T0":
             val = TokenShards.load(run.directory / "tokens", "val")
             own = ValidationBatches(val, 16, recipe.seq_len)
@@ -132,7 +132,8 @@ def main():
                 bpb = bits_per_byte(model, iter(rows), len(rows), tokenizer.token_bytes())
         else:
             bpb = None
-        facts = {"bits_per_byte": bpb, **measured(run, recipe, time.perf_counter() - began)}
+        facts = measured(run, recipe, model.config, result, time.perf_counter() - began)
+        facts["bits_per_byte"] = bpb
     for name, value in facts.items():
         print(f"{name:24s} {value:.4g}" if isinstance(value, float) else f"{name:24s} {value}")
     print(f"{'time of steps':24s} {format_seconds(facts['seconds_of_steps'])}")

@@ -638,6 +638,76 @@ def utilisation(config: GPTConfig, flops: int, speed: float, world: Any) -> floa
     return flops * speed / (peak * world.world_size) if peak else None
 
 
+PRICE_PER_HOUR = {"H100": 3.00, "H200": 3.50, "A100": 1.79, "V100": 0.55}  # dollars, typical 2026
+
+
+def price_of(device_name: str) -> float | None:
+    """Return a typical rent in dollars per hour of a GPU, None for one not in the table."""
+    return next((p for name, p in PRICE_PER_HOUR.items() if name in device_name), None)
+
+
+def training_speed(recipe: Recipe, config: GPTConfig, device: torch.device) -> float:
+    """Measure the tokens per second of a forward and backward pass: the faster of two."""
+    model, rows = GPT(config).to(device), recipe.micro_batch or 1
+    model.compute_dtype = compute_dtype(recipe, device)
+    idx, times = torch.zeros(rows, config.seq_len, dtype=torch.int64, device=device), []
+    for _ in range(2):
+        began = time.perf_counter()
+        model(idx, idx, reduction="sum").backward()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return rows * config.seq_len / min(times)
+
+
+def estimate(
+    recipe: Recipe, utilisation: float = 0.4, speed: float | None = None
+) -> dict[str, Any]:
+    """Estimate pretraining before it starts: size, memory, hours, dollars, kWh and kg of CO2.
+
+    On GPUs that are known, hours assume `utilisation` of their peak. `speed` in tokens per second
+    (`training_speed`) replaces that; without it a CPU's hours are None. "8xH100" holds the same for
+    that machine. Rent, power (1.3 kW a GPU, 65 W for a machine without) and the grid's carbon are
+    assumptions; `grid_grams` of the recipe is yours to set.
+    """
+    device, ranks = pick_device(recipe.device), process_count(recipe)
+    config = recipe.config(recipe.vocab_size)
+    sizes, gpu = sizes_of(config), device.type == "cuda"
+    flops = sizes.flops_per_token() * recipe.pretrain_steps * recipe.batch_tokens
+    kind = dict(dtype=compute_dtype(recipe, device), compiled=compiles(recipe, device))
+    peak = peak_flops(torch.cuda.get_device_name(device), torch.bfloat16) if gpu else None
+    rate = speed * sizes.flops_per_token() if speed else (peak or 0) * ranks * utilisation
+    price = price_of(torch.cuda.get_device_name(device)) if gpu else 0.0
+    bill = dict.fromkeys(("hours", "dollars", "kwh", "co2_kg"))
+    if rate:
+        count, watts = (ranks, 1300.0) if gpu else (1, 65.0)
+        bill = footprint(flops / rate, count, price or 0.0, watts, recipe.grid_grams)
+        bill["dollars"] = None if price is None else bill["dollars"]
+    eight = 8 * utilisation * peak_flops("H100", torch.bfloat16)
+    return {
+        "tokens": recipe.pretrain_steps * recipe.batch_tokens,
+        "parameters": sizes.num_params()["total"],
+        "flops": flops,
+        "memory": sum(memory_estimate(config, recipe.micro_batch or 1, **kind).values()),
+        **bill,
+        "8xH100": footprint(flops / eight, 8, PRICE_PER_HOUR["H100"], grid=recipe.grid_grams),
+    }
+
+
+def estimate_table(plan: dict[str, Any]) -> list[list[str]]:
+    """Return an estimate as rows of text: this machine beside eight H100."""
+    rows = [["before the run", "this machine", "8 x H100 (assumed 40 %)"]]
+    for key, label, unit in (
+        ("hours", "time", 3600.0),
+        ("dollars", "rent in dollars", 1.0),
+        ("kwh", "energy in kWh", 1.0),
+        ("co2_kg", "kg of CO2 (assumed grid)", 1.0),
+    ):
+        values = (plan[key], plan["8xH100"][key])
+        show = format_seconds if key == "hours" else "{:.3g}".format
+        rows.append([label, *("-" if v is None else show(v * unit) for v in values)])
+    return rows
+
+
 class Training:
     """What the four training stages share: a model, its optimizer, where they start and save.
 
@@ -1116,73 +1186,3 @@ def run_stage(run: Run, stage: str) -> dict[str, Any]:
 
 
 COMMANDS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "rl"}
-
-
-PRICE_PER_HOUR = {"H100": 3.00, "H200": 3.50, "A100": 1.79, "V100": 0.55}  # dollars, typical 2026
-
-
-def price_of(device_name: str) -> float | None:
-    """Return a typical rent in dollars per hour of a GPU, None for one not in the table."""
-    return next((p for name, p in PRICE_PER_HOUR.items() if name in device_name), None)
-
-
-def training_speed(recipe: Recipe, config: GPTConfig, device: torch.device) -> float:
-    """Measure the tokens per second of a forward and backward pass: the faster of two."""
-    model, rows = GPT(config).to(device), recipe.micro_batch or 1
-    model.compute_dtype = compute_dtype(recipe, device)
-    idx, times = torch.zeros(rows, config.seq_len, dtype=torch.int64, device=device), []
-    for _ in range(2):
-        began = time.perf_counter()
-        model(idx, idx, reduction="sum").backward()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return rows * config.seq_len / min(times)
-
-
-def estimate(
-    recipe: Recipe, utilisation: float = 0.4, speed: float | None = None
-) -> dict[str, Any]:
-    """Estimate pretraining before it starts: size, memory, hours, dollars, kWh and kg of CO2.
-
-    On GPUs that are known, hours assume `utilisation` of their peak. `speed` in tokens per second
-    (`training_speed`) replaces that; without it a CPU's hours are None. "8xH100" holds the same for
-    that machine. Rent, power (1.3 kW a GPU, 65 W for a machine without) and the grid's carbon are
-    assumptions; `grid_grams` of the recipe is yours to set.
-    """
-    device, ranks = pick_device(recipe.device), process_count(recipe)
-    config = recipe.config(recipe.vocab_size)
-    sizes, gpu = sizes_of(config), device.type == "cuda"
-    flops = sizes.flops_per_token() * recipe.pretrain_steps * recipe.batch_tokens
-    kind = dict(dtype=compute_dtype(recipe, device), compiled=compiles(recipe, device))
-    peak = peak_flops(torch.cuda.get_device_name(device), torch.bfloat16) if gpu else None
-    rate = speed * sizes.flops_per_token() if speed else (peak or 0) * ranks * utilisation
-    price = price_of(torch.cuda.get_device_name(device)) if gpu else 0.0
-    bill = dict.fromkeys(("hours", "dollars", "kwh", "co2_kg"))
-    if rate:
-        count, watts = (ranks, 1300.0) if gpu else (1, 65.0)
-        bill = footprint(flops / rate, count, price or 0.0, watts, recipe.grid_grams)
-        bill["dollars"] = None if price is None else bill["dollars"]
-    eight = 8 * utilisation * peak_flops("H100", torch.bfloat16)
-    return {
-        "tokens": recipe.pretrain_steps * recipe.batch_tokens,
-        "parameters": sizes.num_params()["total"],
-        "flops": flops,
-        "memory": sum(memory_estimate(config, recipe.micro_batch or 1, **kind).values()),
-        **bill,
-        "8xH100": footprint(flops / eight, 8, PRICE_PER_HOUR["H100"], grid=recipe.grid_grams),
-    }
-
-
-def estimate_table(plan: dict[str, Any]) -> list[list[str]]:
-    """Return an estimate as rows of text: this machine beside eight H100."""
-    rows = [["before the run", "this machine", "8 x H100 (assumed 40 %)"]]
-    for key, label, unit in (
-        ("hours", "time", 3600.0),
-        ("dollars", "rent in dollars", 1.0),
-        ("kwh", "energy in kWh", 1.0),
-        ("co2_kg", "kg of CO2 (assumed grid)", 1.0),
-    ):
-        values = (plan[key], plan["8xH100"][key])
-        show = format_seconds if key == "hours" else "{:.3g}".format
-        rows.append([label, *("-" if v is None else show(v * unit) for v in values)])
-    return rows
