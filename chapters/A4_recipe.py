@@ -861,8 +861,8 @@ for what, depth, vocab_size, rows, measured in published:
 
 # %% [markdown]
 r"""
-Near enough to start from, and not near enough to rely on: hence the trials. (The first line is not a
-test, as the count of compiled logits was chosen in its light.) If memory runs out all the same,
+Near enough to start from, and not near enough to rely on: hence the trials. (The first line is no
+test: the count of compiled logits was chosen in its light.) If memory runs out all the same,
 because another program takes some, `fit` halves the micro-batch and goes on.
 """
 
