@@ -52,7 +52,7 @@ chapter 12 on eight GPUs. The chapter is about what has to be true inside for th
 - explain why weights stay in 32 bits when the products are done in 16;
 - read a loss curve against lines that mean something;
 - save a run so that killing it costs minutes, and prove that the resumed run is the same run;
-- predict tokens, batch, rates, time and money of a run from its depth.
+- predict tokens, batch, rates, memory, time, money and carbon of a run from its depth.
 
 **Before you start**: chapters 2 to 4 (batches, the model, the optimizer). Reading takes 45 minutes,
 running under a minute on two CPU cores. No GPU is needed.
@@ -60,29 +60,37 @@ running under a minute on two CPU cores. No GPU is needed.
 
 # %% tags=["parameters"]
 profile = "quick"
-steps = 280  # of the main run
-control_steps = 100  # of its control
-sweep_steps = 40  # of each short run in the comparison of rates
+steps = 160  # of the main run
+control_steps = 50  # of its control
+contest_steps = 50  # of Muon in its contest with AdamW, which gets the same time
+sweep_steps = 30  # of each short run in the comparison of rates
 
 # %%
 #| default_exp train
 
 # %%
 #| export
+import atexit
+import contextlib
+import gc
+import importlib
+import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat.common import MetricsLog, Progress, UserError, synchronize
+from nanochat.common import MetricsLog, Progress, UserError
 from nanochat.model import GPT
 from nanochat.optim import MuonAdamW, lr_multiplier, muon_momentum
 
 # %%
 import copy
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -136,18 +144,18 @@ def flat_gradient(model, loss):
     return torch.cat([p.grad.flatten() for p in model.blocks.parameters()])
 
 
-def agreement(model, n):
-    """The cosine between the gradient of n rows and that of 64 others."""
+def agreement(model, sizes):
+    """The cosines between the gradients of so many rows and that of 64 others."""
     rows = TokenBatches(train, 64, 128, seed=1)
     many = flat_gradient(model, model(*rows.next()))
     inputs, targets = rows.next()
-    few = flat_gradient(model, model(inputs[-n:], targets[-n:]))
-    return torch.cosine_similarity(few, many, dim=0).item()
+    few = [flat_gradient(model, model(inputs[-n:], targets[-n:])) for n in sizes]
+    return [torch.cosine_similarity(gradient, many, dim=0).item() for gradient in few]
 
 
 sizes, cosines = (1, 4, 16, 64), {}
 for name, trained in (("loss 5.6", naive), ("loss 3.8", model)):
-    cosines[name] = [agreement(trained, n) for n in sizes]
+    cosines[name] = agreement(trained, sizes)
     print(name, [round(c, 2) for c in cosines[name]])
 
 # %%
@@ -242,47 +250,37 @@ class SingleProcess:
 # %%
 #| export
 def accumulate_gradients(
-    model: torch.nn.Module, batches: Any, accumulation: int, world: Any
-) -> tuple[float, int]:
-    """Add up the gradients of `accumulation` micro-batches; return (mean loss, trained tokens).
+    model: torch.nn.Module, micro_batches: list[tuple[Tensor, Tensor]], world: Any
+) -> tuple[Tensor, Tensor]:
+    """Add up the gradients of a list of (inputs, targets); return (mean loss, trained tokens).
 
-    The loss is the mean in nats over all targets that count (not -1) in the whole global batch, so
-    the result does not depend on how the batch is cut into micro-batches or processes.
+    Both are 0-d tensors on the device, so that nobody has to wait for them. The loss is the mean in
+    nats over all targets that count (not -1) in the whole global batch, so the result does not
+    depend on how the batch is cut into micro-batches or processes.
     """
-    micro_batches = [batches.next() for _ in range(accumulation)]
-    counted = torch.tensor(sum(int((y != -1).sum()) for _, y in micro_batches), device=world.device)
-    n_tokens = max(int(world.sum(counted)), 1)
-    total = torch.zeros((), device=world.device)
+    device = world.device
+    counted = float(sum(int((y != -1).sum()) for _, y in micro_batches))
+    n_tokens = world.sum(torch.full((), counted, device=device)).clamp(min=1)
+    total = torch.zeros((), device=device)
     for inputs, targets in micro_batches:
-        inputs = inputs.to(world.device, non_blocking=True)
-        targets = targets.to(world.device, non_blocking=True)
+        inputs, targets = (t.to(device, non_blocking=True) for t in (inputs, targets))
         loss = model(inputs, targets, reduction="sum") / n_tokens  # this rank's share of the mean
         (loss * world.world_size).backward()  # average_gradients divides by world_size
         total += loss.detach()
     world.average_gradients(model)
-    return float(world.sum(total)), n_tokens
+    return world.sum(total), n_tokens
 
 
 # %%
 #| test
-class _Pieces:
-    """Gives the parts of one batch, cut into micro-batches."""
-
-    def __init__(self, inputs, targets, cuts):
-        self.parts = list(zip(inputs.split(cuts), targets.split(cuts)))
-
-    def next(self):
-        return self.parts.pop(0)
-
-
 _ids = torch.randint(0, 50, (6, 17), generator=torch.Generator().manual_seed(0))
 _inputs, _targets = _ids[:, :-1], _ids[:, 1:].clone()
 _targets[0], _targets[3, 5:] = -1, -1  # one row with nothing to learn, one with little
 _found = []
 for _cuts in ([6], [1, 5], [1, 2, 3]):
     _model = GPT(GPTConfig(vocab_size=50, seq_len=16, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
-    _pieces = _Pieces(_inputs, _targets, _cuts)
-    _loss, _n = accumulate_gradients(_model, _pieces, len(_cuts), SingleProcess(_model.device))
+    _pieces = list(zip(_inputs.split(_cuts), _targets.split(_cuts)))
+    _loss, _n = accumulate_gradients(_model, _pieces, SingleProcess(_model.device))
     _found.append((_loss, _model.head.weight.grad))
     assert _n == 5 * 16 - 11
 for _loss, _grad in _found[1:]:
@@ -357,20 +355,10 @@ def share_moved(dtype, factor):
 
 
 factors = (1, 0.3, 0.1, 0.03, 0.01)
-fig, ax = figure(
-    "As the rate falls, weights in bfloat16 stop moving",
-    "factor on the rate",
-    "share of weights that one step moves",
-    alt="A flat line at one for float32, a falling one for bfloat16.",
-)
-for dtype, color in ((torch.float32, COLORS[0]), (torch.bfloat16, COLORS[1])):
-    label = f"weights in {str(dtype)[6:]}"
-    ax.semilogx(factors, [share_moved(dtype, f) for f in factors], "o-", color=color, label=label)
-ax.set_xticks(factors, [str(factor) for factor in factors])
-ax.invert_xaxis()
-ax.set_ylim(0, 1.05)
-ax.legend(fontsize=8, frameon=False)
-plt.show()
+print("factor on the rate", "".join(f"{factor:7}" for factor in factors))
+for dtype in (torch.float32, torch.bfloat16):
+    shares = "".join(f"{share_moved(dtype, factor):7.0%}" for factor in factors)
+    print(f"{str(dtype)[6:]:18s} {shares}  of the weights move")
 
 # %% [markdown]
 r"""
@@ -402,7 +390,7 @@ def short_run(factor, schedule, n_steps):
     optimizer, batches = build_optimizer(small), TokenBatches(train, 4, 128)
     for step in range(n_steps):
         optimizer.set_schedule(factor * schedule(step, n_steps), muon_momentum(step))
-        accumulate_gradients(small, batches, 1, SingleProcess(small.device))
+        accumulate_gradients(small, [batches.next()], SingleProcess(small.device))
         optimizer.step()
         optimizer.zero_grad()
     return validation_loss(small)
@@ -437,11 +425,224 @@ comes at the end, and a run must know its length before it starts.
 
 ## 5. The loop we keep
 
-`fit` is the loop for pretraining, midtraining and fine-tuning. Three decisions shape it. It
-counts **optimizer steps**, whatever the accumulation. It **knows nothing about** files, plots or
-metrics: it calls `evaluate` and `save` and writes events to a log. And it can begin **anywhere**:
-`start_step` is all it needs to take up a run, because the schedule is a function of the step.
+Before the loop, two helpers for what can go wrong in it. The first gives way. If memory runs out,
+it cuts every micro-batch in two and does the step again: the batch, and with it what is learnt,
+stays the same. If `torch.compile`, which fuses small operations into large ones, does not work on
+this machine, it goes on without. Both are said in one line. (With several processes only a common
+decision would help; there the error comes through, and appendix A4 measures beforehand what fits.)
 """
+
+
+# %%
+#| export
+class Gradients:
+    """Gradients of global batches, by a compiled model where that works, in pieces that fit.
+
+    `compiled` and `pieces` (of each micro-batch) say what it has come to.
+    """
+
+    def __init__(self, model: GPT, world: Any, compile_model: bool):
+        self.model, self.world, self.pieces, self.compiled = model, world, 1, compile_model
+        self.run = torch.compile(model, dynamic=False) if compile_model else model
+
+    def add_up(self, micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """As `accumulate_gradients`; what fails is tried again in a smaller way, and said."""
+        while True:
+            try:
+                return accumulate_gradients(self.run, self.cut(micro_batches), self.world)
+            except RuntimeError as error:
+                self.give_way(error, micro_batches[0][0].size(0))
+            self.model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()  # does nothing without a GPU
+
+    def cut(self, micro_batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Return every micro-batch in `pieces` parts, by rows."""
+        rows = max(1, micro_batches[0][0].size(0) // self.pieces)
+        return [part for x, y in micro_batches for part in zip(x.split(rows), y.split(rows))]
+
+    def give_way(self, error: RuntimeError, rows: int) -> None:
+        """Choose a smaller way after an error; raise it when there is none."""
+        alone, kind = self.world.world_size == 1, type(error)
+        if isinstance(error, torch.OutOfMemoryError) and alone and rows > self.pieces:
+            self.pieces *= 2
+            parts = f"{max(1, rows // self.pieces)} rows, {self.pieces} times as many of them"
+            print(f"out of memory with {2 * rows // self.pieces} rows: going on with {parts}")
+        elif self.compiled and kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+            self.compiled, self.run = False, self.model
+            print(f"torch.compile does not work here ({kind.__name__}): going on without it")
+        else:
+            raise error
+
+
+# %%
+class Tight(GPT):
+    """A model with room for two rows, as far as it says."""
+
+    def forward(self, idx, *rest, **named):
+        if idx.size(0) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return super().forward(idx, *rest, **named)
+
+
+tight, batch = Tight(config), TokenBatches(train, 8, 128).next()
+loss, _ = Gradients(tight, SingleProcess(tight.device), compile_model=False).add_up([batch])
+print(f"loss {loss:.4f}; all eight rows at once would give {GPT(config)(*batch):.4f}")
+
+# %% [markdown]
+r"""
+The second helper watches. Most runs that die were ill for a while before, and the log knew it: so
+something should look at it while the run goes on. Four numbers are enough. A **loss** that is not
+finite ends the run at once: a day of training on NaN is a day lost. A **gradient** ten times as
+long as usual comes before most explosions. So does a **residual stream** that has grown a
+hundredfold, of which we take the size now and then from the last block. And a loop that waits for
+**data** is not ill but dear: the GPU is paid by the hour. Each warning is one sentence, once a run,
+on the screen and in the log.
+"""
+
+
+# %%
+#| export
+class EarlyWarnings:
+    """Looks at the numbers of each step and says, once of each kind, what begins to go wrong."""
+
+    def __init__(self) -> None:
+        self.norms, self.times = deque(maxlen=50), deque(maxlen=20)
+        self.first_size, self.said = None, set()
+
+    def check(
+        self, loss: float, norm: float, seconds: float, waited: float, size: float | None = None
+    ) -> list[tuple[str, str]]:
+        """Return (kind, sentence) for what is new.
+
+        `loss` in nats, `norm` of the gradient, `seconds` of the step and how many of them were
+        spent `waited` for data, `size` the root mean square of the residual stream, if measured.
+        """
+        usual = statistics.median(self.norms) if len(self.norms) >= 10 else math.inf
+        self.norms.append(norm)
+        self.times.append((waited, seconds))
+        share = sum(w for w, _ in self.times) / max(sum(s for _, s in self.times), 1e-9)
+        self.first_size = self.first_size or size
+        grown = size / self.first_size if size else 1.0
+        found = []
+        if not math.isfinite(loss):
+            found.append(("loss", f"the loss is not a number ({loss}); try lower rates"))
+        if not norm <= 10 * usual:
+            found.append(("gradient", f"the gradient's norm is {norm:.3g}, usual is {usual:.3g}"))
+        if not grown <= 100:
+            found.append(("activation", f"the activations are {grown:.0f} times those at first"))
+        lost = sum(w for w, _ in self.times) / len(self.times)
+        if len(self.times) >= 10 and share > 0.2 and lost > 0.01:  # less than 10 ms are no loss
+            found.append(("data", f"{share:.0%} of the time goes into waiting for data"))
+        new = [(kind, text) for kind, text in found if kind not in self.said]
+        self.said |= {kind for kind, _ in new}
+        return new
+
+
+def gradient_norm(model: torch.nn.Module) -> Tensor:
+    """Return the length of the whole gradient, a 0-d tensor on the model's device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+@torch.no_grad()
+def stream_size(model: GPT, idx: Tensor) -> Tensor:
+    """Return the root mean square of what the last block gives for ids (B, T), a 0-d tensor."""
+    seen = []
+    hook = model.blocks[-1].register_forward_hook(lambda block, given, x: seen.append(x))
+    try:
+        model(idx.to(model.device), last_only=True)
+    finally:
+        hook.remove()
+    return seen[0].float().square().mean().sqrt()
+
+
+# %%
+#| test
+_watch = EarlyWarnings()
+_calm = [_watch.check(3.0, 1.0 + 0.1 * (i % 3), 0.1, 0.001, 1.0) for i in range(30)]
+assert not any(_calm)
+_told = _watch.check(3.0, 20.0, 0.1, 0.001, 150.0)
+assert [kind for kind, _ in _told] == ["gradient", "activation"]
+assert _watch.check(3.0, 20.0, 0.1, 0.001, 150.0) == []  # said once
+assert [kind for kind, _ in _watch.check(math.inf, 1.0, 1.0, 0.9)] == ["loss", "data"]
+
+# %% [markdown]
+r"""
+One thing more before the loop: *when* to read the loss. A GPU works behind Python's back. Whoever
+asks for the value of a loss waits until the device has got there, and meanwhile the device gets no
+new work: at every step it stands still while Python prepares the next one. So on a GPU the numbers
+of a step are read when the *next* step has been handed over. `Meter` does that, keeps the clock,
+and writes the log.
+"""
+
+
+# %%
+#| export
+class Meter:
+    """Reads the numbers of each step, one step late on a GPU; logs, warns, keeps the speed."""
+
+    def __init__(self, log: MetricsLog, bar: Progress, world: Any, start_step: int, n_steps: int):
+        self.log, self.bar, self.world, self.n_steps = log, bar, world, n_steps
+        self.first_timed = start_step + min(10, n_steps // 4)  # before, it compiles and warms up
+        self.warnings, self.pending = EarlyWarnings(), None
+        self.loss, self.seconds, self.tokens = math.nan, 0.0, 0
+        self.clock = time.perf_counter()
+
+    def add(self, **step: Any) -> None:
+        """Take a step that has been handed to the device; read the one before."""
+        self.pending, before = step, self.pending
+        if before:
+            self.read(**before)
+        if self.world.device.type != "cuda":  # the work is done: nothing to overlap with
+            self.settle()
+
+    def settle(self) -> None:
+        """Read what has not been read."""
+        before, self.pending = self.pending, None
+        if before:
+            self.read(**before)
+
+    def read(self, step: int, loss: Any, norm: Any, tokens: Any, waited: float, size: Any) -> None:
+        """Wait for a step's numbers; log them and warn. UserError when the loss is not finite."""
+        self.loss, norm, tokens = float(loss), float(norm), int(tokens)
+        now = time.perf_counter()
+        took, self.clock = now - self.clock, now
+        if step >= self.first_timed:
+            self.seconds, self.tokens = self.seconds + took, self.tokens + tokens
+        if step % max(1, self.n_steps // 100) == 0 or step == self.n_steps - 1:
+            facts = dict(tokens=tokens, seconds=took, waited=waited, gradient_norm=norm)
+            self.log.write("step", step=step, loss=self.loss, **facts)
+        size = None if size is None else float(size)
+        for kind, text in self.warnings.check(self.loss, norm, took, waited, size):
+            self.log.write("warning", step=step, kind=kind, text=text)
+            if kind == "loss":
+                raise UserError(f"at step {step} {text}.")
+            if self.world.is_main:
+                print(f"warning at step {step}: {text}", flush=True)
+        if self.world.is_main:
+            self.bar.update(loss=self.loss)
+
+
+# %% [markdown]
+r"""
+Now `fit`, the loop for pretraining, midtraining and fine-tuning. Three decisions shape it. It
+counts **optimizer steps**, whatever the accumulation. It **knows nothing about** files, plots or
+metrics: it calls `evaluate` and `save`, in this order, so that a checkpoint can carry its score.
+And it can begin **anywhere**: `start_step` is all it needs to take up a run, because the schedule
+is a function of the step.
+"""
+
+
+# %%
+#| export
+@contextlib.contextmanager
+def spared_garbage():
+    """Let Python's garbage collector pass over what exists now, until the block ends."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 # %%
@@ -469,48 +670,51 @@ def fit(
     `batches.next()` gives (inputs, targets), each (B, T) int64. `schedule(step, n_steps)` is the
     factor on every rate. `evaluate(step)` returns metrics to log, every `eval_every` steps and at
     the end; `save(step)` keeps a checkpoint after that many steps. `start_step` resumes. Events
-    "step" and "eval" go to `log`. Returns the last loss and the speed. Raises UserError when the
-    loss is no longer a number.
+    "step", "eval" and "warning" go to `log`. Returns the last loss and the speed. Raises UserError
+    when the loss is no longer a number.
     """
     world, log = world or SingleProcess(model.device), log or MetricsLog(None)
-    run = torch.compile(model, dynamic=False) if compile_model else model
-    log_every, loss, seconds, timed = max(1, n_steps // 100), float("nan"), 0.0, 0
-    with Progress(n_steps, label, quiet=10.0 if world.is_main else float("inf")) as bar:
+    gradients, look_every = Gradients(model, world, compile_model), max(1, n_steps // 10)
+    bar = Progress(n_steps, label, quiet=10.0 if world.is_main else float("inf"))
+    with spared_garbage(), bar:
         bar.skip(start_step)
+        meter = Meter(log, bar, world, start_step, n_steps)
         for step in range(start_step, n_steps):
-            if evaluate and eval_every and step % eval_every == 0:
-                log.write("eval", step=step, **evaluate(step))
-            synchronize(world.device)
-            began = time.perf_counter()
+            judging = evaluate and eval_every and step % eval_every == 0
+            saving = save and save_every and step % save_every == 0 and step > start_step
+            if judging or saving:
+                meter.settle()
+                if judging:
+                    log.write("eval", step=step, **evaluate(step))
+                if saving:
+                    save(step)
+                meter.clock = time.perf_counter()
             optimizer.set_schedule(schedule(step, n_steps), muon_momentum(step))
-            loss, n_tokens = accumulate_gradients(run, batches, accumulation, world)
+            began = time.perf_counter()
+            micro_batches = [batches.next() for _ in range(accumulation)]
+            waited = time.perf_counter() - began
+            loss, n_tokens = gradients.add_up(micro_batches)
+            norm = gradient_norm(model)
+            looking = step % look_every == 0
+            size = stream_size(model, micro_batches[0][0][:1]) if looking else None
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            synchronize(world.device)
-            took = time.perf_counter() - began
-            if loss != loss:
-                raise UserError(f"the loss is not a number at step {step}; try lower rates.")
-            if step - start_step >= min(10, n_steps // 4):  # the first steps compile and warm up
-                seconds, timed = seconds + took, timed + n_tokens
-            if step % log_every == 0 or step == n_steps - 1:
-                log.write("step", step=step, loss=loss, tokens=n_tokens, seconds=took)
-            if world.is_main:
-                bar.update(loss=loss)
-            if save and save_every and (step + 1) % save_every == 0 and step + 1 < n_steps:
-                save(step + 1)
+            meter.add(step=step, loss=loss, norm=norm, tokens=n_tokens, waited=waited, size=size)
+        meter.settle()
     if evaluate:
         log.write("eval", step=n_steps, **evaluate(n_steps))
-    return {"loss": loss, "tokens_per_second": timed / seconds if seconds else 0.0}
+    speed = meter.tokens / meter.seconds if meter.seconds else 0.0
+    return {"loss": meter.loss, "tokens_per_second": speed}
 
 
 # %% [markdown]
 r"""
-Some lines have a story. A loss that is no longer a number (`loss != loss` is true for NaN alone)
-ends the run at once: a day of training on NaN is a day lost. The time of the first steps is not
-counted, since compiling and warming up would make the speed look bad. `synchronize` waits for the
-GPU, which works behind Python's back; without it we would time the *asking*. And
-`compile_model=True` hands the model to `torch.compile`, which fuses small operations into large
-ones. It takes a minute and a C compiler, so we use it on GPUs only (appendix A3).
+Some lines have a story. The time of the first steps is not counted, since compiling and warming up
+would make the speed look bad. Python's garbage collector, which walks over every object of the
+program now and then, is told that what exists before the run will stay; otherwise it would stop a
+long run for half a second, again and again. And `compile_model=True` costs a minute
+and a C++ compiler before the first step, so it pays in long runs only: on GPUs always, on two CPU
+cores in the capstone (appendix A4 has the figures).
 """
 
 
@@ -538,7 +742,7 @@ assert _seen == [1, 2, 3, 4] and _kept == [2, 4]  # steps are optimizer steps
 with torch.no_grad():
     _model.embedding.weight.fill_(float("nan"))
 try:
-    fit(_model, build_optimizer(_model), _Rows(), 2)
+    fit(_model, build_optimizer(_model), _Rows(), 2, world=_quiet)
     raise AssertionError("a loss that is not a number must stop the run")
 except UserError as error:
     assert "step 0" in str(error)
@@ -582,16 +786,16 @@ out. (Chapter 7 exports this function; here is its core.)
 # %%
 @torch.no_grad()
 def validate(model):
-    """Return validation loss (nats per token) and bits per byte on 128 rows."""
+    """Return validation loss (nats per token) and bits per byte on 64 rows."""
     length, rows = tokenizer.token_bytes().long(), TokenBatches(val, 16, 128)
     losses, n_bytes, total = [], 0, 0.0
-    for _ in range(8):
+    for _ in range(4):
         inputs, targets = rows.next()
         nats = model(inputs, targets, reduction="none")  # (B, T)
-        losses.append(nats.mean().item())
+        losses.append((nats.sum() / (targets != -1).sum()).item())
         total += nats[length[targets] > 0].sum().item()
         n_bytes += length[targets].sum().item()
-    return {"val_loss": sum(losses) / 8, "bits_per_byte": total / n_bytes / math.log(2)}
+    return {"val_loss": sum(losses) / 4, "bits_per_byte": total / n_bytes / math.log(2)}
 
 
 # %% [markdown]
@@ -675,7 +879,6 @@ fig, ax = figure(
     "The model passes both tables, its control stops at the first",
     "step",
     "loss (nats per token)",
-    size=(6, 3.4),
     alt="The loss falls from ln V past the unigram and the bigram line; the control stays above.",
 )
 for run, label, color in (
@@ -713,7 +916,7 @@ assert abs(first - math.log(V)) < 0.01 and sum(last) / 10 > lines["unigram"] - 0
 r"""
 Read it from the left. The first point lies on $\ln V$: the model is put together right (chapter
 3). In a few steps it drops through the unigram line, for frequencies are easy. Then it slows,
-learns which token follows which, and after some seventy steps crosses the bigram line: from here
+learns which token follows which, and after some sixty steps crosses the bigram line: from here
 on it uses more than the token before. The rate falls from the middle on, and the loss with it.
 Training and validation agree, because no row is seen twice: the training loss of one pass is
 measured on text that was new at that moment.
@@ -723,6 +926,86 @@ Staying on the unigram line: the model cannot see the past, or the targets do no
 inputs. Falling *suspiciously* low: it sees the future, or the validation text. Going up after a
 while: the rate.
 
+Some people follow their runs in a browser, with Weights & Biases, TensorBoard or trackio. For us a
+**tracker** is a function that takes the dict of one event. The log hands each of its lines on to
+it, and remains the record: a tracker that is missing one day loses nothing.
+"""
+
+
+# %%
+#| export
+TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+
+
+def open_tracker(name: str, run: str, folder: str | Path) -> Callable[[dict[str, Any]], None]:
+    """Return a function that shows an event's numbers in "wandb", "tensorboard" or "trackio".
+
+    `run` names the run, `folder` is where files may be left. Names are "<stage>/<field>", the step
+    is a field like the others where a tool wants it to rise over all stages. Raises UserError for
+    an unknown name and a missing package.
+    """
+    if name not in TRACKERS:
+        raise UserError(f"unknown tracker {name!r}; choose one of {', '.join(TRACKERS)}.")
+    try:
+        tool = importlib.import_module(TRACKERS[name])
+    except ModuleNotFoundError:
+        raise UserError(
+            f"the tracker {name} is not installed; run `pip install {TRACKERS[name]}`, or go on "
+            f"without a tracker: metrics.jsonl has every number."
+        ) from None
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(Path(folder) / "tensorboard"))
+        atexit.register(writer.close)
+
+        def show(event: dict[str, Any]) -> None:
+            for key, value in plain_numbers(event).items():
+                writer.add_scalar(key, value, event.get("step"))
+            writer.flush()
+
+        return show
+    tool.init(project="nanochat", name=run)
+    atexit.register(tool.finish)
+    return lambda event: tool.log(plain_numbers(event))
+
+
+def plain_numbers(event: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of an event, named "<stage>/<field>"."""
+    stage = event.get("stage", "train")
+    numbers = {k: v for k, v in event.items() if isinstance(v, (int, float))}
+    return {f"{stage}/{k}": v for k, v in numbers.items() if not isinstance(v, bool)}
+
+
+class TrackedLog(MetricsLog):
+    """A log that hands each event to a tracker as well."""
+
+    def __init__(self, path: str | Path | None, track: Callable[[dict], None], **static: Any):
+        super().__init__(path, **static)
+        self.track = track
+
+    def bind(self, **static: Any) -> "TrackedLog":
+        """Return a log to the same file and tracker with more static fields."""
+        return TrackedLog(self.path, self.track, **{**self.static, **static})
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event and hand it on."""
+        super().write(event, **fields)
+        self.track({"event": event, **self.static, **fields})
+
+
+# %%
+shown = []
+tracked = TrackedLog(None, shown.append, stage="base")
+tracked.write("step", step=3, loss=2.5)
+print(shown)
+try:
+    open_tracker("tensorflow", "my run", workspace.name)
+except UserError as error:
+    print(error)
+
+# %% [markdown]
+r"""
 > **Exercise 5.2.** Break the run on purpose: shift the targets by one place, so that the model is
 > asked for the token it has just read. What does the curve look like? And with targets two places
 > on? *(Sketch both before you run them.)*
@@ -1098,8 +1381,8 @@ def small_run(folder, tokens, forget=""):
 # %% [markdown]
 r"""
 We run it three times: undisturbed, here; then in a process of its own, which we kill in the middle
-(`kill -9`, the signal that a program cannot catch, so nothing can be tidied up); then again in a
-third process, in the folder that the dead one left.
+(`kill -9`, the signal that a program cannot catch, so nothing can be tidied up); then here again,
+in the folder that the dead one left.
 """
 
 # %%
@@ -1118,7 +1401,7 @@ child.kill()
 code = child.wait()
 shutil.copytree(killed, Path(workspace.name) / "control")  # for the control below
 print(f"the process ended with code {code}; checkpoints left: {saved_steps(killed)}")
-subprocess.run(command, check=True)
+small_run(killed, workspace.name)
 print(f"after the third run: {saved_steps(killed)}")
 
 # %%
@@ -1146,25 +1429,9 @@ for forget in ("the place in the data", "the optimizer's memory"):
     assert share > 0.5
 
 # %%
-fig, ax = figure(
-    "Killed and resumed, it ends where the other run ends",
-    "step",
-    "loss (nats per token)",
-    alt="A curve that stops in the middle, a second that starts at 40; both lie on the full one.",
-)
-events = read_metrics(straight / "metrics.jsonl", "step")
-ax.plot([e["step"] for e in events], [e["loss"] for e in events], color="#bbbbbb", linewidth=5)
-events = read_metrics(killed / "metrics.jsonl", "step")
-cut = next(i for i in range(1, len(events)) if events[i]["step"] < events[i - 1]["step"])
-for part, style, label, color in (
-    (events[cut:], "-", "resumed from step 40", COLORS[0]),
-    (events[:cut], "--", "until it was killed", COLORS[1]),
-):
-    ax.plot([e["step"] for e in part], [e["loss"] for e in part], style, color=color, label=label)
-ax.plot(events[cut - 1]["step"], events[cut - 1]["loss"], "X", color=COLORS[1], markersize=9)
-ax.plot([], [], color="#bbbbbb", linewidth=5, label="undisturbed")
-ax.legend(fontsize=8, frameon=False)
-plt.show()
+events = [e["step"] for e in read_metrics(killed / "metrics.jsonl", "step")]
+cut = next(i for i in range(1, len(events)) if events[i] < events[i - 1])
+print(f"killed at step {events[cut - 1]}, taken up at step {events[cut]}, ended at {events[-1]}")
 
 # %% [markdown]
 r"""
@@ -1399,7 +1666,7 @@ subscript 12 for the values at depth 12:
   with another way of counting, 8 is nanochat's fastest way to a GPT-2-grade model);
 - **batch** $B = 2^{19}\,(D/D_{12})^{0.383}$, rounded to a power of two;
 - **rates** times $\sqrt{B/2^{19}}$, those of AdamW times $\sqrt{768/\text{width}}$ as well;
-- **weight decay** $0.28\,\sqrt{B/2^{19}}\;D_{12}/D$.
+- **weight decay** $\lambda = 0.28\,\sqrt{B/2^{19}}\;D_{12}/D$.
 """
 
 
@@ -1429,7 +1696,7 @@ def plan(depth, ratio=12, vocab_size=32768, seq_len=2048):
 
 
 print("depth   params    tokens     batch   steps  rate (Muon)  (AdamW)   decay     FLOPs")
-for depth in (4, 6, 8, 12, 16, 20, 24, 26):
+for depth in (2, 4, 6, 8, 12, 16, 20, 24, 26):
     p = plan(depth)
     size = f"{depth:5d} {p['params'] / 1e6:7.1f}M {p['tokens'] / 1e9:8.2f}B {p['batch']:9,}"
     rates = f"{p['rate']:12.3f} {p['adam']:8.3f} {p['decay']:7.3f} {p['flops']:9.1e}"
@@ -1439,26 +1706,330 @@ assert [plan(d)["steps"] for d in (12, 20, 24)] == [2520, 4980, 8352]  # as nano
 # %% [markdown]
 r"""
 The step counts are those of nanochat's own code. Look at the column *decay*: at depth 24 it is
-0.06, at depth 4 it would be 1.9, far outside of what anybody has tuned. **A rule is good where it
-was measured.** Our small runs set the decay to zero.
+0.06, at depth 4 it would be 1.9, at depth 2 over 3. Is that too much? Chapter 4 says what a decay
+does to a matrix under Muon. Each step adds a matrix whose singular values are about 1, times the
+rate $\eta$, and takes away the share $\eta\lambda$ of what is there. The two balance when the
+largest singular value is $1/\lambda$: **weights under Muon live in a ball of radius $1/\lambda$**.
+A fresh square matrix of ours has a largest singular value of 2. So a decay above one half forbids a
+matrix even the size with which it was born. We try it, on the small model of section 4.
+"""
 
+
+# %%
+def decayed(decay, n_steps=40):
+    """Train a fresh small model; return its loss and the largest singular value of its queries."""
+    small = GPT(GPTConfig.for_depth(2, tokenizer.vocab_size, 128, aspect=32, head_dim=32))
+    optimizer, batches = build_optimizer(small, weight_decay=decay), TokenBatches(train, 4, 128)
+    for step in range(n_steps):
+        optimizer.set_schedule(lr_multiplier(step, n_steps), muon_momentum(step))
+        accumulate_gradients(small, [batches.next()], SingleProcess(small.device))
+        optimizer.step()
+        optimizer.zero_grad()
+    sizes = [torch.linalg.svdvals(block.attention.q.weight.detach())[0] for block in small.blocks]
+    return validation_loss(small), max(sizes).item()
+
+
+for decay in (0.28, 0.5, 3.4):
+    loss, size = decayed(decay)
+    print(f"decay {decay:4.2f}: 1/decay {1 / decay:.2f}, largest singular value {size:.2f}", end="")
+    print(f", validation loss {loss:.3f}")
+
+# %% [markdown]
+r"""
+The decay that the rule asks for at depth 2 has shrunk the queries to a third of what they were born
+with, within 40 steps; the two smaller ones have hardly touched them. The loss does not show a
+difference in so short a run. But such a decay rules the weights in place of the gradient, and
+nobody has tuned anything there. So our rule is nanochat's with a ceiling,
+
+$$\lambda = \min\!\left(\tfrac12,\; 0.28\,\sqrt{B/2^{19}}\;D_{12}/D\right),$$
+
+which leaves everything as it was from depth 9 on, where the rule has been measured, and stays
+finite at any size. (nanochat's log reports a best decay of 0.40 at depth 8, of 0.22 at depth 12.)
+"""
+
+# %%
+fig, ax = figure(
+    "With a ceiling the decay is sane from depth 1 to depth 40",
+    "depth (layers)",
+    "weight decay",
+    size=(4.5, 2.5),
+    alt="A falling curve over the depth; below depth 9 a dotted part rises to 3.5, ours stays 0.5.",
+)
+every_depth = range(1, 41)
+ax.semilogy(every_depth, [plan(d)["decay"] for d in every_depth], ":", label="nanochat's rule")
+ax.semilogy(every_depth, [min(0.5, plan(d)["decay"]) for d in every_depth], label="with a ceiling")
+ax.plot((8, 12, 16, 20), (0.40, 0.22, 0.10, 0.08), "o", label="best found by nanochat's author")
+ax.legend(fontsize=8, frameon=False)
+plt.show()
+
+# %% [markdown]
+r"""
 > **Exercise 5.4.** Which of these rules would you have to measure again for a vocabulary of 2,048?
 > *(Look at what share of $N$ the head is at depth 4.)*
 
-## 9. Time and money, before the run
+## 9. Memory, before the run
 
-FLOPs divided by speed is time, and time is money. The speed of a machine is its peak times the
-share that real training reaches, its **utilisation**. We assume:
+"Out of memory" is what people with one small card ask about most. Some of it can be counted: per
+parameter 4 bytes of weight, 4 of gradient, and 4 (Muon) or 8 (AdamW) of optimizer state. What
+grows with the micro-batch is what the backward pass must find again. We go through a block with
+a pencil, in values per token and channel:
+
+| kept for the backward pass | values |
+|---|---|
+| the stream before each of the two norms, and after each norm | 4 |
+| queries and keys before their norm and after it, the values, what attention returns | 6 |
+| inside of the MLP, four times as wide: after ReLU, and squared | 8 |
+
+That makes **18** numbers per token, channel and layer, of 4 bytes or of 2. The logits come on top,
+with the copies that softcap, softmax and their gradients make: four of 4 bytes for each token and
+id. A compiler fuses those; what remains is the logit and its gradient, in 2 bytes each.
+"""
+
+# %%
+#| export budget
+import bisect
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nanochat.model import GPT, GPTConfig
+
+
+# %%
+#| export budget
+def sizes_of(config: GPTConfig) -> GPT:
+    """Return a model of these sizes that has no memory, to be counted."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def kept_values(config: GPTConfig) -> float:
+    """Return how many numbers a layer keeps per token and channel for the backward pass.
+
+    18 in the classic model; one more for scaled residuals, one for a table of values. Windows keep
+    overlapping pieces of keys and values (chapter 3; figures measured).
+    """
+    values = 18 + config.residual_scalars + len(config.value_layers()) / config.n_layer
+    for window in config.window_sizes():
+        if window:
+            values += (1 + 12.5 * (1 - window / config.seq_len)) / config.n_layer
+    return values
+
+
+def memory_estimate(
+    config: GPTConfig,
+    micro_batch: int,
+    dtype: torch.dtype = torch.bfloat16,
+    compiled: bool = False,
+) -> dict[str, int]:
+    """Return the bytes that a training step holds at its peak, part by part.
+
+    Float32 weights and gradients; one moment for matrices (Muon), two for the rest (AdamW); a copy
+    of what multiplies when `dtype` has 16 bits; then what `micro_batch` rows need.
+    """
+    counts, n_bytes = sizes_of(config).num_params(), dtype.itemsize
+    tokens, width = micro_batch * config.seq_len, config.n_embd
+    values = kept_values(config) * config.n_layer + 3 + 2 * config.smear
+    if n_bytes < 4 and not compiled:
+        values += 4 * config.n_layer  # the two norms of a block work on copies of 4 bytes
+    logit = 2 * n_bytes if compiled else 16
+    return {
+        "weights": 4 * counts["total"],
+        "gradients": 4 * counts["total"],
+        "optimizer": 8 * counts["total"] - 4 * counts["matrix"],
+        "copies": n_bytes * (counts["matrix"] + counts["head"]) if n_bytes < 4 else 0,
+        "activations": int(n_bytes * tokens * width * values),
+        "logits": logit * tokens * config.padded_vocab,
+    }
+
+
+# %% [markdown]
+r"""
+A formula is worth what a measurement says about it. A GPU keeps a count of its memory. On a CPU we
+keep one ourselves: PyTorch lets us stand between a program and every single operation. We note the
+memory that each result brings, and strike it out when that memory is given back.
+"""
+
+
+# %%
+#| export budget
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside of the block, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.known.update(self.memories((args, kwargs)))  # made before: not ours to count
+        result = func(*args, **kwargs)
+        for key, memory in self.memories(result).items():
+            if key not in self.known:
+                self.known.add(key)
+                self.now += memory.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(memory, self.forget, key, memory.nbytes())
+        return result
+
+    def memories(self, values) -> dict:
+        """Return the memory of each tensor in `values`, by address."""
+        tensors = [
+            t for t in tree_leaves(values) if isinstance(t, Tensor) and t.device.type != "meta"
+        ]
+        return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+
+    def forget(self, key: int, n_bytes: int) -> None:
+        """Note that a memory has been given back."""
+        self.known.discard(key)
+        self.now -= n_bytes
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that tensors made by `work()` held at once, beyond those before it.
+
+    On a GPU by the allocator's own count. On a CPU uncompiled operations only are seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveBytes() as count:
+        work()
+    return count.peak
+
+
+# %%
+def working_memory(size, n_rows):
+    """Measure the peak of a forward and backward pass of a fresh model, beyond its weights."""
+    probe, ids = GPT(size), torch.zeros(n_rows, size.seq_len, dtype=torch.int64)
+    return peak_bytes(lambda: probe(ids, ids).backward(), probe.device)
+
+
+print("                    rows  estimated MB  measured MB   ratio")
+for name, build in (("classic", GPTConfig.classic), ("modern", GPTConfig.modern)):
+    size = build(4, 1024, 256, aspect=32, head_dim=64)
+    for n_rows in (2, 8):
+        measured = working_memory(size, n_rows)
+        parts = memory_estimate(size, n_rows, torch.float32)
+        guess = parts["activations"] + parts["logits"]
+        facts = f"{guess / 1e6:12.1f} {measured / 1e6:12.1f} {guess / measured:8.2f}"
+        print(f"{name:8s} activations {n_rows:3d} {facts}")
+
+# %% [markdown]
+r"""
+The formula is for judging sizes that we cannot try. Where we *can* try, we do: the largest
+micro-batch is found by real steps. From a guess we double while it fits, then halve the distance
+to what did not.
+"""
+
+
+# %%
+#| export budget
+def largest_that_fits(
+    sizes: Sequence[int], fits: Callable[[int], bool], guess: int = 1
+) -> int | None:
+    """Return the largest of ascending `sizes` for which `fits(size)`, None when there is none.
+
+    Starts at the largest size up to `guess`, doubles while it fits, then bisects. `fits` is asked
+    once a size at most; what fits must have everything smaller fit too.
+    """
+    low, high = -1, len(sizes)  # the places of the largest known to fit, the smallest known not to
+    at = max(bisect.bisect_right(sizes, guess) - 1, 0)
+    while high - low > 1:
+        if fits(sizes[at]):
+            low = at
+        else:
+            high = at
+        doubled = bisect.bisect_left(sizes, 2 * sizes[low]) if low >= 0 else 0
+        at = min(doubled, high - 1) if high == len(sizes) else (low + high) // 2
+    return sizes[low] if low >= 0 else None
+
+
+def step_fits(run: torch.nn.Module, model: GPT, rows: int, reserve: int = 0) -> bool:
+    """Do one real forward and backward pass with so many rows; say whether memory sufficed.
+
+    `reserve` bytes are held meanwhile, for what is not there yet (the optimizer's state). `run` is
+    the model, perhaps compiled. Leaves no gradients behind.
+    """
+    idx, enough = None, True
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.zero_grad, set_to_none=True)
+        try:
+            held = torch.empty(reserve, dtype=torch.uint8, device=model.device)
+            idx = torch.zeros(rows, model.config.seq_len, dtype=torch.int64, device=model.device)
+            run(idx, idx, reduction="sum").backward()
+            del held
+        except torch.OutOfMemoryError:
+            enough = False
+    torch.cuda.empty_cache()  # does nothing without a GPU
+    return enough
+
+
+# %%
+#| test
+for _limit in (0, 1, 5, 6, 48, 100):
+    _divisors = [n for n in range(1, 49) if 48 % n == 0]
+    _found = largest_that_fits(_divisors, _limit.__ge__, guess=7)
+    assert _found == max((n for n in _divisors if n <= _limit), default=None)
+
+# %%
+tried = []
+largest = largest_that_fits(range(1, 257), lambda n: tried.append(n) or n <= 37)
+print(f"found {largest}, tried {tried}")
+
+# %% [markdown]
+r"""
+## 10. Time, money and carbon, before the run
+
+FLOPs divided by speed is time, time is money, and time times power is carbon. The speed of a
+machine is its peak times the share that real training reaches, its **utilisation**. We assume, and
+mark as assumptions:
 
 - **H100 or H200**: 989 TFLOP per second in bfloat16 (NVIDIA's data sheet, without sparsity),
-  40 % utilisation, 3 dollars per GPU-hour;
-- **eight of them**: eight times that, communication included in the 40 %;
-- **laptop**: 0.1 TFLOP per second on two cores, the order of what the run above reached; free.
+  40 % utilisation, 3 dollars per GPU-hour, 1.3 kW (a DGX H100 with eight of them draws up to
+  10.2 kW by its data sheet);
+- **electricity**: 436 g of CO2 for each kWh, the world's mean of 2022 (Ember, *Global Electricity
+  Review 2023*). Grids differ tenfold; put in your own.
 
 First we test the method on a run whose outcome is known. nanochat's first release trained depth 20
 on 11.22 billion tokens, $3.92\times 10^{19}$ FLOPs. Reproductions report 172 to 176 minutes of
 pretraining on eight H100 at a utilisation of 47 to 48 %.
 """
+
+
+# %%
+#| export budget
+GRID_GRAMS = (
+    436.0  # g CO2 for a kWh: the world's mean in 2022, Ember, Global Electricity Review 2023
+)
+
+
+def footprint(
+    seconds: float, devices: int = 1, price: float = 3.0, watts: float = 1300.0, grid=GRID_GRAMS
+) -> dict[str, float]:
+    """Return hours, dollars, kWh and kg of CO2 of a run that takes so many seconds.
+
+    `price` in dollars per device and hour, `watts` per device with its share of the machine, `grid`
+    in g CO2 per kWh. All three are assumptions: change them to yours.
+    """
+    hours = seconds / 3600
+    energy = hours * devices * watts / 1000
+    return {
+        "hours": hours,
+        "dollars": hours * devices * price,
+        "kwh": energy,
+        "co2_kg": energy * grid / 1000,
+    }
+
 
 # %%
 minutes = 3.92e19 / (8 * 989e12 * 0.475) / 60
@@ -1475,13 +2046,15 @@ def duration(seconds):
     return f"{days:.0f} days" if days < 730 else f"{days / 365:,.0f} years"
 
 
-speeds = {"laptop": 1e11, "one H100": 0.4 * 989e12, "8 x H100": 8 * 0.4 * 989e12}
-print("depth   tokens     FLOPs" + "".join(f"{name:>14s}" for name in speeds) + "    dollars")
-for depth in (4, 6, 8, 12, 16, 20, 24, 26):
+here = result["tokens_per_second"] / 1024 * flops  # FLOP per second that the run above has reached
+speeds = {"here": here, "one H100": 0.4 * 989e12, "8 x H100": 8 * 0.4 * 989e12}
+print("depth   tokens     FLOPs" + "".join(f"{name:>12s}" for name in speeds) + "  dollars  kg CO2")
+for depth in (2, 4, 6, 8, 12, 16, 20, 24, 26):
     p = plan(depth)
-    times = "".join(f"{duration(p['flops'] / speed):>14s}" for speed in speeds.values())
-    dollars = p["flops"] / speeds["one H100"] / 3600 * 3
-    print(f"{depth:5d} {p['tokens'] / 1e9:7.2f}B {p['flops']:9.1e}{times} {dollars:10.2f}")
+    times = "".join(f"{duration(p['flops'] / speed):>12s}" for speed in speeds.values())
+    cost = footprint(p["flops"] / speeds["8 x H100"], devices=8)
+    paid = f"{cost['dollars']:9.2f} {cost['co2_kg']:7.2f}"
+    print(f"{depth:5d} {p['tokens'] / 1e9:7.2f}B {p['flops']:9.1e}{times} {paid}")
 
 # %% [markdown]
 r"""
@@ -1492,22 +2065,70 @@ their product; only the head, which grows more slowly, dampens that. Depth 24 co
 much as depth 12. Expect small models to come out worse than the table on a GPU: their matrices are
 too small to keep it busy.
 
-Memory is the other limit. Per parameter we hold 4 bytes of weight, 4 of gradient and 4 (Muon) or 8
-(AdamW) of optimizer state; activations come on top and grow with the micro-batch.
+## 11. What was predicted, and what came
+
+Two promises of this chapter are left to be shown side by side: that we know before the run what it
+will take, and that the optimizer of chapter 4 is worth its price. The second needs care. Muon's
+steps cost more than AdamW's, so the fair comparison is not at equal steps but at equal *time*. We
+train the model of section 6 for `contest_steps` steps with Muon, then with AdamW for everything, at
+the better of two rates, for as much processor time as the first run took. (Processor time, because
+other programs may disturb the clock on the wall.)
+"""
+
+
+# %%
+def contest(optimizer, model, seconds=math.inf, n_steps=10**6):
+    """Train until the processor time or the steps are used up; return (seconds, losses)."""
+    batches, times, losses, began = TokenBatches(train, 8, 128), [0.0], [], time.process_time()
+    while times[-1] < seconds and len(losses) < n_steps:
+        done = max(times[-1] / seconds, len(losses) / n_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_multiplier(int(1000 * done), 1000)
+        loss, _ = accumulate_gradients(model, [batches.next()], SingleProcess(model.device))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        times.append(time.process_time() - began)
+    return times[1:], losses
+
+
+contender = GPT(config)
+curves = {"Muon + AdamW": contest(build_optimizer(contender), contender, n_steps=contest_steps)}
+ended = {"Muon + AdamW": validation_loss(contender)}
+for rate in (0.003, 0.01):
+    contender, name = GPT(config), f"AdamW, rate {rate}"
+    groups = [{"params": list(contender.parameters()), "initial_lr": rate}]
+    alone = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    curves[name] = contest(alone, contender, seconds=curves["Muon + AdamW"][0][-1])
+    ended[name] = validation_loss(contender)
+for name, value in ended.items():
+    print(f"{name:18s} {len(curves[name][0]):4d} steps, validation loss {value:.3f}")
+
+# %%
+fig, ax = figure(
+    "At equal time Muon is ahead of AdamW, though its steps are dearer",
+    "seconds of processor time",
+    "loss (nats per token, mean of 9 steps)",
+    size=(4.5, 2.5),
+    alt="Falling curves over time; that of Muon lies below those of AdamW.",
+)
+for name, (times, losses) in curves.items():
+    ax.plot(times[4:-4], np.convolve(losses, np.ones(9) / 9, "valid"), label=name)
+ax.legend(fontsize=8, frameon=False)
+plt.show()
+
+# %% [markdown]
+r"""
+And the forecasts of the run in section 6:
 """
 
 # %%
-state = {kind: 0 for kind in ("muon", "adamw")}
-probe = GPT(config)
-probe(*TokenBatches(train, 1, 128).next()).backward()
-optimizer = build_optimizer(probe)
-optimizer.step()
-for group in optimizer.param_groups:
-    held = [t for p in group["params"] for t in optimizer.state[p].values() if torch.is_tensor(t)]
-    state[group["kind"]] += sum(t.numel() * t.element_size() for t in held)
-counts = probe.num_params()
-print(f"Muon  {state['muon'] / counts['matrix']:.2f} bytes of state per parameter")
-print(f"AdamW {state['adamw'] / (counts['embedding'] + counts['head']):.2f}")
+needed, working = memory_estimate(config, 8, torch.float32), working_memory(config, 8)
+guess = needed["activations"] + needed["logits"]
+step_seconds = steps * 1024 / result["tokens_per_second"]
+print("                      predicted   achieved")
+print(f"time of the steps   {steps * fastest:9.1f} s {step_seconds:8.1f} s")
+print(f"memory of a step    {guess / 1e6:8.1f} MB {working / 1e6:7.1f} MB")
 workspace.cleanup()
 
 # %% [markdown]
@@ -1517,9 +2138,11 @@ r"""
 
 ## Recap
 
-`nanochat.train` now holds `fit`, `accumulate_gradients` and `SingleProcess`; `nanochat.checkpoint`
-holds `Checkpoint`, `save_checkpoint`, `load_checkpoint`, `BackgroundSaver`, `saved_steps`,
-`latest_step`, `best_step` and `put_aside`; `nanochat.convert` holds
+`nanochat.train` now holds `fit`, `accumulate_gradients`, `SingleProcess` and what `fit` is made of
+(`Gradients`, `EarlyWarnings`, `Meter`), with `open_tracker` and `TrackedLog`; `nanochat.budget`
+holds `memory_estimate`, `peak_bytes`, `largest_that_fits`, `step_fits` and `footprint`;
+`nanochat.checkpoint` holds `Checkpoint`, `save_checkpoint`, `load_checkpoint`, `BackgroundSaver`,
+`saved_steps`, `latest_step`, `best_step` and `put_aside`; `nanochat.convert` holds
 `to_transformers`, `from_transformers` and `from_nanochat`. You can train a model for any number of
 steps, cut its batch as your memory wants, lose the machine, and say beforehand what it will cost.
 

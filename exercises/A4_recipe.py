@@ -128,9 +128,11 @@ classic recipe. How many rows fit into a micro-batch? Predict on paper with the 
 
 - the matrices have $12\,L\,C^2$ weights, the two tables (embedding and head) $2\,V\,C$;
 - weights and gradients take 4 bytes a weight each; the optimizer keeps one number of 4 bytes for
-  each weight of the matrices (Muon), two for each of the tables (AdamW);
-- activations: 34 values of 2 bytes for each token, layer and channel;
-- logits and what the loss makes of them: 14 bytes for each token and id.
+  each weight of the matrices (Muon), two for each of the tables (AdamW); of the matrices and the
+  head (half of the tables) the products make a copy of 2 bytes;
+- activations: 22 values of 2 bytes for each token, layer and channel, as long as nothing is
+  compiled;
+- logits and what the loss makes of them: 16 bytes for each token and id.
 
 Give in bytes `fixed`, what is needed without any row; `activations` and `logits` of one row; then
 `rows`, how many whole rows fit beside the fixed part into 80 % of 24e9 bytes; and `rows_chunked`,
@@ -142,8 +144,8 @@ the same if the loss is computed in eight portions, so that an eighth of the log
 # A dict: {"fixed": ..., "activations": ..., "logits": ..., "rows": ..., "rows_chunked": ...}
 # BEGIN SOLUTION
 matrices, tables = 12 * 12 * 768**2, 2 * 65536 * 768
-fixed = 8 * (matrices + tables) + 4 * matrices + 8 * tables
-activations, logits = 34 * 2 * 2048 * 12 * 768, 14 * 2048 * 65536
+fixed = 8 * (matrices + tables) + 4 * matrices + 8 * tables + 2 * matrices + tables
+activations, logits = 22 * 2 * 2048 * 12 * 768, 16 * 2048 * 65536
 free = 0.8 * 24e9 - fixed
 fit = {"fixed": fixed, "activations": activations, "logits": logits}
 fit.update(rows=int(free / (activations + logits)))
@@ -163,7 +165,7 @@ LEFT = 0.8 * 24e9 - sum(NONE.values())
 
 
 def near(found, expected):
-    return close(found, expected, 0.01 * expected)
+    return close(found, expected, 0.02 * expected)
 
 
 @says(
@@ -174,12 +176,12 @@ def _(fit):
     assert near(fit["fixed"], sum(NONE.values()))
 
 
-@says("the activations of a row", "34 values of two bytes, times tokens, layers and channels.")
+@says("the activations of a row", "22 values of two bytes, times tokens, layers and channels.")
 def _(fit):
     assert near(fit["activations"], ONE["activations"])
 
 
-@says("the logits of a row", "14 bytes for each of 2,048 tokens and each of 65,536 ids.")
+@says("the logits of a row", "16 bytes for each of 2,048 tokens and each of 65,536 ids.")
 def _(fit):
     assert near(fit["logits"], ONE["logits"])
 
@@ -201,31 +203,31 @@ def _(fit):
 #| hints A4-fit
 hints = [
     "There is a part that does not depend on rows and a part for each row. Which item is in which?",
-    "Bytes of a matrix weight: 4 + 4 + 4. Bytes of a table weight: 4 + 4 + 8.",
-    "The fixed part is 2.63e9, a row takes 1.28e9 + 1.88e9; with portions 1.28e9 + 0.23e9.",
+    "Bytes of a matrix weight: 4 + 4 + 4 + 2. Of the embedding's: 4 + 4 + 8, of the head's 2 more.",
+    "The fixed part is 2.90e9, a row takes 0.83e9 + 2.15e9; with portions 0.83e9 + 0.27e9.",
 ]
 
 # %%
 #| wrong A4-fit: what is needed without any row
-fit = {"fixed": 16 * (84934656 + 100663296), "activations": 34 * 2 * 2048 * 12 * 768}
-fit.update(logits=14 * 2048 * 65536, rows=5, rows_chunked=10)
+fit = {"fixed": 16 * (84934656 + 100663296), "activations": 22 * 2 * 2048 * 12 * 768}
+fit.update(logits=16 * 2048 * 65536, rows=5, rows_chunked=14)
 
 # %%
 #| wrong A4-fit: rows with the loss in eight portions
-fit = {"fixed": 12 * 84934656 + 16 * 100663296, "activations": 34 * 2 * 2048 * 12 * 768}
-fit.update(logits=14 * 2048 * 65536, rows=5, rows_chunked=40)
+fit = {"fixed": 14 * 84934656 + 17 * 100663296, "activations": 22 * 2 * 2048 * 12 * 768}
+fit.update(logits=16 * 2048 * 65536, rows=5, rows_chunked=40)
 
 # %%
 #| wrong A4-fit: the activations of a row
-fit = {"fixed": 12 * 84934656 + 16 * 100663296, "activations": 34 * 2048 * 12 * 768}
-fit.update(logits=14 * 2048 * 65536, rows=5, rows_chunked=10)
+fit = {"fixed": 14 * 84934656 + 17 * 100663296, "activations": 22 * 2048 * 12 * 768}
+fit.update(logits=16 * 2048 * 65536, rows=5, rows_chunked=14)
 
 
 # %%
 #| wrong A4-fit: the logits of a row
 matrices, tables = 12 * 12 * 768**2, 2 * 65536 * 768
-fixed = 8 * (matrices + tables) + 4 * matrices + 8 * tables
-activations, logits = 34 * 2 * 2048 * 12 * 768, 14 * 2048 * 65536
+fixed = 8 * (matrices + tables) + 4 * matrices + 8 * tables + 2 * matrices + tables
+activations, logits = 22 * 2 * 2048 * 12 * 768, 16 * 2048 * 65536
 free = 0.8 * 24e9 - fixed
 fit = {"fixed": fixed, "activations": activations, "logits": 4 * 2048 * 65536}
 fit.update(rows=int(free / (activations + logits)))
@@ -235,8 +237,8 @@ fit.update(rows_chunked=int(free / (activations + logits / 8)))
 # %%
 #| wrong A4-fit: whole rows beside the fixed part
 matrices, tables = 12 * 12 * 768**2, 2 * 65536 * 768
-fixed = 8 * (matrices + tables) + 4 * matrices + 8 * tables
-activations, logits = 34 * 2 * 2048 * 12 * 768, 14 * 2048 * 65536
+fixed = 8 * (matrices + tables) + 4 * matrices + 8 * tables + 2 * matrices + tables
+activations, logits = 22 * 2 * 2048 * 12 * 768, 16 * 2048 * 65536
 free = 0.8 * 24e9 - fixed
 fit = {"fixed": fixed, "activations": activations, "logits": logits}
 fit.update(rows=int((24e9 - fixed) / (activations + logits)))
@@ -245,7 +247,7 @@ fit.update(rows_chunked=int(free / (activations + logits / 8)))
 
 # %%
 #| right A4-fit
-fit = dict(fixed=2.63e9, activations=1.283e9, logits=1.879e9, rows=5, rows_chunked=10)
+fit = dict(fixed=2.90e9, activations=0.8305e9, logits=2.1475e9, rows=5, rows_chunked=14)
 
 # %% [markdown]
 r"""
@@ -257,7 +259,7 @@ $g = N / N_{12}$, its growth over depth 12:
 - a run reads `ratio` tokens for each of the $N$ parameters, in whole steps (the rest is dropped);
 - a batch has $2^{\operatorname{round}(\log_2(2^{19}\, g^{0.383}))}$ tokens;
 - with $s = \sqrt{\text{batch} / 2^{19}}$, the rates are `matrix_lr` $0.02\,s$, `embedding_lr`
-  $0.3\,s$ and `head_lr` $0.008\,s$, and the weight decay is $0.28\,s / g$.
+  $0.3\,s$ and `head_lr` $0.008\,s$, and the weight decay is $0.28\,s / g$, at most one half.
 
 `scaling_params` is given above. Note where `ratio` stands and where it does not: training longer
 lengthens the run, and changes nothing else. This is the book's `scaled_settings`.
@@ -282,7 +284,7 @@ def scaled(depth: int, ratio: float = 12.0) -> dict:
         "matrix_lr": 0.02 * rate,
         "embedding_lr": 0.3 * rate,
         "head_lr": 0.008 * rate,
-        "weight_decay": 0.28 * rate / growth,
+        "weight_decay": min(0.5, 0.28 * rate / growth),
     }
     # END SOLUTION
 
@@ -341,7 +343,7 @@ def _(scaled):
         found = scaled(depth)
         growth = scaling_params(depth) / scaling_params(12)
         root = (found["batch_tokens"] / 2**19) ** 0.5
-        assert close(found["weight_decay"], 0.28 * root / growth, 1e-9)
+        assert close(found["weight_decay"], min(0.5, 0.28 * root / growth), 1e-9)
 
 
 @says(
@@ -364,7 +366,7 @@ def _(scaled):
 hints = [
     "Write growth, tokens, batch and the root first, one line each; the dict is then copied.",
     "`batch = 2 ** round(math.log2(2**19 * growth**0.383))`; `round` gives a whole number.",
-    "steps = int(tokens // batch); rates times sqrt(batch / 2**19); decay 0.28 * root / growth.",
+    "steps = int(tokens // batch); rates times the root; decay min(0.5, 0.28 * root / growth).",
 ]
 
 
@@ -380,7 +382,7 @@ def scaled(depth, ratio=12.0):
         "matrix_lr": 0.02 * rate,
         "embedding_lr": 0.3 * rate,
         "head_lr": 0.008 * rate,
-        "weight_decay": 0.28 * math.sqrt(rate) / growth,
+        "weight_decay": min(0.5, 0.28 * math.sqrt(rate) / growth),
     }
 
 
@@ -396,7 +398,7 @@ def scaled(depth, ratio=12.0):
         "matrix_lr": 0.02 * rate,
         "embedding_lr": 0.3 * rate,
         "head_lr": 0.008 * rate,
-        "weight_decay": 0.28 * rate / growth,
+        "weight_decay": min(0.5, 0.28 * rate / growth),
     }
 
 
@@ -412,7 +414,7 @@ def scaled(depth, ratio=12.0):
         "matrix_lr": 0.02 * rate,
         "embedding_lr": 0.3 * rate,
         "head_lr": 0.008 * rate,
-        "weight_decay": 0.28 * rate / growth,
+        "weight_decay": min(0.5, 0.28 * rate / growth),
     }
 
 
@@ -429,7 +431,7 @@ def scaled(depth: int, ratio: float = 12.0) -> dict:
         "matrix_lr": 0.02 * rate,
         "embedding_lr": 0.3 * rate,
         "head_lr": 0.008 * rate,
-        "weight_decay": 0.28 * rate * 12 / depth,
+        "weight_decay": min(0.5, 0.28 * rate * 12 / depth),
     }
 
 
@@ -446,7 +448,7 @@ def scaled(depth: int, ratio: float = 12.0) -> dict:
         "matrix_lr": 0.02 * rate,
         "embedding_lr": 0.3 * rate,
         "head_lr": 0.008 * rate,
-        "weight_decay": 0.28 * rate / growth,
+        "weight_decay": min(0.5, 0.28 * rate / growth),
     }
 
 
@@ -463,7 +465,7 @@ def scaled(depth: int, ratio: float = 12.0) -> dict:
         "matrix_lr": 0.02 * rate,
         "embedding_lr": 0.3 * rate,
         "head_lr": 0.008 * rate,
-        "weight_decay": 0.28 * rate / growth,
+        "weight_decay": min(0.5, 0.28 * rate / growth),
     }
 
 
@@ -477,7 +479,7 @@ def scaled(depth, ratio=12.0):
     rates = {"matrix_lr": 0.02, "embedding_lr": 0.3, "head_lr": 0.008}
     found = {name: value * root for name, value in rates.items()}
     found.update(batch_tokens=batch, pretrain_steps=math.floor(ratio * n / batch))
-    return {**found, "weight_decay": 0.28 * root * n12 / n}
+    return {**found, "weight_decay": min(0.5, 0.28 * root * n12 / n)}
 
 
 # %% [markdown]

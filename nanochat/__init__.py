@@ -11,6 +11,7 @@ model        chapters/03_model.py  The model
 optim        chapters/04_optimizer.py  The optimizer
 checkpoint   chapters/05_pretraining.py  Pretraining
 train        chapters/05_pretraining.py  Pretraining
+budget       chapters/05_pretraining.py  Pretraining
 convert      chapters/05_pretraining.py  Pretraining
 kernels      chapters/A3_fast_kernels.py  Fast kernels
 distributed  chapters/06_distributed.py  Many processes

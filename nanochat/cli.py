@@ -10,11 +10,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, doctor
+from nanochat.common import UserError, doctor, pick_device
 from nanochat.distributed import LaunchError, setup
 from nanochat.engine import Engine
-from nanochat.recipe import MODELS, Recipe, Run, exchange, run_stage, run_stage_here, runs_directory
-from nanochat.report import write_report
+from nanochat.recipe import (
+    MODELS,
+    Recipe,
+    Run,
+    check_recipe,
+    estimate,
+    estimate_table,
+    exchange,
+    run_stage,
+    run_stage_here,
+    runs_directory,
+    training_speed,
+)
+from nanochat.report import markdown_table, write_report
 from nanochat.serve import run_server
 from nanochat.ui import ChatSettings, terminal_chat
 
@@ -25,14 +37,27 @@ __all__ = [
     "do_capstone",
     "do_chat",
     "do_doctor",
+    "do_estimate",
     "do_eval",
     "do_report",
     "do_serve",
     "do_stage",
     "main",
+    "named_recipe",
     "newest_model",
     "open_run",
 ]
+
+
+def named_recipe(args: argparse.Namespace) -> Recipe:
+    """Return the recipe that `--profile` and `--set` name."""
+    changes = {}
+    for setting in args.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set needs FIELD=VALUE, got {setting!r}; try --set depth=4.")
+        changes[name] = value
+    return Recipe.for_profile(args.profile, **changes)
 
 
 def open_run(args: argparse.Namespace, start: bool = False) -> Run:
@@ -46,13 +71,7 @@ def open_run(args: argparse.Namespace, start: bool = False) -> Run:
                 "--folder takes the recipe of that run; leave --set out, or leave --folder."
             )
         return Run(args.folder)
-    changes = {}
-    for setting in args.set:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set needs FIELD=VALUE, got {setting!r}; try --set depth=4.")
-        changes[name] = value
-    recipe = Recipe.for_profile(args.profile, **changes)
+    recipe = named_recipe(args)
     if start:
         return Run.open(recipe)
     folder = runs_directory() / recipe.name
@@ -174,6 +193,19 @@ def do_report(args: argparse.Namespace) -> None:
         print(path)
 
 
+def do_estimate(args: argparse.Namespace) -> None:
+    """Print what pretraining of a recipe will take; on a CPU its speed is measured first."""
+    recipe = open_run(args).recipe if args.folder else named_recipe(args)
+    check_recipe(recipe)
+    device, config = pick_device(recipe.device), recipe.config(recipe.vocab_size)
+    speed = None if device.type == "cuda" else training_speed(recipe, config, device)
+    plan = estimate(recipe, speed=speed)
+    size, text = plan["parameters"] / 1e6, plan["tokens"] / 1e6
+    print(f"{size:.1f} M parameters, {text:,.1f} M tokens, {plan['flops']:.2g} FLOPs")
+    print(f"{plan['memory'] / 2**30:.2f} GiB with {recipe.micro_batch or 1} rows at a time\n")
+    print(markdown_table(estimate_table(plan)))
+
+
 def do_doctor(args: argparse.Namespace) -> None:
     """Check the environment; exit with 1 when something is missing."""
     facts = doctor()
@@ -228,6 +260,7 @@ def build_parser() -> argparse.ArgumentParser:
             about = "a web site whose pages may call it, such as https://my.site"
             command.add_argument("--origin", action="append", default=[], help=about)
     with_run(add("report", "write the report card of a run", do_report))
+    with_run(add("estimate", "say what pretraining will take, here and on 8xH100", do_estimate))
     add("doctor", "check the environment", do_doctor)
     return parser
 

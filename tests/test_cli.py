@@ -20,7 +20,7 @@ from nanochat.recipe import STAGES, Run
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("tokenizer", "data", "pretrain", "midtrain", "sft", "rl", "capstone"),
-    *("eval", "chat", "serve", "report", "doctor"),
+    *("eval", "chat", "serve", "report", "estimate", "doctor"),
 )
 TINY_SET = [part for k, v in TINY.items() for part in ("--set", f"{k}={v}")]
 
@@ -240,3 +240,14 @@ def test_what_starts_first_is_read_by_an_old_python():
 
     for name in ("__init__.py", "__main__.py"):
         ast.parse((ROOT / "nanochat" / name).read_text(encoding="utf-8"), feature_version=(3, 7))
+
+
+def test_an_estimate_needs_no_run_and_makes_none(tmp_path, capsys):
+    assert main(["estimate", "--profile", "smoke", *TINY_SET]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "M parameters" in said[0] and "GiB with 2 rows at a time" in said[1]
+    assert said[3] == "| before the run | this machine | 8 x H100 (assumed 40 %) |"
+    assert [line.split(" | ")[0] for line in said[5:]] == [
+        "| time", "| rent in dollars", "| energy in kWh", "| kg of CO2 (assumed grid)"
+    ]  # fmt: skip
+    assert not (tmp_path / "runs").exists()

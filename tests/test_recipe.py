@@ -1,6 +1,7 @@
 """nanochat.recipe: the rules of a recipe, and a run that is skipped, broken, resumed, shared."""
 
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 from tiny_run import TINY, copy_of, finished_run, one_thread, tiny_recipe  # noqa: F401
 
 from nanochat import recipe as recipe_module
+from nanochat.budget import memory_estimate
+from nanochat.checkpoint import best_step, latest_step, saved_steps
 from nanochat.common import UserError, read_json, read_metrics, write_json
 from nanochat.model import GPT, GPTConfig
-from nanochat.optim import MuonAdamW, param_groups
 from nanochat.recipe import (
     MODELS,
     PROFILES,
@@ -22,14 +24,15 @@ from nanochat.recipe import (
     Recipe,
     Run,
     estimate,
+    estimate_table,
     exchange,
     judge,
-    memory_estimate,
     pick_micro_batch,
     process_count,
     run_stage,
     run_stage_here,
     scaled_settings,
+    training_speed,
     utilisation,
 )
 
@@ -120,6 +123,9 @@ def test_unknown_names_are_one_sentence_with_the_known_ones():
         (dict(processes=4), "rl_questions 2 is no multiple of 4 .processes.; try 4"),
         (dict(device="tpu"), "device 'tpu' is not available; found cpu"),
         (dict(dtype="int8"), "dtype must be auto, float32 or bfloat16"),
+        (dict(model="large"), "model must be one of classic, modern; got 'large'"),
+        (dict(compile="maybe"), "compile must be one of auto, yes, no; got 'maybe'"),
+        (dict(tracker="excel"), "tracker must be one of nothing, wandb, tensorboard, trackio"),
         (dict(name=""), "name must be a plain folder name"),
         (dict(name="../elsewhere"), "name must be a plain folder name"),
         (dict(name="a\\b"), "name must be a plain folder name"),
@@ -146,14 +152,14 @@ def test_a_batch_that_does_not_divide_says_what_would():
 
 
 def test_the_micro_batch_follows_the_memory_that_is_free(monkeypatch):
-    recipe = Recipe.for_depth(12).changed(device="cpu")
+    recipe = Recipe.for_depth(12).changed(device="cpu", dtype="float32")
     config = recipe.config(32768)
     chosen = []
-    for gib in (8, 16, 64, 256):
+    for gib in (16, 64, 256):
         memory = type("Memory", (), {"available": gib * 2**30})
         monkeypatch.setattr(recipe_module.psutil, "virtual_memory", lambda m=memory: m)
         chosen.append(pick_micro_batch(recipe, config, CPU, 1))
-        used = sum(memory_estimate(config, chosen[-1]).values())
+        used = sum(memory_estimate(config, chosen[-1], torch.float32).values())
         assert used <= gib * 2**30
     assert chosen == sorted(chosen) and chosen[0] < chosen[-1]
     memory.available = 2**30
@@ -161,27 +167,78 @@ def test_the_micro_batch_follows_the_memory_that_is_free(monkeypatch):
         pick_micro_batch(recipe, config, CPU, 1)
 
 
-@pytest.mark.parametrize("depth, vocab_size", [(2, 512), (4, 2048)])
-def test_the_memory_of_weights_and_optimizer_is_exact(depth, vocab_size):
-    config = GPTConfig.for_depth(depth, vocab_size, 64, head_dim=32)
-    model, count = GPT(config), memory_estimate(config, 2)
-    optimizer = MuonAdamW(param_groups(model))
-    idx = torch.zeros(2, 64, dtype=torch.int64)
-    model(idx, idx).backward()
-    optimizer.step()
-    assert count["weights"] == sum(p.nbytes for p in model.parameters())
-    assert count["gradients"] == sum(p.grad.nbytes for p in model.parameters())
-    state = sum(t.nbytes for t in optimizer.named_state(model).values())
-    assert count["optimizer"] == pytest.approx(state, rel=0.02)  # Muon keeps a few row norms too
+def test_the_micro_batch_is_what_a_trial_says_not_what_the_estimate_says():
+    recipe, tried = tiny_recipe(batch_tokens=128 * 48, micro_batch=0), []
+
+    def fits(rows):
+        tried.append(rows)
+        return rows <= 12
+
+    assert pick_micro_batch(recipe, recipe.config(512), CPU, 1, fits) == 12
+    assert tried[0] == 48 and len(set(tried)) == len(tried)  # the estimate is the first guess
+    assert pick_micro_batch(recipe, recipe.config(512), CPU, 1, lambda rows: rows <= 1) == 1
+    with pytest.raises(UserError, match="needs about .* choose a smaller depth or seq_len"):
+        pick_micro_batch(recipe, recipe.config(512), CPU, 1, lambda rows: False)
+
+
+@pytest.mark.parametrize("depth", range(1, 41))
+def test_the_rules_are_sane_at_every_depth(depth):
+    rules = scaled_settings(depth)
+    published = 0.28 * math.sqrt(rules["batch_tokens"] / 2**19)
+    published /= recipe_module.scaling_params(depth) / recipe_module.scaling_params(12)
+    assert 0 < rules["weight_decay"] <= 0.5
+    assert depth < 9 or rules["weight_decay"] == pytest.approx(published)  # nanochat's, where tuned
+    assert published > 0.5 or rules["weight_decay"] == pytest.approx(published)
+    assert 2**15 <= rules["batch_tokens"] <= 2**23 and rules["pretrain_steps"] >= 100
+    assert 0 < rules["matrix_lr"] < 0.1 and 0 < rules["embedding_lr"] < 1.5
+
+
+def test_the_horizon_is_a_ratio_flops_or_a_time():
+    by_ratio = Recipe.for_depth(12, ratio=12.0)
+    plan = estimate(by_ratio)
+    by_flops = Recipe.for_depth(12, flops=plan["flops"])
+    by_time = Recipe.for_depth(12, hours=plan["8xH100"]["hours"])
+    for other in (by_flops, by_time):
+        assert other.pretrain_steps == pytest.approx(by_ratio.pretrain_steps, abs=1)
+        assert other.changed(pretrain_steps=by_ratio.pretrain_steps) == by_ratio
+    assert Recipe.for_depth(12, flops=1.0).pretrain_steps == 1
+    twice = Recipe.for_depth(12, hours=2 * plan["8xH100"]["hours"])
+    assert twice.pretrain_steps == pytest.approx(2 * by_ratio.pretrain_steps, abs=2)
+
+
+def test_the_model_is_one_field():
+    assert Recipe(model="classic").config(512) == GPTConfig.classic(4, 512, 256, head_dim=64)
+    assert Recipe(model="modern").config(512) == GPTConfig.modern(4, 512, 256, head_dim=64)
+    models = {name: Recipe.for_profile(name).model for name in PROFILES}
+    assert models["speedrun"] == models["gpu1"] == "modern" and models["classic"] == "classic"
 
 
 def test_the_estimate_knows_when_it_cannot_know():
     plan = estimate(tiny_recipe())
-    assert plan["hours"] is None and plan["dollars"] is None  # a CPU
+    assert plan["hours"] is None and plan["dollars"] is None and plan["co2_kg"] is None  # a CPU
     assert plan["parameters"] == GPT(tiny_recipe().config(512)).num_params()["total"]
     flops_per_token = GPT(tiny_recipe().config(512)).flops_per_token()
     assert plan["flops"] == flops_per_token * plan["tokens"]
     assert utilisation(tiny_recipe().config(512), 1, 1.0, type("W", (), {"device": CPU})) is None
+    measured = estimate(tiny_recipe(grid_grams=100.0), speed=1000.0)
+    assert 3600 * measured["hours"] == pytest.approx(plan["tokens"] / 1000.0)
+    assert measured["dollars"] == 0.0
+    assert measured["co2_kg"] == pytest.approx(measured["hours"] * 0.065 * 0.1)
+    eight = plan["8xH100"]
+    assert eight["dollars"] == pytest.approx(eight["hours"] * 24)
+    assert eight["co2_kg"] == pytest.approx(eight["kwh"] * 0.436)
+
+
+def test_an_estimate_is_two_columns():
+    rows = estimate_table(estimate(tiny_recipe()))
+    assert {len(row) for row in rows} == {3} and [row[1] for row in rows[1:]] == ["-"] * 4
+    known = estimate_table(estimate(tiny_recipe(), speed=1.0))
+    assert known[1][1] == "1h 42m"  # 6,144 tokens at one a second
+
+
+def test_the_speed_of_a_pass_is_measured():
+    recipe = tiny_recipe()
+    assert training_speed(recipe, recipe.config(512), CPU) > 0
 
 
 def test_the_number_of_processes_is_that_of_the_gpus_unless_named(monkeypatch):
@@ -224,6 +281,57 @@ def test_a_recipe_of_another_version_is_one_sentence(tmp_path):
 
 
 # All the stages.
+
+
+def test_checkpoints_carry_the_score_of_their_step_and_the_best_one_stays(tmp_path, monkeypatch):
+    for stage in ("base", "mid", "sft"):
+        folder = finished_run().directory / stage
+        evals = read_metrics(finished_run().log.path, "eval", stage=stage)
+        found = {e["step"]: e["bits_per_byte"] for e in evals}
+        assert len(found) == 3 and all(0 < score < 8 for score in found.values())
+        for step in saved_steps(folder):
+            assert read_json(folder / f"step_{step:06d}" / "meta.json")["score"] == found[step]
+    run = copy_of(finished_run(), tmp_path / "tiny", "tokenizer", "data")
+    scores = iter([3.0, 1.0, 2.0])  # as if it got worse after the middle
+    monkeypatch.setattr(recipe_module, "bits_per_byte", lambda *given: next(scores))
+    write_json(run.directory / "recipe.json", asdict(tiny_recipe(saves=2)))
+    result = run_stage_here(Run(run.directory), "base")
+    assert saved_steps(run.directory / "base") == [6, 12] and result["steps"] == 12
+    assert best_step(run.directory / "base") == 6
+    (said,) = read_metrics(run.log.path, "warning", kind="best")
+    assert said["text"] == "the best checkpoint of base is that of step 6, not the last"
+
+
+def test_the_estimate_is_in_the_log_before_the_first_step():
+    events = [e["event"] for e in read_metrics(finished_run().log.path, stage="base")]
+    assert events.index("estimate") < events.index("step")
+    (plan,) = read_metrics(finished_run().log.path, "estimate")
+    assert plan["hours"] > 0 and plan["memory"] > 0 and plan["tokens"] == 12 * 512
+
+
+def test_a_disk_without_room_makes_tokens_while_training(tmp_path, monkeypatch, capsys):
+    run = copy_of(finished_run(), tmp_path / "tiny", "tokenizer")
+    shutil.rmtree(run.directory / "tokens")
+
+    def full(folder, n_bytes, what):
+        raise UserError(f"{what} needs 1.0 MB, but only 0.0 MB are free.")
+
+    monkeypatch.setattr(recipe_module, "check_space", full)
+    assert run_stage(run, "data")["train_tokens"] == 0
+    assert "tokens are made while the model trains" in capsys.readouterr().out
+    assert not (run.directory / "tokens" / "train").exists()
+    result = run_stage_here(run, "base")
+    assert result["steps"] == 12 and result["loss"] < 5.0  # ln 512 is 6.2
+
+
+def test_a_tracker_gets_the_events_of_the_stages(tmp_path, monkeypatch):
+    run, shown = copy_of(finished_run(), tmp_path / "tiny", "tokenizer", "data"), []
+    monkeypatch.setattr(recipe_module, "open_tracker", lambda name, run, folder: shown.append)
+    run = Run.open(tiny_recipe(tracker="trackio"), run.directory)
+    run_stage_here(run, "base")
+    events = read_metrics(run.log.path, stage="base")
+    assert [e["event"] for e in shown] == [e["event"] for e in events][-len(shown) :]
+    assert {"estimate", "eval", "step"} <= {e["event"] for e in shown}
 
 
 def test_every_stage_leaves_a_mark_a_model_and_scores():
@@ -278,7 +386,8 @@ def test_stages_have_an_order(tmp_path):
 
 
 def weights(run, stage):
-    return load_file(next((run.directory / stage).glob("step_*")) / "model.safetensors")
+    folder = run.directory / stage
+    return load_file(folder / f"step_{latest_step(folder):06d}" / "model.safetensors")
 
 
 def same(one, other):
@@ -321,8 +430,8 @@ def test_every_training_stage_resumes_exactly(stage, at, tmp_path, monkeypatch):
     run = copy_of(finished_run(), tmp_path / "tiny", *before)
     save = recipe_module.save_checkpoint
 
-    def save_then_break(folder, step, *args):
-        save(folder, step, *args)
+    def save_then_break(folder, step, *args, **named):
+        save(folder, step, *args, **named)
         if step == at:
             raise Broken
 
@@ -348,7 +457,8 @@ def test_a_stage_killed_after_its_last_checkpoint_has_nothing_left_to_do(stage, 
 
 def test_a_checkpoint_of_another_vocabulary_is_one_clear_sentence(tmp_path):
     run = copy_of(finished_run(), tmp_path / "tiny", *STAGES)
-    path = next((run.directory / "sft").glob("step_*")) / "meta.json"
+    folder = run.directory / "sft"
+    path = folder / f"step_{latest_step(folder):06d}" / "meta.json"
     write_json(path, {**read_json(path), "tokenizer": "0" * 64})
     with pytest.raises(UserError, match="sft checkpoint was trained with another tokenizer .0000"):
         run.engine("sft")
