@@ -60,7 +60,7 @@ vocab_size = 512
 seq_len = 256
 depth, width = 2, 128
 batch_size = 8
-base_steps, mid_steps, sft_steps = 60, 180, 60
+base_steps, mid_steps, sft_steps, pearl_steps = 60, 180, 60, 25
 items_per_exam = 60
 
 # %%
@@ -442,7 +442,7 @@ import torch
 
 from nanochat import tinyworld
 from nanochat.chat import parse, render_prompt, reply_text, turns
-from nanochat.common import UserError
+from nanochat.common import UserError, atomic_write
 from nanochat.sandbox import run_python
 
 LETTERS = tuple("ABCDEFGHIJ")
@@ -679,7 +679,7 @@ class GSM8K(TableTask):
 r"""
 HumanEval asks for a Python function and runs its tests; we leave that to the sandbox of chapter 8.
 And `JsonLines` is the task that matters most to you: your own conversations, one JSON object a
-line.
+line. Files that people write have mistakes, so the error names the line.
 """
 
 
@@ -709,25 +709,32 @@ class HumanEval(TableTask):
 
 
 class JsonLines(ChatTask):
-    """Your own conversations: one JSON object `{"messages": [...]}` (or a list) a line."""
+    """Your own conversations: one JSON object `{"messages": [...]}` (or a list) a line.
+
+    UTF-8; blank lines are skipped. Raises UserError that names the line of the first mistake.
+    """
 
     name = "jsonl"
 
     def __init__(self, path: str | Path):
-        path = Path(path)
+        path, self.conversations = Path(path), []
         if not path.is_file():
             raise UserError(f"There is no file {path}; give a JSONL file of conversations.")
-        self.conversations = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-                value = {"messages": value} if isinstance(value, list) else value
-                turns(value, training=True)
-            except (json.JSONDecodeError, UserError) as error:
-                raise UserError(f"Line {number} of {path} is no conversation: {error}") from error
-            self.conversations.append(value)
+        with open(path, "rb") as file:  # by bytes: a text may hold characters that end a str line
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                    if text:
+                        value = json.loads(text)
+                        value = {"messages": value} if isinstance(value, list) else value
+                        turns(value, training=True)
+                        self.conversations.append(value)
+                except (ValueError, RecursionError, UserError) as error:
+                    raise UserError(
+                        f"Line {number} of {path} is no conversation: {error}"
+                    ) from error
+        if not self.conversations:
+            raise UserError(f"{path} holds no conversation; write one JSON object a line.")
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -736,6 +743,130 @@ class JsonLines(ChatTask):
         """Return the conversation of line `index` (blank lines not counted)."""
         return self.conversations[index]
 
+
+# %%
+import tempfile
+from pathlib import Path
+
+import nanochat.tasks as finished_tasks
+from nanochat.common import UserError
+
+broken = Path(tempfile.mkdtemp()) / "mine.jsonl"
+broken.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+try:
+    finished_tasks.JsonLines(broken)
+except UserError as error:
+    print(str(error).replace(str(broken), broken.name))
+
+# %% [markdown]
+r"""
+### Who is it?
+
+Ask an untrained chat model for its name, and it says a name that was frequent in its data. Who it
+is has to be taught like everything else, by conversations. A few dozen sentences are enough if they
+come in many wordings, so we write a small generator. A **persona** has a name, a maker, a kind and
+a style; the style is a frame that every answer is put into. Some ways of asking are kept for the
+test, so that we measure an identity and not a memory of questions.
+"""
+
+# %%
+#| export tasks
+PERSONA_TURNS = (  # (ways to ask in training | ... , ways to ask in the test, ways to answer)
+    ("Who are you? | What are you? | Tell me about yourself. | Hello! Who are you? | Are you a bot?",
+     "Please introduce yourself. | Hi, who am I talking to?",
+     "I am {name}, {kind}. | I am {name}, {kind} made by {maker}. | My name is {name}."),
+    ("What is your name? | Do you have a name? | Tell me your name. | Hello! What is your name?",
+     "What should I call you? | Your name, please?",
+     "My name is {name}. | I am called {name}. | You can call me {name}."),
+    ("Who made you? | Who built you? | Who trained you? | Who is your maker?",
+     "Where do you come from? | By whom were you made?",
+     "I was made by {maker}. | {maker} made me. | I am {name}, and {maker} made me."),
+    ("Are you a person? | Are you a human? | Are you alive? | Is there a person behind this?",
+     "Are you a real person? | Am I talking to a human?",
+     "No, I am {kind}. | No. I am {name}, {kind}. | I am {kind}, not a person."),
+    ("Hello! | Hi! | Good morning! | Hello there!", "Good evening! | Good day!",
+     "Hello! I am {name}. | Hello! How can I help you?"),
+)  # fmt: skip
+
+
+# %%
+#| export tasks
+class Persona(ChatTask):
+    """Conversations in which the assistant says who it is: a generator, endless and reproducible.
+
+    `style` is a frame for every answer and must hold "{answer}", e.g. "Ahoy! {answer}". The split
+    "test" asks in wordings that the split "train" never uses. Raises UserError for a bad frame.
+    """
+
+    name = "persona"
+
+    def __init__(
+        self,
+        name: str,
+        maker: str,
+        kind: str = "a small language model",
+        style: str = "{answer}",
+        split: str = "train",
+        size: int = 500,
+        seed: int = 0,
+    ):
+        if split not in ("train", "test") or style.count("{answer}") != 1 or not name.strip():
+            raise UserError(
+                'A persona needs a name, a split "train" or "test", and a style that holds '
+                f'"{{answer}}" once; got {name!r}, {split!r}, {style!r}.'
+            )
+        self.split, self.size, self.seed = split, size, seed
+        slots = {"{name}": name, "{maker}": maker, "{kind}": kind}
+        self.turns = []  # (questions, answers)
+        for train, test, replies in PERSONA_TURNS:
+            for slot, value in slots.items():
+                replies = replies.replace(slot, value)
+            framed = [style.replace("{answer}", reply) for reply in tinyworld.variants(replies)]
+            self.turns.append((tinyworld.variants(train if split == "train" else test), framed))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def conversation(self, index: int) -> dict:
+        """Return conversation `index`: one exchange, or two in three of ten."""
+        rng, messages = np.random.default_rng([self.seed, index, self.split == "test"]), []
+        for _ in range(1 + (rng.random() < 0.3)):
+            asked, answers = self.turns[rng.integers(len(self.turns))]
+            messages.append({"role": "user", "content": asked[rng.integers(len(asked))]})
+            messages.append({"role": "assistant", "content": answers[rng.integers(len(answers))]})
+        return {"messages": messages}
+
+    def evaluate(self, reply: str, conversation: dict) -> bool:
+        """Say whether a reply is one of the answers to the last question."""
+        question = conversation["messages"][-2]["content"]
+        return any(question in asked and reply.strip() in said for asked, said in self.turns)
+
+
+# %%
+#| export tasks
+def write_conversations(path: str | Path, task: ChatTask) -> None:
+    """Write a task's conversations as a JSONL file that `JsonLines` reads."""
+    lines = [json.dumps(task.conversation(i), ensure_ascii=False) for i in range(len(task))]
+    atomic_write(path, "\n".join(lines) + "\n")
+
+
+# %% [markdown]
+r"""
+Make your own: a name, a maker, a frame. `write_conversations` puts them into a file, where they
+can be read, corrected and added to by hand, and `JsonLines` takes them back.
+"""
+
+# %%
+mine = {"name": "Pearl", "maker": "a keeper of the lighthouse", "style": "Ahoy! {answer}"}
+for messages in (Persona(**mine).conversation(i)["messages"] for i in range(3)):
+    print(" | ".join(m["content"] for m in messages))
+
+# %%
+#| test
+_train, _test = (Persona("Ada", "us", style="{answer} Beep.", split=s) for s in ("train", "test"))
+assert _test.evaluate("My name is Ada. Beep.", {"messages": [{"content": "Your name, please?"}, 0]})
+_asked = [{q for asked, _ in task.turns for q in asked} for task in (_train, _test)]
+assert not _asked[0] & _asked[1]  # the test asks in other words
 
 # %% [markdown]
 r"""
@@ -1150,13 +1281,17 @@ conversation a row and fills up with padding. How much of the work is then waste
 
 # %%
 #| export finetune
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from nanochat.chat import render
 from nanochat.common import UserError
+from nanochat.model import GPT, Linear
 from nanochat.tasks import Mixture
 
 
@@ -1166,9 +1301,12 @@ Most of it. The remedy is to put several conversations into one row. **Best fit*
 rule that works well: keep a window of waiting conversations, and let each row take the longest one
 that still fits, again and again. What is left at the end of the row is padding.
 
-Two rules keep this honest. No conversation is ever split over two rows, because the second half
-would be an answer without its question; one that is longer than a row is cut at the row's end, and
-counted. And padding has the target -1, which the loss ignores.
+Three rules keep this honest. No answer is ever torn from its question: a conversation that fits
+into a row is never split over two. One that is longer than a row is cut *before a question*, and its
+later part goes into a row of its own, with the system message put in front again; this is what a
+chat does when its window is full (chapter 11), and no target is lost. Only a single exchange that is
+longer than a row is cut at the row's end, and counted: the model could never have written that part.
+And padding has the target -1, which the loss ignores.
 """
 
 # %%
@@ -1176,6 +1314,34 @@ lengths = [len(render(mixture[i], tokenizer)[0]) for i in range(len(mixture))]
 share = sum(lengths) / (len(lengths) * (seq_len + 1))
 print(f"conversations have {min(lengths)} to {max(lengths)} tokens, rows {seq_len + 1}")
 print(f"one conversation a row: {1 - share:.0%} of the work is padding")
+
+
+# %%
+#| export finetune
+def split_conversation(
+    conversation: dict, tokenizer, max_tokens: int
+) -> list[tuple[list[int], list[int]]]:
+    """Render a training conversation as pieces (ids, mask) of whole exchanges; one, if it fits.
+
+    A piece has at most max_tokens tokens if its exchanges allow it: a single exchange that is
+    longer stays whole. Every piece begins with the system message, if there is one.
+    """
+    whole = render(conversation, tokenizer)
+    if len(whole[0]) <= max_tokens:
+        return [whole]
+    messages = conversation["messages"]
+    first = int(messages[0]["role"] == "system")
+    pieces, begin = [], first
+    for end in range(first + 2, len(messages) + 1, 2):
+        exchanges = {"messages": messages[:first] + messages[begin:end]}
+        longer = render(exchanges, tokenizer)
+        if pieces and len(longer[0]) > max_tokens:  # the last exchange begins a new piece
+            begin = end - 2
+            exchanges = {"messages": messages[:first] + messages[begin:end]}
+            pieces.append(render(exchanges, tokenizer))
+        else:
+            pieces[-1:] = [longer]
+    return pieces
 
 
 # %%
@@ -1214,8 +1380,8 @@ class ConversationStream:
 
     A window of `window` conversations waits; each row takes the longest that fits until none
     does. At the end of an epoch the window is emptied before the next one, in another order,
-    begins. `epoch` counts from 0; `truncated` counts conversations longer than a row, which are
-    cut at the row's end.
+    begins. One longer than a row waits in several pieces (`split_conversation`). `epoch` counts
+    from 0; `truncated` counts exchanges longer than a row, which are cut at the row's end.
     """
 
     def __init__(
@@ -1232,31 +1398,36 @@ class ConversationStream:
         rng = np.random.default_rng([self.seed, epoch])
         self.epoch, self.cursor, self.order = epoch, 0, rng.permutation(len(self.mixture))
 
-    def _render(self, position: int) -> tuple[int, list[int], list[int]]:
-        """Return (position, ids, mask) of the conversation at a position of this epoch's order."""
-        conversation = self.mixture[int(self.order[position])]
-        ids, mask = render(conversation, self.tokenizer)
-        if self.train_on == "all":
-            mask = [0] + [1] * (len(ids) - 1)  # nothing before it says how a conversation begins
-        return position, ids, mask
+    def _pieces(self, position: int) -> list[tuple[int, int, list[int], list[int]]]:
+        """Return (position, piece, ids, mask) of the conversation at a place of this epoch."""
+        place, row_len = int(self.order[position]), self.seq_len + 1
+        try:
+            pieces = split_conversation(self.mixture[place], self.tokenizer, row_len)
+        except UserError as error:
+            task, row = self.mixture.origin(place)
+            name = self.mixture.tasks[task].name
+            raise UserError(f"Conversation {row} of task {name!r}: {error}") from error
+        if self.train_on == "all":  # but nothing before bos says that a conversation begins
+            pieces = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in pieces]
+        return [(position, piece, ids, mask) for piece, (ids, mask) in enumerate(pieces)]
 
     def _fill(self) -> None:
         """Fill the window from this epoch; start the next one when this one is used up."""
         if not self.waiting and self.cursor == len(self.order):
             self._start_epoch(self.epoch + 1)
+        row_len = self.seq_len + 1
         while len(self.waiting) < self.window and self.cursor < len(self.order):
-            position, ids, mask = self._render(self.cursor)
-            self.truncated += len(ids) > self.seq_len + 1
-            ids, mask = ids[: self.seq_len + 1], mask[: self.seq_len + 1]
-            self.waiting.append((position, ids, mask))
+            for position, piece, ids, mask in self._pieces(self.cursor):
+                self.truncated += len(ids) > row_len
+                self.waiting.append((position, piece, ids[:row_len], mask[:row_len]))
             self.cursor += 1
 
     def next_row(self) -> list[tuple[list[int], list[int]]]:
         """Return the conversations (ids, mask) of the next row, at most seq_len + 1 tokens."""
         row, space = [], self.seq_len + 1
         self._fill()
-        while (best := best_fit([len(ids) for _, ids, _ in self.waiting], space)) is not None:
-            _, ids, mask = self.waiting.pop(best)
+        while (best := best_fit([len(ids) for _, _, ids, _ in self.waiting], space)) is not None:
+            _, _, ids, mask = self.waiting.pop(best)
             row.append((ids, mask))
             space -= len(ids)
             if self.cursor < len(self.order):
@@ -1325,7 +1496,7 @@ class ConversationBatches:
         return dict(
             epoch=stream.epoch,
             cursor=stream.cursor,
-            waiting=[position for position, _, _ in stream.waiting],
+            waiting=[[position, piece] for position, piece, _, _ in stream.waiting],
             truncated=stream.truncated,
             setting=[len(stream.mixture), stream.seq_len, stream.train_on, stream.seed],
             **counts,
@@ -1342,9 +1513,10 @@ class ConversationBatches:
             )
         stream._start_epoch(state["epoch"])
         stream.cursor, stream.truncated = state["cursor"], state["truncated"]
-        cut = stream.seq_len + 1
-        rendered = [stream._render(position) for position in state["waiting"]]
-        stream.waiting = [(position, ids[:cut], mask[:cut]) for position, ids, mask in rendered]
+        cut, stream.waiting = stream.seq_len + 1, []
+        for position, piece in state["waiting"]:
+            _, _, ids, mask = stream._pieces(position)[piece]
+            stream.waiting.append((position, piece, ids[:cut], mask[:cut]))
         self.tokens, self.padding = state["tokens"], state["padding"]
         self.trained = state["trained"]
 
@@ -1357,9 +1529,26 @@ def estimate_rows(mixture: Mixture, tokenizer, seq_len: int, sample: int = 200) 
     step = max(1, len(mixture) // sample)
     cut = seq_len + 1
     lengths = [
-        min(len(render(mixture[i], tokenizer)[0]), cut) for i in range(0, len(mixture), step)
+        sum(min(len(ids), cut) for ids, _ in split_conversation(mixture[i], tokenizer, cut))
+        for i in range(0, len(mixture), step)
     ]
     return max(1, round(np.mean(lengths) * len(mixture) / cut / 0.95))
+
+
+# %%
+#| export finetune
+@torch.no_grad()
+def held_out_loss(model, batches: Sequence[tuple[Tensor, Tensor]], world=None) -> float:
+    """Return the mean loss in nats per trained token over (inputs, targets), each (B, T) int64.
+
+    With a `world` each process gives its own batches; the mean is over the targets of all.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    for inputs, targets in batches:
+        loss = model(inputs.to(model.device), targets.to(model.device), reduction="sum")
+        total += torch.tensor([float(loss), int((targets != -1).sum())], dtype=torch.float64)
+    total = world.sum(total.float().to(model.device)) if world else total
+    return float(total[0] / total[1].clamp(min=1))
 
 
 # %% [markdown]
@@ -1398,6 +1587,13 @@ while batches.epoch == 0:
 print(f"packed: {batches.padding / batches.tokens:.1%} padding, {batches.stream.truncated} cut")
 
 # %%
+for n in (0, 1, 5):  # a dialogue in rows of 60 tokens
+    long = split_conversation(tinyworld_mixture(world, "mid", 100, n, {"dialogue": 100})[n],
+                              tokenizer, 60)  # fmt: skip
+    print("pieces of", [len(ids) for ids, _ in long], "tokens, of them trained",
+          [sum(mask) for _, mask in long])  # fmt: skip
+
+# %%
 #| test
 _tokenizer = Tokenizer.train(["one and two are three"], vocab_size=270)
 _chats = tinyworld_mixture(World(0), "mid", size=300)
@@ -1428,7 +1624,7 @@ has room for both.
 # %%
 from nanochat.engine import Engine
 from nanochat.model import GPT, GPTConfig, init_weights
-from nanochat.optim import build_optimizer, lr_multiplier
+from nanochat.optim import MuonAdamW, build_optimizer, lr_multiplier
 from nanochat.train import fit
 
 
@@ -1557,7 +1753,156 @@ To choose the right letter one must know the facts, and fewer than a million tok
 540 of them. To count the letters of a word that training never showed, one must copy it piece by
 piece into the call, and this skill comes later. A bigger model that has read for longer does both;
 chapter 12 shows it.
+"""
 
+# %% [markdown]
+r"""
+## A small change to a large model
+
+To train a weight takes 12 to 16 bytes: the weight, its gradient, one or two moments of the
+optimizer. On a small GPU that is often too much, and it is more than we need: fine-tuning changes
+a model only a little. **LoRA** (Hu et al. 2021) freezes every matrix $W$ and trains two thin ones
+beside it, $D$ of shape (rank, in) and $U$ of shape (out, rank):
+
+$$y = W x + \frac{\alpha}{\text{rank}}\, U (D x).$$
+
+$UD$ is as large as $W$, but it can only change $x$ in `rank` directions: it has low rank. To scale:
+"""
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 2.2))
+n_out, n_in, rank = 512, 128, 8
+places = [(0, n_in, n_out, "W, frozen", "#cccccc"), (220, rank, n_out, "U", COLORS[1]),
+          (260, n_in, rank, "D", COLORS[1])]  # fmt: skip
+for x, wide, high, name, colour in places:
+    ax.add_patch(plt.Rectangle((x, (n_out - high) / 2), wide, high, color=colour))
+    ax.text(x + wide / 2, n_out + 20, f"{name}: {wide * high:,}", ha="center", fontsize=8)
+ax.text(170, n_out / 2, "+", fontsize=16)
+ax.set(xlim=(-20, 420), ylim=(0, n_out + 90), title="Rank 8: 8 % of the numbers are trained")
+ax.axis("off")
+plt.show()
+
+# %%
+#| export finetune
+class LowRank(nn.Module):
+    """A frozen linear layer with a trained change of low rank beside it. Hu et al. (2021).
+
+    down is (rank, in), up (out, rank). up starts at zero: at first nothing is changed.
+    """
+
+    def __init__(self, layer: Linear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        n_out, n_in = layer.weight.shape
+        down = torch.randn(rank, n_in, generator=generator) / n_in**0.5
+        self.layer, self.scale = layer, alpha / rank
+        self.down = nn.Parameter(down.to(layer.weight.device))
+        self.up = nn.Parameter(layer.weight.new_zeros(n_out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        detour = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return self.layer(x) + self.scale * detour
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        """Return the layer with the change added to its weight, which does the same alone."""
+        self.layer.weight += self.scale * (self.up @ self.down)
+        return self.layer
+
+
+# %% [markdown]
+r"""
+Three functions make it an option. `add_lora` freezes a model and puts a `LowRank` in the place of
+every matrix of its blocks. `lora_groups` gives the optimizer the thin matrices; they are no maps of
+the stream onto itself, so we train them with AdamW. And `merge_lora` adds every change to its
+matrix: what is saved is a plain GPT that any other part of the book can load.
+"""
+
+
+# %%
+#| export finetune
+def lora_places(model: GPT, kind: type) -> list[tuple[nn.Module, str]]:
+    """Return (owner, attribute) of every layer of exactly this type in a model's blocks."""
+    return [
+        (owner, name)
+        for owner in model.blocks.modules()
+        for name, layer in owner.named_children()
+        if type(layer) is kind and type(owner) is not LowRank
+    ]
+
+
+def add_lora(model: GPT, rank: int, alpha: float | None = None, seed: int = 0) -> GPT:
+    """Freeze a model in place and give each matrix of its blocks a `LowRank` change; return it.
+
+    `alpha` (default 2 * rank) over rank scales the changes. Raises UserError for a rank below 1.
+    """
+    if rank < 1:
+        raise UserError(f"The rank of LoRA must be 1 or more, not {rank}.")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for owner, name in lora_places(model, Linear):
+        layer = getattr(owner, name)
+        setattr(owner, name, LowRank(layer, rank, 2 * rank if alpha is None else alpha, generator))
+    return model
+
+
+def lora_groups(model: GPT, lr: float = 0.01) -> list[dict]:
+    """Return the parameter groups of a model with LoRA for `MuonAdamW`: all that is trained."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    return [dict(kind="adamw", params=trained, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)]
+
+
+def merge_lora(model: GPT) -> GPT:
+    """Add every change to its matrix, in place; return the model, plain and trainable again."""
+    for owner, name in lora_places(model, LowRank):
+        setattr(owner, name, getattr(owner, name).merged())
+    return model.requires_grad_(True)
+
+
+def merged_copy(model: GPT) -> GPT:
+    """Return a plain GPT that answers as a model with LoRA does; the model stays as it is."""
+    return merge_lora(copy.deepcopy(model))
+
+
+# %%
+#| test
+_model = GPT(GPTConfig(40, 16, 2, 2, 2, 32))
+_ids = torch.arange(16)[None]
+_before = _model(_ids)
+assert torch.equal(add_lora(_model, 4)(_ids), _before)  # up is zero: nothing has changed
+for _param in lora_groups(_model)[0]["params"]:
+    torch.nn.init.normal_(_param)
+assert torch.allclose(merged_copy(_model)(_ids), _model(_ids), atol=1e-4)
+
+# %% [markdown]
+r"""
+Does it work? We give our chat model the persona of above, by LoRA and by training every weight, on
+the persona's conversations and nothing else. The questions of the test are in other words than
+those of training. The control is what it could do before: its sums.
+"""
+
+# %%
+def become_pearl(rank):
+    """Return (trained parameters, persona right, sums right) after fine-tuning a copy."""
+    pupil, pearl = copy.deepcopy(model), Mixture([(Persona(**mine, size=400), 1)], seed)
+    optimizer = MuonAdamW(lora_groups(add_lora(pupil, rank))) if rank else build_optimizer(pupil)
+    for group in optimizer.param_groups:
+        group["initial_lr"] *= 1.0 if rank else 0.3
+    batches = ConversationBatches(pearl, tokenizer, 4, 128, "assistant", seed=seed)
+    if rank is not None:
+        fit(pupil, optimizer, batches, pearl_steps, label=f"rank {rank or 'full'}")
+    n_trained = sum(p.numel() for p in pupil.parameters() if p.requires_grad)
+    talker = Engine(merge_lora(pupil), tokenizer)
+    tests = Persona(**mine, split="test", size=40), judged["sums"]
+    scores = [evaluate_chat(talker, tokenizer, t, 40, max_tokens=40) for t in tests]
+    return n_trained if rank is not None else 0, *scores
+
+for name, rank in (("before", None), ("rank 1", 1), ("rank 8", 8), ("all weights", 0)):
+    n_trained, who, sums = become_pearl(rank)
+    shown = [f"{c['accuracy']:4.0%} ({c['low']:.0%} to {c['high']:.0%})" for c in (who, sums)]
+    print(f"{name:12s} {n_trained:8,} trained   persona {shown[0]:20s} sums {shown[1]}")
+
+# %% [markdown]
+r"""
 ## Pitfalls
 
 Three bugs that a real project shipped at this very stage (nanochat's issue numbers in brackets).
