@@ -57,10 +57,10 @@ network, under 1.5 GB.
 profile = "quick"
 seed = 0
 vocab_size = 512
-seq_len = 256
+seq_len = 192
 depth, width = 2, 128
 batch_size = 8
-base_steps, mid_steps, sft_steps, pearl_steps = 60, 180, 60, 25
+base_steps, mid_steps, sft_steps, pearl_steps = 40, 190, 60, 20
 items_per_exam = 60
 
 # %%
@@ -772,7 +772,7 @@ test, so that we measure an identity and not a memory of questions.
 # %%
 #| export tasks
 PERSONA_TURNS = (  # (ways to ask in training | ... , ways to ask in the test, ways to answer)
-    ("Who are you? | What are you? | Tell me about yourself. | Hello! Who are you? | Are you a bot?",
+    ("Who are you? | What are you? | Tell me about yourself. | Hello! Who are you?",
      "Please introduce yourself. | Hi, who am I talking to?",
      "I am {name}, {kind}. | I am {name}, {kind} made by {maker}. | My name is {name}."),
     ("What is your name? | Do you have a name? | Tell me your name. | Hello! What is your name?",
@@ -1095,16 +1095,21 @@ SHARES = {  # percent of the conversations of a stage, by kind
 
 
 def tinyworld_mixture(
-    world: tinyworld.World, stage: str, size: int, seed: int = 0, shares: dict | None = None
+    world: tinyworld.World,
+    stage: str,
+    size: int,
+    seed: int = 0,
+    shares: dict | None = None,
+    offset: int = 0,
 ) -> Mixture:
     """Return the mixture of about `size` conversations that a stage ("mid" or "sft") trains on.
 
     `shares` ({kind: percent}) replaces those of `SHARES`. No conversation has the same number in
-    both stages.
+    both stages; `offset` moves all numbers, for conversations that no stage trains on.
     """
     if stage not in SHARES:
         raise UserError(f"No mixture for the stage {stage!r}; stages are {', '.join(SHARES)}.")
-    tasks, start = [], list(SHARES).index(stage) * 10_000_000
+    tasks, start = [], list(SHARES).index(stage) * 10_000_000 + offset
     for kind, share in (shares or SHARES[stage]).items():
         count = max(1, size * share // 100)
         tasks.append((TinyWorldTask(world, kind, size=count, start=start), 1))
@@ -1215,7 +1220,8 @@ def evaluate_chat(
 
     `limit` takes a random part of the task, the same for every model. Categorical tasks compare
     the logits of the letters, those of kind "likelihood" the choices as replies; generative ones
-    decode greedily up to `max_tokens` tokens. With `world` every process judges its share. `low`
+    decode greedily up to `max_tokens` tokens. A question that is longer than the context window
+    counts as wrong. With `world` every process judges its share. `low`
     and `high` are a 95 % interval of the accuracy, `centered` is its share of the way from
     chance to 1.
     """
@@ -1224,6 +1230,8 @@ def evaluate_chat(
     mine, correct = [int(row) for row in rows[rank::world_size]], 0
     for start in range(0, len(mine), batch_size):
         batch = [task.conversation(row) for row in mine[start : start + batch_size]]
+        n_asked, window = len(batch), engine.model.config.seq_len
+        batch = [item for item in batch if len(render_prompt(item, tokenizer)) < window]
         if task.kind == "categorical":
             chosen = letter_choices(engine.model, tokenizer, batch, batch_size)
             correct += sum(c["letters"][i] == c["answer"] for c, i in zip(batch, chosen))
@@ -1236,7 +1244,7 @@ def evaluate_chat(
             for item, reply in zip(batch, replies):
                 correct += task.evaluate(reply_text(parse(reply.ids, tokenizer)), item)
         if on_batch:
-            on_batch(len(batch))
+            on_batch(n_asked)
     if world:
         device = engine.model.device
         correct = int(world.sum(torch.tensor(float(correct), device=device)))
@@ -1302,11 +1310,11 @@ rule that works well: keep a window of waiting conversations, and let each row t
 that still fits, again and again. What is left at the end of the row is padding.
 
 Three rules keep this honest. No answer is ever torn from its question: a conversation that fits
-into a row is never split over two. One that is longer than a row is cut *before a question*, and its
-later part goes into a row of its own, with the system message put in front again; this is what a
-chat does when its window is full (chapter 11), and no target is lost. Only a single exchange that is
-longer than a row is cut at the row's end, and counted: the model could never have written that part.
-And padding has the target -1, which the loss ignores.
+into a row is never split over two. One that is longer is cut *before a question*, and its later
+part waits for another row, with the system message put in front again; this is what a chat does
+when its window is full (chapter 11), and no target is lost. Only a single exchange that is longer
+than a row is cut at the row's end, and counted: the model could never have written that part. And
+padding has the target -1, which the loss ignores.
 """
 
 # %%
@@ -1787,6 +1795,7 @@ ax.set(xlim=(-20, 420), ylim=(0, n_out + 90), title="Rank 8: 8 % of the numbers 
 ax.axis("off")
 plt.show()
 
+
 # %%
 #| export finetune
 class LowRank(nn.Module):
@@ -1853,7 +1862,9 @@ def add_lora(model: GPT, rank: int, alpha: float | None = None, seed: int = 0) -
 def lora_groups(model: GPT, lr: float = 0.01) -> list[dict]:
     """Return the parameter groups of a model with LoRA for `MuonAdamW`: all that is trained."""
     trained = [param for param in model.parameters() if param.requires_grad]
-    return [dict(kind="adamw", params=trained, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)]
+    return [
+        dict(kind="adamw", params=trained, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    ]
 
 
 def merge_lora(model: GPT) -> GPT:
@@ -1866,6 +1877,21 @@ def merge_lora(model: GPT) -> GPT:
 def merged_copy(model: GPT) -> GPT:
     """Return a plain GPT that answers as a model with LoRA does; the model stays as it is."""
     return merge_lora(copy.deepcopy(model))
+
+
+def lora_state(model: GPT) -> dict[str, Tensor]:
+    """Return the trained thin matrices of a model with LoRA as "adapter.<name>", for saving."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {f"adapter.{name}": value for name, value in trained.items()}
+
+
+@torch.no_grad()
+def load_lora_state(model: GPT, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put back what `lora_state` gave; return the tensors that are not the adapter's."""
+    params = dict(model.named_parameters())
+    for name in (name for name in tensors if name.startswith("adapter.")):
+        params[name.removeprefix("adapter.")].copy_(tensors[name])
+    return {k: v for k, v in tensors.items() if not k.startswith("adapter.")}
 
 
 # %%
@@ -1885,6 +1911,7 @@ the persona's conversations and nothing else. The questions of the test are in o
 those of training. The control is what it could do before: its sums.
 """
 
+
 # %%
 def become_pearl(rank):
     """Return (trained parameters, persona right, sums right) after fine-tuning a copy."""
@@ -1900,6 +1927,7 @@ def become_pearl(rank):
     tests = Persona(**mine, split="test", size=40), judged["sums"]
     scores = [evaluate_chat(talker, tokenizer, t, 40, max_tokens=40) for t in tests]
     return n_trained if rank is not None else 0, *scores
+
 
 for name, rank in (("before", None), ("rank 1", 1), ("rank 8", 8), ("all weights", 0)):
     n_trained, who, sums = become_pearl(rank)
@@ -1948,23 +1976,22 @@ exams rose from 0.315 to 0.355. A test that compares the masks of ten thousand c
 the rules takes seconds; ours are in `tests/test_chat.py` and, for everything between a conversation
 and a batch, `tests/test_masks.py`.
 
-**The rate that rose** [68]. In midtraining the warm-down was written with the wrong end up: the rate
-climbed to its maximum at the last step, where it should have been lowest. The loss still fell, only
-less. Nobody sees that in a loss curve; one line that prints the rate at both ends shows it.
+**The rate that rose** [68]. In midtraining the rate was ramped up where it should have been ramped
+down: highest at the last step, where it should be lowest. Nothing crashes, and a loss curve does
+not tell; one line that prints the rate at both ends does.
 """
 
 # %%
 upside_down = [round((step + 1) / n_steps, 2) for step in (0, 50, 99)]
 ours = [round(lr_multiplier(step, n_steps, warmdown=1.0), 2) for step in (0, 50, 99)]
-print("rate at steps 0, 50, 99: shipped", upside_down, "  ours", ours)
+print("rate at steps 0, 50, 99: upside down", upside_down, "  ours", ours)
 assert ours == sorted(ours, reverse=True)
 
 # %% [markdown]
 r"""
 **The test that was the training set** [December 2025]. Spelling items were drawn by a generator
 seeded with the item's number, and the test used the numbers below zero. Python's generator ignores
-the sign of its seed. For weeks, every test item had been trained on, and the score of 98 % meant
-nothing.
+the sign of its seed: the test items were items of the training set.
 """
 
 # %%

@@ -24,8 +24,10 @@ __all__ = [
     "best_fit",
     "estimate_rows",
     "held_out_loss",
+    "load_lora_state",
     "lora_groups",
     "lora_places",
+    "lora_state",
     "merge_lora",
     "merged_copy",
     "pack_row",
@@ -302,7 +304,9 @@ def add_lora(model: GPT, rank: int, alpha: float | None = None, seed: int = 0) -
 def lora_groups(model: GPT, lr: float = 0.01) -> list[dict]:
     """Return the parameter groups of a model with LoRA for `MuonAdamW`: all that is trained."""
     trained = [param for param in model.parameters() if param.requires_grad]
-    return [dict(kind="adamw", params=trained, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)]
+    return [
+        dict(kind="adamw", params=trained, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    ]
 
 
 def merge_lora(model: GPT) -> GPT:
@@ -315,3 +319,18 @@ def merge_lora(model: GPT) -> GPT:
 def merged_copy(model: GPT) -> GPT:
     """Return a plain GPT that answers as a model with LoRA does; the model stays as it is."""
     return merge_lora(copy.deepcopy(model))
+
+
+def lora_state(model: GPT) -> dict[str, Tensor]:
+    """Return the trained thin matrices of a model with LoRA as "adapter.<name>", for saving."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {f"adapter.{name}": value for name, value in trained.items()}
+
+
+@torch.no_grad()
+def load_lora_state(model: GPT, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put back what `lora_state` gave; return the tensors that are not the adapter's."""
+    params = dict(model.named_parameters())
+    for name in (name for name in tensors if name.startswith("adapter.")):
+        params[name.removeprefix("adapter.")].copy_(tensors[name])
+    return {k: v for k, v in tensors.items() if not k.startswith("adapter.")}

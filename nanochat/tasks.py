@@ -303,7 +303,7 @@ class JsonLines(ChatTask):
 
 
 PERSONA_TURNS = (  # (ways to ask in training | ... , ways to ask in the test, ways to answer)
-    ("Who are you? | What are you? | Tell me about yourself. | Hello! Who are you? | Are you a bot?",
+    ("Who are you? | What are you? | Tell me about yourself. | Hello! Who are you?",
      "Please introduce yourself. | Hi, who am I talking to?",
      "I am {name}, {kind}. | I am {name}, {kind} made by {maker}. | My name is {name}."),
     ("What is your name? | Do you have a name? | Tell me your name. | Hello! What is your name?",
@@ -562,16 +562,21 @@ SHARES = {  # percent of the conversations of a stage, by kind
 
 
 def tinyworld_mixture(
-    world: tinyworld.World, stage: str, size: int, seed: int = 0, shares: dict | None = None
+    world: tinyworld.World,
+    stage: str,
+    size: int,
+    seed: int = 0,
+    shares: dict | None = None,
+    offset: int = 0,
 ) -> Mixture:
     """Return the mixture of about `size` conversations that a stage ("mid" or "sft") trains on.
 
     `shares` ({kind: percent}) replaces those of `SHARES`. No conversation has the same number in
-    both stages.
+    both stages; `offset` moves all numbers, for conversations that no stage trains on.
     """
     if stage not in SHARES:
         raise UserError(f"No mixture for the stage {stage!r}; stages are {', '.join(SHARES)}.")
-    tasks, start = [], list(SHARES).index(stage) * 10_000_000
+    tasks, start = [], list(SHARES).index(stage) * 10_000_000 + offset
     for kind, share in (shares or SHARES[stage]).items():
         count = max(1, size * share // 100)
         tasks.append((TinyWorldTask(world, kind, size=count, start=start), 1))
@@ -655,7 +660,8 @@ def evaluate_chat(
 
     `limit` takes a random part of the task, the same for every model. Categorical tasks compare
     the logits of the letters, those of kind "likelihood" the choices as replies; generative ones
-    decode greedily up to `max_tokens` tokens. With `world` every process judges its share. `low`
+    decode greedily up to `max_tokens` tokens. A question that is longer than the context window
+    counts as wrong. With `world` every process judges its share. `low`
     and `high` are a 95 % interval of the accuracy, `centered` is its share of the way from
     chance to 1.
     """
@@ -664,6 +670,8 @@ def evaluate_chat(
     mine, correct = [int(row) for row in rows[rank::world_size]], 0
     for start in range(0, len(mine), batch_size):
         batch = [task.conversation(row) for row in mine[start : start + batch_size]]
+        n_asked, window = len(batch), engine.model.config.seq_len
+        batch = [item for item in batch if len(render_prompt(item, tokenizer)) < window]
         if task.kind == "categorical":
             chosen = letter_choices(engine.model, tokenizer, batch, batch_size)
             correct += sum(c["letters"][i] == c["answer"] for c, i in zip(batch, chosen))
@@ -676,7 +684,7 @@ def evaluate_chat(
             for item, reply in zip(batch, replies):
                 correct += task.evaluate(reply_text(parse(reply.ids, tokenizer)), item)
         if on_batch:
-            on_batch(len(batch))
+            on_batch(n_asked)
     if world:
         device = engine.model.device
         correct = int(world.sum(torch.tensor(float(correct), device=device)))

@@ -218,10 +218,14 @@ def test_real_tables(shared_data):
     assert not humaneval.evaluate(conversation["prompt"] + "    return None\n", conversation)
 
 
+class Window:
+    seq_len = 10_000
+
+
 class Oracle(torch.nn.Module):
     """A model that gives the letter of a hidden list the highest logit."""
 
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), Window
 
     def __init__(self, favourite):
         super().__init__()
@@ -240,7 +244,7 @@ class Oracle(torch.nn.Module):
 class Scripted:
     """An engine that answers each prompt with a given text."""
 
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), Window
 
     def __init__(self, answer, model=None):
         self.answer, self.model = answer, model or self
@@ -280,6 +284,11 @@ def test_generative_judging_is_greedy_batched_and_shared_among_processes():
     assert result["accuracy"] == 0.5 and engine.calls[0] == (8, 0.0)
     part = tasks.evaluate_chat(engine, TOKENIZER, Numbers(30), limit=10)
     assert part["n"] == 10
+    engine.config = type("Narrow", (), {"seq_len": 5})  # no question fits: nobody is asked
+    asked = len(engine.calls)
+    assert tasks.evaluate_chat(engine, TOKENIZER, Numbers(30))["accuracy"] == 0
+    assert sum(n for n, _ in engine.calls[asked:]) == 0
+    engine.config = Window
 
     class Half:
         world_size, collected = 2, []
