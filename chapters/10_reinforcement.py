@@ -61,9 +61,9 @@ network, under 1.5 GB.
 # %% tags=["parameters"]
 profile = "quick"
 seed = 0
-seq_len = 128
-depth, width = 2, 128
-sft_steps, rl_steps = 100, 36
+seq_len = 96
+depth, width = 2, 96
+sft_steps, rl_steps = 120, 24
 questions_per_step, samples = 16, 8
 n_test = 60
 
@@ -169,9 +169,19 @@ answer the same question several times. The mean reward of the group is the base
 $$L = -\frac{1}{N} \sum_i A_i \sum_{t \text{ sampled}} \log p(y_{i,t} \mid y_{i,<t}), \qquad
 A_i = r_i - \bar r_{\text{group}}.$$
 
-No critic, no second network. Dividing $A_i$ by the group's standard deviation as well gives the
-advantage of GRPO (Shao et al. 2024); hard questions then count as much as easy ones. Subtracting
-only the mean is what nanochat does, and our default.
+No critic, no second network. Methods of this family differ in little, and their names hide it:
+
+| name | baseline | advantage divided by | each counts alike |
+|---|---|---|---|
+| REINFORCE (1992) | none | - | token |
+| RLOO (2024) | mean of the *other* replies | - | token |
+| nanochat, Dr. GRPO (2025): our `"reinforce"` | mean of the group | - | token |
+| GRPO (2024): our `"grpo"` | mean of the group | deviation of the group | reply, `"sequences"` |
+
+RLOO's advantage is ours times $n/(n-1)$, the same push. Dividing by the deviation lets a question
+that is nearly always answered right, or wrong, count as much as one that is open. GRPO also has a
+clip and a KL penalty in the loss, for several updates on the same replies; with one update, as
+here, the clip never acts. We compare both variants below.
 
 ## Problems and rewards
 
@@ -737,7 +747,7 @@ sentences = [
     reply_text(m["content"]) for i in range(2000) for m in worked.conversation(i)["messages"]
 ]
 tokenizer = Tokenizer.train(sentences, vocab_size=512)
-model = GPT(GPTConfig(tokenizer.vocab_size, seq_len, depth, n_head=4, n_kv_head=4, n_embd=width))
+model = GPT(GPTConfig(tokenizer.vocab_size, seq_len, depth, n_head=3, n_kv_head=3, n_embd=width))
 init_weights(model, seed=seed)
 batches = ConversationBatches(Mixture([(worked, 1)], seed), tokenizer, 16, seq_len, "assistant")
 fit(model, build_optimizer(model), batches, sft_steps, label="sft")
@@ -760,13 +770,13 @@ r"""
 ## The signature result
 
 We train on sums that are not in the test, and measure pass@1 and pass@8 on held-out sums as we go.
-The control is a short run with a **coin toss** for a reward: the same model and the same rates, but
-nothing to learn from it.
+A second run differs only in its advantages: those of GRPO. The control is a short run with a **coin
+toss** for a reward: the same model and the same rates, but nothing to learn from it.
 """
 
 
 # %%
-def run_rl(reward, n_steps=rl_steps, evaluations=4):
+def run_rl(reward, n_steps=rl_steps, evaluations=0, variant="reinforce"):
     """Train a copy of the SFT model with a reward; return (model, history, [(step, pass)])."""
     policy = copy.deepcopy(start)
     engine, curve = Engine(policy, tokenizer), []
@@ -777,16 +787,17 @@ def run_rl(reward, n_steps=rl_steps, evaluations=4):
 
     history = train_rl(
         policy, build_optimizer(policy), engine, train_problems, n_steps=n_steps,
-        questions_per_step=questions_per_step, samples=samples, max_tokens=40, lr=0.2,
-        reward=reward, reference=start, seed=seed,
+        questions_per_step=questions_per_step, samples=samples, max_tokens=40, lr=0.3,
+        reward=reward, variant=variant, reference=start, seed=seed,
         evaluate=evaluate, eval_every=n_steps // evaluations if evaluations else 0,
     )  # fmt: skip
     return policy, history, curve
 
 
 coin = np.random.default_rng(seed)
-solver, history, curve = run_rl(answer_reward)
-_, _, control = run_rl(lambda parts, problem: float(coin.random() < 0.4), rl_steps // 4, 0)
+solver, history, curve = run_rl(answer_reward, evaluations=3)
+_, _, grpo = run_rl(answer_reward, variant="grpo")
+_, _, control = run_rl(lambda parts, problem: float(coin.random() < 0.4), rl_steps // 3)
 
 # %%
 fig, ax = figure(
@@ -806,21 +817,24 @@ for number, (name, low, high) in enumerate(
 both = curve[:1] + control
 ax.plot([s for s, _ in both], [r["pass_at_1"] for _, r in both], "--", color="grey",
         label="pass@1, coin toss")  # fmt: skip
+ax.plot(rl_steps, grpo[-1][1]["pass_at_1"], "s", color=COLORS[2], label="pass@1, GRPO")
 ax.set_ylim(0, 1)
 ax.legend()
 plt.show()
 
 # %%
 before_rl, after_rl, random_rl = curve[0][1], curve[-1][1], control[-1][1]
-for name, result in [("SFT", before_rl), ("RL", after_rl), ("coin toss", random_rl)]:
+rows = {"SFT": before_rl, "RL": after_rl, "RL, GRPO": grpo[-1][1], "coin toss": random_rl}
+for name, result in rows.items():
     print(
         f"{name:14s} pass@1 {result['pass_at_1']:.0%} ({result['low']:.0%} to {result['high']:.0%})"
-        f"   pass@8 {result['pass_at_k']:.0%}"
+        f"   pass@8 {result['pass_at_k']:.0%} ({result['low_k']:.0%} to {result['high_k']:.0%})"
     )
 
 # %% [markdown]
 r"""
-pass@1 rises a lot, pass@8 much less. RL has not taught the model sums that it could never do; it
+pass@1 rises a lot, pass@8 much less, and the two variants end within each other's intervals: which
+of them is better cannot be told from one run on 60 questions. RL has not taught the model sums that it could never do; it
 has made it do *reliably* what it could do *sometimes*. This is what to expect of RL with a
 verifiable reward, and the reason why pass@k before training is a good forecast of what RL can give.
 
@@ -848,7 +862,7 @@ shorter it is.
 
 # %%
 cheap = combine_rewards((format_reward, 1.0), (length_reward, 1.0))
-hacker, hacked, hacker_curve = run_rl(cheap, n_steps=rl_steps // 2, evaluations=0)
+hacker, hacked, hacker_curve = run_rl(cheap, n_steps=rl_steps // 2)
 for name in ("reward", "correct", "length"):
     first, last = ([h[name] for h in part] for part in (hacked[:4], hacked[-4:]))
     print(f"{name:8s} {np.mean(first):6.2f} -> {np.mean(last):6.2f}")
