@@ -63,7 +63,7 @@ profile = "quick"
 seed = 0
 seq_len = 96
 depth, width = 2, 96
-sft_steps, rl_steps = 120, 24
+sft_steps, rl_steps = 90, 28
 questions_per_step, samples = 16, 8
 n_test = 60
 
@@ -834,9 +834,10 @@ for name, result in rows.items():
 # %% [markdown]
 r"""
 pass@1 rises a lot, pass@8 much less, and the two variants end within each other's intervals: which
-of them is better cannot be told from one run on 60 questions. RL has not taught the model sums that it could never do; it
-has made it do *reliably* what it could do *sometimes*. This is what to expect of RL with a
-verifiable reward, and the reason why pass@k before training is a good forecast of what RL can give.
+of them is better cannot be told from one run on 60 questions. RL has not taught the model sums that
+it could never do; it has made it do *reliably* what it could do *sometimes*. This is what to expect
+of RL with a verifiable reward, and the reason why pass@k before training is a good forecast of what
+RL can give.
 
 The gauges: the reward rises, the entropy falls, and the KL from the start stays small.
 """

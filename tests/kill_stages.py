@@ -21,7 +21,7 @@ from nanochat import recipe as recipes
 from nanochat.checkpoint import load_checkpoint, saved_steps
 from nanochat.recipe import STAGES, Recipe, Run, run_stage, run_stage_here
 
-LONGER = dict(mid_steps=40, sft_steps=40, rl_steps=16, saves=12, evals=2, exam_items=8)
+LONGER = dict(mid_steps=30, sft_steps=30, rl_steps=12, saves=12, evals=1, exam_items=4)
 
 
 def forked(work):
