@@ -1827,8 +1827,8 @@ class LowRank(nn.Module):
 r"""
 Three functions make it an option. `add_lora` freezes a model and puts a `LowRank` in the place of
 every matrix of its blocks. `lora_groups` gives the thin matrices to AdamW, as in the paper. And
-`merge_lora` adds every change to its matrix: what is saved is a plain GPT that any other part of the
-book can load. Embedding and head stay frozen. So LoRA is for a model that knows the chat tokens
+`merge_lora` adds every change to its matrix: what is saved is a plain GPT that any other part of
+the book can load. Embedding and head stay frozen. So LoRA is for a model that knows the chat tokens
 already: after midtraining, not before.
 """
 
