@@ -905,8 +905,12 @@ sample (`sample_rollouts`, `set_advantages`), learn (`train_rl`, `policy_loss`, 
   training set. Our splits go by the hash of the sum.
 * **A rate below zero.** A schedule that counts past its end turns descent into ascent (chapter 9).
   Ours is clamped.
-* **One seed, one number.** With 60 questions the interval of pass@1 is about 20 points wide. A gain
+* **One seed, one number.** With 60 questions the interval of pass@1 is 10 to 20 points wide. A gain
   of five points on such a test is a rumour.
+* **Numbers that change with the machine.** Each reply draws from a generator of its own, made of
+  the seed, the step and the question's place. So two processes sample what one samples, and a run
+  that was killed goes on with the replies that it would have had (`tests/test_chat_workers.py`,
+  `tests/kill_stages.py`).
 * **No signal.** Groups that are all right or all wrong have no gradient. Log the share of useful
   rollouts (`useful`).
 
