@@ -1783,15 +1783,19 @@ $UD$ is as large as $W$, but it can only change $x$ in `rank` directions: it has
 """
 
 # %%
-fig, ax = plt.subplots(figsize=(7, 2.2))
+fig, ax = plt.subplots(figsize=(5, 3.4))
 n_out, n_in, rank = 512, 128, 8
-places = [(0, n_in, n_out, "W, frozen", "#cccccc"), (220, rank, n_out, "U", COLORS[1]),
-          (260, n_in, rank, "D", COLORS[1])]  # fmt: skip
-for x, wide, high, name, colour in places:
-    ax.add_patch(plt.Rectangle((x, (n_out - high) / 2), wide, high, color=colour))
-    ax.text(x + wide / 2, n_out + 20, f"{name}: {wide * high:,}", ha="center", fontsize=8)
+shapes = {  # left edge, width, height, colour
+    f"W, frozen: {n_out * n_in:,}": (0, n_in, n_out, "#cccccc"),
+    f"U: {n_out * rank:,}": (230, rank, n_out, COLORS[1]),
+    f"D: {rank * n_in:,}": (310, n_in, rank, COLORS[1]),
+}
+for label, (left, wide, high, colour) in shapes.items():
+    ax.add_patch(plt.Rectangle((left, (n_out - high) / 2), wide, high, color=colour))
+    ax.text(left + wide / 2, (n_out + high) / 2 + 15, label, ha="center", fontsize=8)
 ax.text(170, n_out / 2, "+", fontsize=16)
-ax.set(xlim=(-20, 420), ylim=(0, n_out + 90), title="Rank 8: 8 % of the numbers are trained")
+ax.set(xlim=(-60, 500), ylim=(-10, n_out + 60), aspect="equal")
+ax.set_title("Rank 8: 8 % of the numbers are trained", loc="left", fontsize=10)
 ax.axis("off")
 plt.show()
 
