@@ -57,10 +57,10 @@ network, under 1.5 GB.
 profile = "quick"
 seed = 0
 vocab_size = 512
-seq_len = 256
+seq_len = 192
 depth, width = 2, 128
 batch_size = 8
-base_steps, mid_steps, sft_steps = 60, 180, 60
+base_steps, mid_steps, sft_steps, pearl_steps = 40, 190, 60, 50
 items_per_exam = 60
 
 # %%
@@ -442,7 +442,7 @@ import torch
 
 from nanochat import tinyworld
 from nanochat.chat import parse, render_prompt, reply_text, turns
-from nanochat.common import UserError
+from nanochat.common import UserError, atomic_write
 from nanochat.sandbox import run_python
 
 LETTERS = tuple("ABCDEFGHIJ")
@@ -679,7 +679,7 @@ class GSM8K(TableTask):
 r"""
 HumanEval asks for a Python function and runs its tests; we leave that to the sandbox of chapter 8.
 And `JsonLines` is the task that matters most to you: your own conversations, one JSON object a
-line.
+line. Files that people write have mistakes, so the error names the line.
 """
 
 
@@ -709,25 +709,32 @@ class HumanEval(TableTask):
 
 
 class JsonLines(ChatTask):
-    """Your own conversations: one JSON object `{"messages": [...]}` (or a list) a line."""
+    """Your own conversations: one JSON object `{"messages": [...]}` (or a list) a line.
+
+    UTF-8; blank lines are skipped. Raises UserError that names the line of the first mistake.
+    """
 
     name = "jsonl"
 
     def __init__(self, path: str | Path):
-        path = Path(path)
+        path, self.conversations = Path(path), []
         if not path.is_file():
             raise UserError(f"There is no file {path}; give a JSONL file of conversations.")
-        self.conversations = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-                value = {"messages": value} if isinstance(value, list) else value
-                turns(value, training=True)
-            except (json.JSONDecodeError, UserError) as error:
-                raise UserError(f"Line {number} of {path} is no conversation: {error}") from error
-            self.conversations.append(value)
+        with open(path, "rb") as file:  # by bytes: a text may hold characters that end a str line
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                    if text:
+                        value = json.loads(text)
+                        value = {"messages": value} if isinstance(value, list) else value
+                        turns(value, training=True)
+                        self.conversations.append(value)
+                except (ValueError, RecursionError, UserError) as error:
+                    raise UserError(
+                        f"Line {number} of {path} is no conversation: {error}"
+                    ) from error
+        if not self.conversations:
+            raise UserError(f"{path} holds no conversation; write one JSON object a line.")
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -736,6 +743,130 @@ class JsonLines(ChatTask):
         """Return the conversation of line `index` (blank lines not counted)."""
         return self.conversations[index]
 
+
+# %%
+import tempfile
+from pathlib import Path
+
+import nanochat.tasks as finished_tasks
+from nanochat.common import UserError
+
+broken = Path(tempfile.mkdtemp()) / "mine.jsonl"
+broken.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+try:
+    finished_tasks.JsonLines(broken)
+except UserError as error:
+    print(str(error).replace(str(broken), broken.name))
+
+# %% [markdown]
+r"""
+### Who is it?
+
+Ask an untrained chat model for its name, and it says a name that was frequent in its data. Who it
+is has to be taught like everything else, by conversations. A few dozen sentences are enough if they
+come in many wordings, so we write a small generator. A **persona** has a name, a maker, a kind and
+a style; the style is a frame that every answer is put into. Some ways of asking are kept for the
+test, so that we measure an identity and not a memory of questions.
+"""
+
+# %%
+#| export tasks
+PERSONA_TURNS = (  # (ways to ask in training | ... , ways to ask in the test, ways to answer)
+    ("Who are you? | What are you? | Tell me about yourself. | Hello! Who are you?",
+     "Please introduce yourself. | Hi, who am I talking to?",
+     "I am {name}, {kind}. | I am {name}, {kind} made by {maker}. | My name is {name}."),
+    ("What is your name? | Do you have a name? | Tell me your name. | Hello! What is your name?",
+     "What should I call you? | Your name, please?",
+     "My name is {name}. | I am called {name}. | You can call me {name}."),
+    ("Who made you? | Who built you? | Who trained you? | Who is your maker?",
+     "Where do you come from? | By whom were you made?",
+     "I was made by {maker}. | {maker} made me. | I am {name}, and {maker} made me."),
+    ("Are you a person? | Are you a human? | Are you alive? | Is there a person behind this?",
+     "Are you a real person? | Am I talking to a human?",
+     "No, I am {kind}. | No. I am {name}, {kind}. | I am {kind}, not a person."),
+    ("Hello! | Hi! | Good morning! | Hello there!", "Good evening! | Good day!",
+     "Hello! I am {name}. | Hello! How can I help you?"),
+)  # fmt: skip
+
+
+# %%
+#| export tasks
+class Persona(ChatTask):
+    """Conversations in which the assistant says who it is: a generator, endless and reproducible.
+
+    `style` is a frame for every answer and must hold "{answer}", e.g. "Ahoy! {answer}". The split
+    "test" asks in wordings that the split "train" never uses. Raises UserError for a bad frame.
+    """
+
+    name = "persona"
+
+    def __init__(
+        self,
+        name: str,
+        maker: str,
+        kind: str = "a small language model",
+        style: str = "{answer}",
+        split: str = "train",
+        size: int = 500,
+        seed: int = 0,
+    ):
+        if split not in ("train", "test") or style.count("{answer}") != 1 or not name.strip():
+            raise UserError(
+                'A persona needs a name, a split "train" or "test", and a style that holds '
+                f'"{{answer}}" once; got {name!r}, {split!r}, {style!r}.'
+            )
+        self.split, self.size, self.seed = split, size, seed
+        slots = {"{name}": name, "{maker}": maker, "{kind}": kind}
+        self.turns = []  # (questions, answers)
+        for train, test, replies in PERSONA_TURNS:
+            for slot, value in slots.items():
+                replies = replies.replace(slot, value)
+            framed = [style.replace("{answer}", reply) for reply in tinyworld.variants(replies)]
+            self.turns.append((tinyworld.variants(train if split == "train" else test), framed))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def conversation(self, index: int) -> dict:
+        """Return conversation `index`: one exchange, or two in three of ten."""
+        rng, messages = np.random.default_rng([self.seed, index, self.split == "test"]), []
+        for _ in range(1 + (rng.random() < 0.3)):
+            asked, answers = self.turns[rng.integers(len(self.turns))]
+            messages.append({"role": "user", "content": asked[rng.integers(len(asked))]})
+            messages.append({"role": "assistant", "content": answers[rng.integers(len(answers))]})
+        return {"messages": messages}
+
+    def evaluate(self, reply: str, conversation: dict) -> bool:
+        """Say whether a reply is one of the answers to the last question."""
+        question = conversation["messages"][-2]["content"]
+        return any(question in asked and reply.strip() in said for asked, said in self.turns)
+
+
+# %%
+#| export tasks
+def write_conversations(path: str | Path, task: ChatTask) -> None:
+    """Write a task's conversations as a JSONL file that `JsonLines` reads."""
+    lines = [json.dumps(task.conversation(i), ensure_ascii=False) for i in range(len(task))]
+    atomic_write(path, "\n".join(lines) + "\n")
+
+
+# %% [markdown]
+r"""
+Make your own: a name, a maker, a frame. `write_conversations` puts them into a file, where they
+can be read, corrected and added to by hand, and `JsonLines` takes them back.
+"""
+
+# %%
+mine = {"name": "Pearl", "maker": "a keeper of the lighthouse", "style": "Ahoy! {answer}"}
+for messages in (Persona(**mine).conversation(i)["messages"] for i in range(3)):
+    print(" | ".join(m["content"] for m in messages))
+
+# %%
+#| test
+_train, _test = (Persona("Ada", "us", style="{answer} Beep.", split=s) for s in ("train", "test"))
+assert _test.evaluate("My name is Ada. Beep.", {"messages": [{"content": "Your name, please?"}, 0]})
+_asked = [{q for asked, _ in task.turns for q in asked} for task in (_train, _test)]
+assert not _asked[0] & _asked[1]  # the test asks in other words
 
 # %% [markdown]
 r"""
@@ -964,16 +1095,21 @@ SHARES = {  # percent of the conversations of a stage, by kind
 
 
 def tinyworld_mixture(
-    world: tinyworld.World, stage: str, size: int, seed: int = 0, shares: dict | None = None
+    world: tinyworld.World,
+    stage: str,
+    size: int,
+    seed: int = 0,
+    shares: dict | None = None,
+    offset: int = 0,
 ) -> Mixture:
     """Return the mixture of about `size` conversations that a stage ("mid" or "sft") trains on.
 
     `shares` ({kind: percent}) replaces those of `SHARES`. No conversation has the same number in
-    both stages.
+    both stages; `offset` moves all numbers, for conversations that no stage trains on.
     """
     if stage not in SHARES:
         raise UserError(f"No mixture for the stage {stage!r}; stages are {', '.join(SHARES)}.")
-    tasks, start = [], list(SHARES).index(stage) * 10_000_000
+    tasks, start = [], list(SHARES).index(stage) * 10_000_000 + offset
     for kind, share in (shares or SHARES[stage]).items():
         count = max(1, size * share // 100)
         tasks.append((TinyWorldTask(world, kind, size=count, start=start), 1))
@@ -1084,7 +1220,8 @@ def evaluate_chat(
 
     `limit` takes a random part of the task, the same for every model. Categorical tasks compare
     the logits of the letters, those of kind "likelihood" the choices as replies; generative ones
-    decode greedily up to `max_tokens` tokens. With `world` every process judges its share. `low`
+    decode greedily up to `max_tokens` tokens. A question that is longer than the context window
+    counts as wrong. With `world` every process judges its share. `low`
     and `high` are a 95 % interval of the accuracy, `centered` is its share of the way from
     chance to 1.
     """
@@ -1093,6 +1230,8 @@ def evaluate_chat(
     mine, correct = [int(row) for row in rows[rank::world_size]], 0
     for start in range(0, len(mine), batch_size):
         batch = [task.conversation(row) for row in mine[start : start + batch_size]]
+        n_asked, window = len(batch), engine.model.config.seq_len
+        batch = [item for item in batch if len(render_prompt(item, tokenizer)) < window]
         if task.kind == "categorical":
             chosen = letter_choices(engine.model, tokenizer, batch, batch_size)
             correct += sum(c["letters"][i] == c["answer"] for c, i in zip(batch, chosen))
@@ -1105,7 +1244,7 @@ def evaluate_chat(
             for item, reply in zip(batch, replies):
                 correct += task.evaluate(reply_text(parse(reply.ids, tokenizer)), item)
         if on_batch:
-            on_batch(len(batch))
+            on_batch(n_asked)
     if world:
         device = engine.model.device
         correct = int(world.sum(torch.tensor(float(correct), device=device)))
@@ -1150,13 +1289,17 @@ conversation a row and fills up with padding. How much of the work is then waste
 
 # %%
 #| export finetune
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from nanochat.chat import render
 from nanochat.common import UserError
+from nanochat.model import GPT, Linear
 from nanochat.tasks import Mixture
 
 
@@ -1166,9 +1309,12 @@ Most of it. The remedy is to put several conversations into one row. **Best fit*
 rule that works well: keep a window of waiting conversations, and let each row take the longest one
 that still fits, again and again. What is left at the end of the row is padding.
 
-Two rules keep this honest. No conversation is ever split over two rows, because the second half
-would be an answer without its question; one that is longer than a row is cut at the row's end, and
-counted. And padding has the target -1, which the loss ignores.
+Three rules keep this honest. No answer is ever torn from its question: a conversation that fits
+into a row is never split over two. One that is longer is cut *before a question*, and its later
+part waits for another row, with the system message put in front again; this is what a chat does
+when its window is full (chapter 11), and no target is lost. Only a single exchange that is longer
+than a row is cut at the row's end, and counted: the model could never have written that part. And
+padding has the target -1, which the loss ignores.
 """
 
 # %%
@@ -1176,6 +1322,34 @@ lengths = [len(render(mixture[i], tokenizer)[0]) for i in range(len(mixture))]
 share = sum(lengths) / (len(lengths) * (seq_len + 1))
 print(f"conversations have {min(lengths)} to {max(lengths)} tokens, rows {seq_len + 1}")
 print(f"one conversation a row: {1 - share:.0%} of the work is padding")
+
+
+# %%
+#| export finetune
+def split_conversation(
+    conversation: dict, tokenizer, max_tokens: int
+) -> list[tuple[list[int], list[int]]]:
+    """Render a training conversation as pieces (ids, mask) of whole exchanges; one, if it fits.
+
+    A piece has at most max_tokens tokens if its exchanges allow it: a single exchange that is
+    longer stays whole. Every piece begins with the system message, if there is one.
+    """
+    whole = render(conversation, tokenizer)
+    if len(whole[0]) <= max_tokens:
+        return [whole]
+    messages = conversation["messages"]
+    first = int(messages[0]["role"] == "system")
+    pieces, begin = [], first
+    for end in range(first + 2, len(messages) + 1, 2):
+        exchanges = {"messages": messages[:first] + messages[begin:end]}
+        longer = render(exchanges, tokenizer)
+        if pieces and len(longer[0]) > max_tokens:  # the last exchange begins a new piece
+            begin = end - 2
+            exchanges = {"messages": messages[:first] + messages[begin:end]}
+            pieces.append(render(exchanges, tokenizer))
+        else:
+            pieces[-1:] = [longer]
+    return pieces
 
 
 # %%
@@ -1214,8 +1388,8 @@ class ConversationStream:
 
     A window of `window` conversations waits; each row takes the longest that fits until none
     does. At the end of an epoch the window is emptied before the next one, in another order,
-    begins. `epoch` counts from 0; `truncated` counts conversations longer than a row, which are
-    cut at the row's end.
+    begins. One longer than a row waits in several pieces (`split_conversation`). `epoch` counts
+    from 0; `truncated` counts exchanges longer than a row, which are cut at the row's end.
     """
 
     def __init__(
@@ -1232,31 +1406,36 @@ class ConversationStream:
         rng = np.random.default_rng([self.seed, epoch])
         self.epoch, self.cursor, self.order = epoch, 0, rng.permutation(len(self.mixture))
 
-    def _render(self, position: int) -> tuple[int, list[int], list[int]]:
-        """Return (position, ids, mask) of the conversation at a position of this epoch's order."""
-        conversation = self.mixture[int(self.order[position])]
-        ids, mask = render(conversation, self.tokenizer)
-        if self.train_on == "all":
-            mask = [0] + [1] * (len(ids) - 1)  # nothing before it says how a conversation begins
-        return position, ids, mask
+    def _pieces(self, position: int) -> list[tuple[int, int, list[int], list[int]]]:
+        """Return (position, piece, ids, mask) of the conversation at a place of this epoch."""
+        place, row_len = int(self.order[position]), self.seq_len + 1
+        try:
+            pieces = split_conversation(self.mixture[place], self.tokenizer, row_len)
+        except UserError as error:
+            task, row = self.mixture.origin(place)
+            name = self.mixture.tasks[task].name
+            raise UserError(f"Conversation {row} of task {name!r}: {error}") from error
+        if self.train_on == "all":  # but nothing before bos says that a conversation begins
+            pieces = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in pieces]
+        return [(position, piece, ids, mask) for piece, (ids, mask) in enumerate(pieces)]
 
     def _fill(self) -> None:
         """Fill the window from this epoch; start the next one when this one is used up."""
         if not self.waiting and self.cursor == len(self.order):
             self._start_epoch(self.epoch + 1)
+        row_len = self.seq_len + 1
         while len(self.waiting) < self.window and self.cursor < len(self.order):
-            position, ids, mask = self._render(self.cursor)
-            self.truncated += len(ids) > self.seq_len + 1
-            ids, mask = ids[: self.seq_len + 1], mask[: self.seq_len + 1]
-            self.waiting.append((position, ids, mask))
+            for position, piece, ids, mask in self._pieces(self.cursor):
+                self.truncated += len(ids) > row_len
+                self.waiting.append((position, piece, ids[:row_len], mask[:row_len]))
             self.cursor += 1
 
     def next_row(self) -> list[tuple[list[int], list[int]]]:
         """Return the conversations (ids, mask) of the next row, at most seq_len + 1 tokens."""
         row, space = [], self.seq_len + 1
         self._fill()
-        while (best := best_fit([len(ids) for _, ids, _ in self.waiting], space)) is not None:
-            _, ids, mask = self.waiting.pop(best)
+        while (best := best_fit([len(ids) for _, _, ids, _ in self.waiting], space)) is not None:
+            _, _, ids, mask = self.waiting.pop(best)
             row.append((ids, mask))
             space -= len(ids)
             if self.cursor < len(self.order):
@@ -1325,7 +1504,7 @@ class ConversationBatches:
         return dict(
             epoch=stream.epoch,
             cursor=stream.cursor,
-            waiting=[position for position, _, _ in stream.waiting],
+            waiting=[[position, piece] for position, piece, _, _ in stream.waiting],
             truncated=stream.truncated,
             setting=[len(stream.mixture), stream.seq_len, stream.train_on, stream.seed],
             **counts,
@@ -1342,9 +1521,10 @@ class ConversationBatches:
             )
         stream._start_epoch(state["epoch"])
         stream.cursor, stream.truncated = state["cursor"], state["truncated"]
-        cut = stream.seq_len + 1
-        rendered = [stream._render(position) for position in state["waiting"]]
-        stream.waiting = [(position, ids[:cut], mask[:cut]) for position, ids, mask in rendered]
+        cut, stream.waiting = stream.seq_len + 1, []
+        for position, piece in state["waiting"]:
+            _, _, ids, mask = stream._pieces(position)[piece]
+            stream.waiting.append((position, piece, ids[:cut], mask[:cut]))
         self.tokens, self.padding = state["tokens"], state["padding"]
         self.trained = state["trained"]
 
@@ -1357,9 +1537,26 @@ def estimate_rows(mixture: Mixture, tokenizer, seq_len: int, sample: int = 200) 
     step = max(1, len(mixture) // sample)
     cut = seq_len + 1
     lengths = [
-        min(len(render(mixture[i], tokenizer)[0]), cut) for i in range(0, len(mixture), step)
+        sum(min(len(ids), cut) for ids, _ in split_conversation(mixture[i], tokenizer, cut))
+        for i in range(0, len(mixture), step)
     ]
     return max(1, round(np.mean(lengths) * len(mixture) / cut / 0.95))
+
+
+# %%
+#| export finetune
+@torch.no_grad()
+def held_out_loss(model, batches: Sequence[tuple[Tensor, Tensor]], world=None) -> float:
+    """Return the mean loss in nats per trained token over (inputs, targets), each (B, T) int64.
+
+    With a `world` each process gives its own batches; the mean is over the targets of all.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    for inputs, targets in batches:
+        loss = model(inputs.to(model.device), targets.to(model.device), reduction="sum")
+        total += torch.tensor([float(loss), int((targets != -1).sum())], dtype=torch.float64)
+    total = world.sum(total.float().to(model.device)) if world else total
+    return float(total[0] / total[1].clamp(min=1))
 
 
 # %% [markdown]
@@ -1398,6 +1595,13 @@ while batches.epoch == 0:
 print(f"packed: {batches.padding / batches.tokens:.1%} padding, {batches.stream.truncated} cut")
 
 # %%
+for n in (0, 1, 5):  # a dialogue in rows of 60 tokens
+    long = split_conversation(tinyworld_mixture(world, "mid", 100, n, {"dialogue": 100})[n],
+                              tokenizer, 60)  # fmt: skip
+    print("pieces of", [len(ids) for ids, _ in long], "tokens, of them trained",
+          [sum(mask) for _, mask in long])  # fmt: skip
+
+# %%
 #| test
 _tokenizer = Tokenizer.train(["one and two are three"], vocab_size=270)
 _chats = tinyworld_mixture(World(0), "mid", size=300)
@@ -1411,7 +1615,7 @@ assert all(torch.equal(a, b) for a, b in zip(_one.next(), _other.next()))  # exa
 r"""
 ## Three stages of growth
 
-Now we train. Three stages, one loop (`fit` of chapter 5), one optimizer, three kinds of data:
+Now we train. Three stages, one loop (`fit` of chapter 5), three kinds of data:
 
 | stage | data | trained on | what it is for |
 |---|---|---|---|
@@ -1423,12 +1627,17 @@ Now we train. Three stages, one loop (`fit` of chapter 5), one optimizer, three 
 moves the model a long way, so it runs at the full rate. **Supervised fine-tuning** (SFT) polishes
 at a lower one. The budget here is half a minute, so we mix in many sums and few facts; the capstone
 has room for both.
+
+All three stages share **one optimizer**. It remembers the gradients of the past; a new one at each
+stage would begin by taking large steps without any memory. This *warm start* is cheap (the moments
+are in the checkpoint anyway) and worth having: at this size it lowers the loss on held-out replies
+after SFT by a tenth to a quarter, on each of three seeds (`benchmarks/RESULTS.md`).
 """
 
 # %%
 from nanochat.engine import Engine
 from nanochat.model import GPT, GPTConfig, init_weights
-from nanochat.optim import build_optimizer, lr_multiplier
+from nanochat.optim import MuonAdamW, build_optimizer, lr_multiplier
 from nanochat.train import fit
 
 
@@ -1487,7 +1696,8 @@ def judge():
 shares = {"arithmetic": 45, "spelling": 20, "identity": 10, "multiple_choice": 15, "fact": 10}
 mid_data = tinyworld_mixture(world, "mid", 20_000, seed, shares)
 sft_data = tinyworld_mixture(world, "sft", 20_000, seed, shares)
-table, replies = {}, {}
+table, replies, optimizer = {}, {}, build_optimizer(model)
+base_rates = [group["initial_lr"] for group in optimizer.param_groups]
 stages = {
     "base": (DocumentBatches(), base_steps, 1.0),
     "mid": (ConversationBatches(mid_data, tokenizer, batch_size, seq_len, "all"), mid_steps, 1.0),
@@ -1498,9 +1708,8 @@ stages = {
     ),
 }
 for name, (data, n_steps, rate) in stages.items():
-    optimizer = build_optimizer(model)
-    for group in optimizer.param_groups:
-        group["initial_lr"] *= rate
+    for group, base_rate in zip(optimizer.param_groups, base_rates):
+        group["initial_lr"] = base_rate * rate
     last = fit(model, optimizer, data, n_steps, label=name)
     table[name], replies[name] = judge(), ask_all()
     print(f"{name:5s} {n_steps} steps, last loss {last['loss']:.2f} nats per trained token")
@@ -1557,10 +1766,203 @@ To choose the right letter one must know the facts, and fewer than a million tok
 540 of them. To count the letters of a word that training never showed, one must copy it piece by
 piece into the call, and this skill comes later. A bigger model that has read for longer does both;
 chapter 12 shows it.
+"""
 
+# %% [markdown]
+r"""
+## A small change to a large model
+
+To train a weight takes 12 to 16 bytes: the weight, its gradient, one or two moments of the
+optimizer. On a small GPU that is often too much, and it is more than we need: fine-tuning changes
+a model only a little. **LoRA** (Hu et al. 2021) freezes every matrix $W$ and trains two thin ones
+beside it, $D$ of shape (rank, in) and $U$ of shape (out, rank):
+
+$$y = W x + \frac{\alpha}{\text{rank}}\, U (D x).$$
+
+$UD$ is as large as $W$, but it can only change $x$ in `rank` directions: it has low rank. To scale:
+"""
+
+# %%
+fig, ax = plt.subplots(figsize=(5, 3.4))
+n_out, n_in, rank = 512, 128, 8
+shapes = {  # left edge, width, height, colour
+    f"W, frozen: {n_out * n_in:,}": (0, n_in, n_out, "#cccccc"),
+    f"U: {n_out * rank:,}": (230, rank, n_out, COLORS[1]),
+    f"D: {rank * n_in:,}": (310, n_in, rank, COLORS[1]),
+}
+for label, (left, wide, high, colour) in shapes.items():
+    ax.add_patch(plt.Rectangle((left, (n_out - high) / 2), wide, high, color=colour))
+    ax.text(left + wide / 2, (n_out + high) / 2 + 15, label, ha="center", fontsize=8)
+ax.text(170, n_out / 2, "+", fontsize=16)
+ax.set(xlim=(-60, 500), ylim=(-10, n_out + 60), aspect="equal")
+ax.set_title("Rank 8: 8 % of the numbers are trained", loc="left", fontsize=10)
+ax.axis("off")
+plt.show()
+
+
+# %%
+#| export finetune
+class LowRank(nn.Module):
+    """A frozen linear layer with a trained change of low rank beside it. Hu et al. (2021).
+
+    down is (rank, in), up (out, rank). up starts at zero: at first nothing is changed.
+    """
+
+    def __init__(self, layer: Linear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        n_out, n_in = layer.weight.shape
+        down = torch.randn(rank, n_in, generator=generator) / n_in**0.5
+        self.layer, self.scale = layer, alpha / rank
+        self.down = nn.Parameter(down.to(layer.weight.device))
+        self.up = nn.Parameter(layer.weight.new_zeros(n_out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        detour = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return self.layer(x) + self.scale * detour
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        """Return the layer with the change added to its weight, which does the same alone."""
+        self.layer.weight += self.scale * (self.up @ self.down)
+        return self.layer
+
+
+# %% [markdown]
+r"""
+Three functions make it an option. `add_lora` freezes a model and puts a `LowRank` in the place of
+every matrix of its blocks. `lora_groups` gives the thin matrices to AdamW, as in the paper. And
+`merge_lora` adds every change to its matrix: what is saved is a plain GPT that any other part of
+the book can load. Embedding and head stay frozen. So LoRA is for a model that knows the chat tokens
+already: after midtraining, not before.
+"""
+
+
+# %%
+#| export finetune
+def lora_places(model: GPT, kind: type) -> list[tuple[nn.Module, str]]:
+    """Return (owner, attribute) of every layer of exactly this type in a model's blocks."""
+    return [
+        (owner, name)
+        for owner in model.blocks.modules()
+        for name, layer in owner.named_children()
+        if type(layer) is kind and type(owner) is not LowRank
+    ]
+
+
+def add_lora(model: GPT, rank: int, alpha: float | None = None, seed: int = 0) -> GPT:
+    """Freeze a model in place and give each matrix of its blocks a `LowRank` change; return it.
+
+    `alpha` (default 2 * rank) over rank scales the changes. Raises UserError for a rank below 1.
+    """
+    if rank < 1:
+        raise UserError(f"The rank of LoRA must be 1 or more, not {rank}.")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for owner, name in lora_places(model, Linear):
+        layer = getattr(owner, name)
+        setattr(owner, name, LowRank(layer, rank, 2 * rank if alpha is None else alpha, generator))
+    return model
+
+
+def lora_groups(model: GPT, lr: float = 0.01) -> list[dict]:
+    """Return the parameter groups of a model with LoRA for `MuonAdamW`: all that is trained."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    return [
+        dict(kind="adamw", params=trained, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    ]
+
+
+def merge_lora(model: GPT) -> GPT:
+    """Add every change to its matrix, in place; return the model, plain and trainable again."""
+    for owner, name in lora_places(model, LowRank):
+        setattr(owner, name, getattr(owner, name).merged())
+    return model.requires_grad_(True)
+
+
+def merged_copy(model: GPT) -> GPT:
+    """Return a plain GPT that answers as a model with LoRA does; the model stays as it is."""
+    return merge_lora(copy.deepcopy(model))
+
+
+def lora_state(model: GPT) -> dict[str, Tensor]:
+    """Return the trained thin matrices of a model with LoRA as "adapter.<name>", for saving."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {f"adapter.{name}": value for name, value in trained.items()}
+
+
+@torch.no_grad()
+def load_lora_state(model: GPT, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put back what `lora_state` gave; return the tensors that are not the adapter's."""
+    params = dict(model.named_parameters())
+    for name in (name for name in tensors if name.startswith("adapter.")):
+        params[name.removeprefix("adapter.")].copy_(tensors[name])
+    return {k: v for k, v in tensors.items() if not k.startswith("adapter.")}
+
+
+# %%
+#| test
+_model = GPT(GPTConfig(40, 16, 2, 2, 2, 32))
+_ids = torch.arange(16)[None]
+_before = _model(_ids)
+assert torch.equal(add_lora(_model, 4)(_ids), _before)  # up is zero: nothing has changed
+for _param in lora_groups(_model)[0]["params"]:
+    torch.nn.init.normal_(_param)
+assert torch.allclose(merged_copy(_model)(_ids), _model(_ids), atol=1e-4)
+
+# %% [markdown]
+r"""
+Does it work? We give our chat model the persona of above, by LoRA and by training every weight. The
+questions of the test are in other words than those of training. The control is what the model could
+do before, its sums: a model that is shown one thing only forgets the rest (**catastrophic
+forgetting**). The remedy is to mix some of the old conversations in, so we try it without and with.
+"""
+
+# %%
+persona = [(Persona(**mine, size=400), 1)]
+old = [(task, 0.05) for task in sft_data.tasks if task.name != "identity"]
+
+
+def become_pearl(tasks, rank=0):
+    """Return (trained parameters, persona right, sums right) after fine-tuning a copy."""
+    pupil = copy.deepcopy(model)
+    optimizer = MuonAdamW(lora_groups(add_lora(pupil, rank))) if rank else build_optimizer(pupil)
+    for group in optimizer.param_groups:
+        group["initial_lr"] *= 1.0 if rank else 0.3
+    if tasks:
+        batches = ConversationBatches(Mixture(tasks, seed), tokenizer, 4, 128, "assistant")
+        fit(pupil, optimizer, batches, pearl_steps, label=f"rank {rank or 'full'}")
+    n_trained = sum(p.numel() for p in pupil.parameters() if p.requires_grad) if tasks else 0
+    talker = Engine(merge_lora(pupil), tokenizer)
+    tests = Persona(**mine, split="test", size=60), judged["sums"]
+    return n_trained, *(evaluate_chat(talker, tokenizer, t, max_tokens=40) for t in tests)
+
+
+# %%
+trials = {
+    "before": ([], 0),
+    "all weights, persona only": (persona, 0),
+    "all weights, with old": (persona + old, 0),
+    "rank 8, with old": (persona + old, 8),
+}
+for name, (tasks, rank) in trials.items():
+    n_trained, who, sums = become_pearl(tasks, rank)
+    shown = [f"{c['accuracy']:4.0%} ({c['low']:.0%} to {c['high']:.0%})" for c in (who, sums)]
+    print(f"{name:26s}{n_trained:8,} trained   persona {shown[0]:18s}  sums {shown[1]}")
+
+# %% [markdown]
+r"""
+The first of the three runs learns the new name best, and has forgotten how to add. With old
+conversations beside the new ones the sums stay, and the name is learned more slowly. LoRA gets
+about as far with a fourteenth of the parameters: the intervals of the last two lines overlap. What
+it saves is memory. In the recipe (appendix A4), `lora_rank=8` fine-tunes with LoRA, and
+`own_chats=mine.jsonl` mixes a file of yours into midtraining and SFT.
+"""
+
+# %% [markdown]
+r"""
 ## Pitfalls
 
-Three bugs that a real project shipped at this very stage (nanochat's issue numbers in brackets).
+Five bugs that a real project shipped at this very stage (nanochat's issue numbers in brackets).
 
 **The masked batch that poisons the run** [590, 618]. Conversations were rendered for a long context
 and packed into short rows; some micro-batches held no assistant token at all. The mean over no
@@ -1595,7 +1997,44 @@ r"""
 **The mask that got lost** [July 2026]. A refactoring dropped the loss mask. Nothing crashed, the
 loss went down, and the model answered worse: with the mask restored, the mean score over the chat
 exams rose from 0.315 to 0.355. A test that compares the masks of ten thousand conversations with
-the rules takes seconds; ours is in `tests/test_chat.py`.
+the rules takes seconds; ours are in `tests/test_chat.py` and, for everything between a conversation
+and a batch, `tests/test_masks.py`.
+
+**The rate that rose** [68]. In midtraining the rate was ramped up where it should have been ramped
+down: highest at the last step, where it should be lowest. Nothing crashes, and a loss curve does
+not tell; one line that prints the rate at both ends does.
+"""
+
+# %%
+upside_down = [round((step + 1) / n_steps, 2) for step in (0, 50, 99)]
+ours = [round(lr_multiplier(step, n_steps, warmdown=1.0), 2) for step in (0, 50, 99)]
+print("rate at steps 0, 50, 99: upside down", upside_down, "  ours", ours)
+assert ours == sorted(ours, reverse=True)
+
+# %% [markdown]
+r"""
+**The test that was the training set** [December 2025]. Spelling items were drawn by a generator
+seeded with the item's number, and the test used the numbers below zero. Python's generator ignores
+the sign of its seed: the test items were items of the training set.
+"""
+
+# %%
+import random
+
+print([random.Random(seed).randrange(1000) for seed in (1, 2, 3)], "training items")
+print([random.Random(seed).randrange(1000) for seed in (-1, -2, -3)], "test items")
+words = {}
+for split in ("train", "test"):
+    asked = TinyWorldTask(world, "spelling", split, size=500)
+    calls = [asked.conversation(i)["messages"][-1]["content"][0] for i in range(500)]
+    words[split] = {call["text"].split(".")[0] for call in calls if isinstance(call, dict)}
+print("ours:", {k: len(v) for k, v in words.items()}, "words,",
+      len(words["train"] & words["test"]), "in both")  # fmt: skip
+
+# %% [markdown]
+r"""
+Our splits go by the hash of the word itself. What a random number did cannot be seen in an item;
+what it *is* can be checked.
 
 ## Recap
 
@@ -1603,8 +2042,10 @@ the rules takes seconds; ours is in `tests/test_chat.py`.
 
 * `nanochat.chat`: `render`, `render_prompt`, `parse`, `turns`, `TokenView`, `CHAT_TEMPLATE`
 * `nanochat.tasks`: `ChatTask`, `TinyWorldTask`, `ExamTask`, `Messages`, `MMLU`, `ARC`, `GSM8K`,
-  `HumanEval`, `JsonLines`, `Mixture`, `tinyworld_mixture`, `evaluate_chat`, `chat_exam`
-* `nanochat.finetune`: `ConversationBatches`, `estimate_rows`
+  `HumanEval`, `Persona`, `JsonLines`, `write_conversations`, `Mixture`, `tinyworld_mixture`,
+  `evaluate_chat`, `chat_exam`
+* `nanochat.finetune`: `ConversationBatches`, `split_conversation`, `estimate_rows`,
+  `held_out_loss`, `add_lora`, `lora_groups`, `merge_lora`
 
 One thing the table also says: some sums are still wrong, although the model has seen thousands of
 solutions. The next chapter shows it no more solutions. It lets the model try.
@@ -1616,6 +2057,7 @@ solutions. The next chapter shows it no more solutions. It lets the model try.
 * Cobbe et al. 2021, *Training verifiers to solve math word problems*: GSM8K and its calculator
   marks.
 * Schick et al. 2023, *Toolformer*: tool calls as tokens.
+* Hu et al. 2021, *LoRA: Low-rank adaptation of large language models*.
 * Ding et al. 2024, *Fewer truncations improve language modeling*: best-fit packing.
 * Allal et al. 2025, *SmolLM2*: the mixture behind SmolTalk, with ablations.
 """

@@ -120,17 +120,26 @@ from nanochat.data import (
 from nanochat.distributed import LaunchError, ShardedMuonAdamW, launch
 from nanochat.engine import Engine
 from nanochat.evaluation import bits_per_byte, evaluate_core, tinyworld_core
-from nanochat.finetune import ConversationBatches
+from nanochat.finetune import (
+    ConversationBatches,
+    add_lora,
+    held_out_loss,
+    load_lora_state,
+    lora_groups,
+    lora_state,
+    merged_copy,
+)
 from nanochat.kernels import peak_flops
 from nanochat.model import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, build_optimizer, lr_multiplier, param_groups
-from nanochat.rl import evaluate_pass, task_problems, train_rl
+from nanochat.rl import evaluate_pass, problem_prompt, task_problems, train_rl
 from nanochat.tasks import (
     ARC,
     GSM8K,
     MMLU,
     SHARES,
     ExamTask,
+    JsonLines,
     Messages,
     Mixture,
     TinyWorldTask,
@@ -178,13 +187,16 @@ class Settings:
     `model` is "classic" or "modern" (chapter 3). `micro_batch` 0 means as many rows as fit,
     `processes` 0 one for each GPU, `compile` "auto" on GPUs only ("yes" and "no" decide it),
     `tracker` names a tool that shows the run (chapter 5), `grid_grams` is the g of CO2 for a kWh
-    where you are. `mine` is a folder of solved exercises whose functions replace the book's
+    where you are. `own_chats` is a JSONL file of conversations that replace the identity,
+    `lora_rank` above 0 fine-tunes (sft) with LoRA, `rl_task` is arithmetic, spelling or gsm8k
+    (chapters 9 and 10). `mine` is a folder of solved exercises whose functions replace the book's
     (section 2).
     """
 
     name: str = "laptop"
     data: str = "tinyworld"
     chat: str = "tinyworld"
+    own_chats: str = ""
     seed: int = 0
     model: str = "classic"
     depth: int = 4
@@ -206,6 +218,8 @@ class Settings:
     warmdown: float = 0.5
     mid_lr: float = 0.5
     sft_lr: float = 0.3
+    lora_rank: int = 0
+    rl_task: str = "arithmetic"
     rl_lr: float = 0.05
     rl_questions: int = 16
     rl_samples: int = 8
@@ -517,7 +531,7 @@ def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise UserError for numbers that cannot work, before any work is done."""
-    may_be_zero = ("seed", "micro_batch", "processes", "evals", "saves")
+    may_be_zero = ("seed", "micro_batch", "lora_rank", "processes", "evals", "saves")
     for field in fields(recipe):
         value = getattr(recipe, field.name)
         lowest = int(isinstance(value, int) and field.name not in may_be_zero)
@@ -1007,8 +1021,10 @@ r"""
 All four training stages begin and end alike, so they share a class. It asks one question: is there
 a checkpoint of *this* stage? Then resume it: weights, the optimizer's moments, the step, the place
 in the data, even the time already spent, for an honest bill. If not, start from the model of the
-stage before, with a fresh optimizer. The original project could resume pretraining only,
-approximately, and on the same number of GPUs; here it is one rule for all stages.
+stage before; the optimizer keeps its memory too, from base to mid to SFT (chapter 9), but begins
+afresh for reinforcement learning, where gradients are of another kind. The original project could
+resume pretraining only, approximately, and on the same number of GPUs; here it is one rule for all
+stages.
 """
 
 
@@ -1017,8 +1033,9 @@ approximately, and on the same number of GPUs; here it is one rule for all stage
 class Training:
     """What the four training stages share: a model, its optimizer, where they start and save.
 
-    A stage with a checkpoint of its own resumes it; a fresh one starts from the stage before,
-    with a fresh optimizer.
+    A stage with a checkpoint of its own resumes it; a fresh one starts from the stage before, mid
+    and sft with its optimizer's state. With LoRA a checkpoint holds the merged model, and beside
+    the optimizer's state the adapter: it resumes on top of the stage before.
     """
 
     def __init__(self, run: Run, stage: str, world: Any = None):
@@ -1037,11 +1054,18 @@ class Training:
         else:
             self.model = GPT(run.recipe.config(self.tokenizer.vocab_size), seed=run.recipe.seed)
             self.model.to(self.device)
+        self.lora = stage == "sft" and run.recipe.lora_rank > 0
+        if self.lora:
+            frozen = run.checkpoint(before, self.device).model
+            self.model = add_lora(frozen, run.recipe.lora_rank, seed=run.recipe.seed)
         self.model.compute_dtype = compute_dtype(run.recipe, self.device)
         self.optimizer = self.build_optimizer()
         self.began, self.start_step, self.kept = time.perf_counter(), 0, {}
+        if resumed or (stage in ("mid", "sft") and not self.lora):
+            state = found.optimizer_state
+            state = load_lora_state(self.model, state) if self.lora else state
+            self.optimizer.load_named_state(self.model, state)
         if resumed:
-            self.optimizer.load_named_state(self.model, found.optimizer_state)
             self.start_step, self.kept = found.meta["step"], found.meta
 
     def open_log(self) -> MetricsLog:
@@ -1073,6 +1097,7 @@ class Training:
         """Return the optimizer, sharded over the processes when there are several."""
         r = self.recipe
         groups = param_groups(self.model, r.matrix_lr, r.embedding_lr, r.head_lr, r.weight_decay)
+        groups = lora_groups(self.model) if self.lora else groups
         several = self.world.world_size > 1
         return ShardedMuonAdamW(groups, self.world) if several else MuonAdamW(groups)
 
@@ -1093,13 +1118,15 @@ class Training:
             "seconds": self.seconds(),
             "result": result,
         }
-        state = self.optimizer.named_state(self.model)  # every rank takes part
+        state, model = self.optimizer.named_state(self.model), self.model  # every rank takes part
+        if self.lora:
+            state, model = {**state, **lora_state(model)}, merged_copy(model)
         behind = result is None and self.device.type == "cuda"
         if self.world.is_main:
             self.saver.wait()
             save = self.saver.save if behind else save_checkpoint
             score = self.judged[1] if self.judged and self.judged[0] == step else None
-            save(self.folder, step, self.model, state, meta, score=score)
+            save(self.folder, step, model, state, meta, score=score)
         self.world.barrier()
 
 
@@ -1107,7 +1134,7 @@ class Training:
 r"""
 `train_stage` hands all of it to the one loop of chapter 5. Two edges are easy to forget. A run
 killed *between* its last checkpoint and its mark has nothing left to do: its result lies in the
-checkpoint. Each checkpoint carries the bits per byte of its step, so that the best one is kept
+checkpoint. Each checkpoint carries the held-out score of its step, so that the best one is kept
 beside the newest; if the best is not the last, the run has gone on for too long, and says so. And
 when memory runs out all the same, the sentence names the number to change, which is one of the four
 that may be changed.
@@ -1136,7 +1163,8 @@ def train_stage(
 
     def judged(step: int) -> dict[str, float]:
         score = evaluate(step)
-        stage.judged = (step, score["bits_per_byte"])
+        (lower_is_better,) = score.values()
+        stage.judged = (step, lower_is_better)
         return score
 
     try:
@@ -1233,28 +1261,40 @@ def chat_mixture(recipe: Recipe, stage: str) -> Mixture:
 
     "tinyworld" generates them; "folder:PATH" reads PATH/sft and PATH/chat_eval (columns as on the
     hub); "hub" downloads SmolTalk, MMLU, ARC and GSM8K. The generated identity, arithmetic and
-    spelling are part of each: they teach who the model is and how to use the calculator.
+    spelling are part of each: they teach who the model is and how to use the calculator. With
+    `own_chats` a tenth is the user's file, repeated as often as it takes, in place of the identity.
     """
-    world, size = World(), 30_000
+    size, shares, real = 30_000, SHARES[stage], []
     seed = 2 * recipe.seed + (stage == "sft")
-    if recipe.chat == "tinyworld":
-        return tinyworld_mixture(world, stage, size, seed)
-    own = {"identity": 20, "arithmetic": 50, "spelling": 30}
-    generated = tinyworld_mixture(world, stage, size // 3, seed, own)
-    real = [Messages, MMLU, GSM8K, ARC] if stage == "mid" else [Messages, GSM8K, ARC]
-    tasks = [(real_task(recipe, kind, "train"), 1.0) for kind in real]
-    return Mixture([(task, 1.0) for task in generated.tasks] + tasks, seed)
-
-
-def held_out_mixture(recipe: Recipe, stage: str) -> Mixture:
-    """Return conversations like those of a stage that no stage learns from."""
-    own = {"identity": 20, "arithmetic": 50, "spelling": 30}
-    shares = SHARES[stage] if recipe.chat == "tinyworld" else own
-    sizes = {kind: max(1, 5 * share) for kind, share in shares.items()}
-    tasks = [TinyWorldTask(World(), kind, size=n, start=40_000_000) for kind, n in sizes.items()]
     if recipe.chat != "tinyworld":
-        tasks += [real_task(recipe, kind, "test") for kind in (Messages, GSM8K, ARC)]
-    return Mixture([(task, 1.0) for task in tasks])
+        size, shares = size // 3, {"identity": 20, "arithmetic": 50, "spelling": 30}
+        kinds = [Messages, MMLU, GSM8K, ARC] if stage == "mid" else [Messages, GSM8K, ARC]
+        real = [(real_task(recipe, kind, "train"), 1.0) for kind in kinds]
+    if recipe.own_chats:
+        shares = {kind: share for kind, share in shares.items() if kind != "identity"}
+    generated = tinyworld_mixture(World(), stage, size, seed, shares)
+    tasks = [(task, 1.0) for task in generated.tasks] + real
+    if recipe.own_chats:
+        own, others = JsonLines(recipe.own_chats), sum(len(task) for task, _ in tasks)
+        tasks.append((own, max(1.0, others / 9 / len(own))))
+    return Mixture(tasks, seed) if real or recipe.own_chats else generated
+
+
+def held_out_batches(recipe: Recipe, stage: str, tokenizer: Tokenizer, micro: int, world: Any):
+    """Return this process's part of 32 rows of conversations that no stage trains on, as batches.
+
+    Only the assistant's tokens count, in both stages, so that their losses can be compared.
+    """
+    generated = tinyworld_mixture(World(), stage, 400, offset=40_000_000)
+    tasks = [(task, 1.0) for task in generated.tasks]
+    if recipe.chat != "tinyworld":
+        kept = real_task(recipe, Messages, "test")
+        tasks.append((kept, min(1.0, 400 / len(kept))))
+    rows, place = max(1, 32 // world.world_size), (world.rank, world.world_size)
+    fixed = ConversationBatches(
+        Mixture(tasks), tokenizer, rows, recipe.seq_len, "assistant", *place
+    ).next()
+    return list(zip(*(part.split(micro) for part in fixed)))
 
 
 HUB_TASKS = {  # class: (hub name, subset, split to train on, split to be judged on, local folder)
@@ -1302,16 +1342,6 @@ def finetune(run: Run, stage_name: str, world: Any = None) -> dict[str, Any]:
     shape = (stage.tokenizer, micro, recipe.seq_len, "all" if midtraining else "assistant")
     mixture = chat_mixture(recipe, stage_name)
     batches = ConversationBatches(mixture, *shape, **place, seed=recipe.seed + midtraining)
-    token_bytes = stage.tokenizer.token_bytes().to(stage.device)
-    rows_val = min(recipe.val_tokens // recipe.seq_len, 64)
-    held_out = held_out_mixture(recipe, stage_name)
-    n_val = -(-rows_val // (micro * world.world_size))
-
-    def evaluate(step: int) -> dict[str, float]:
-        fixed = ConversationBatches(held_out, *shape, **place)  # the same rows each time
-        score = bits_per_byte(stage.model, fixed, n_val, token_bytes, world)
-        return {"bits_per_byte": score}
-
     n_steps, rate = (
         (recipe.mid_steps, recipe.mid_lr) if midtraining else (recipe.sft_steps, recipe.sft_lr)
     )
@@ -1319,20 +1349,48 @@ def finetune(run: Run, stage_name: str, world: Any = None) -> dict[str, Any]:
     def schedule(step: int, n_steps: int) -> float:
         return rate * lr_multiplier(step, n_steps, warmdown=0.8, final=0.02)
 
+    held_out = held_out_batches(recipe, stage_name, stage.tokenizer, micro, world)
+
+    def evaluate(step: int) -> dict[str, float]:
+        return {"reply_loss": held_out_loss(stage.model, held_out, world)}
+
     return train_stage(stage, batches, n_steps, rows // micro, schedule, evaluate)
 
 
+def rl_problems(recipe: Recipe, split: str, tokenizer: Tokenizer) -> list[dict]:
+    """Return the problems of `rl_task` to train on ("train") or to be judged on ("test").
+
+    Those whose question leaves no room for a reply in the context window are left out.
+    """
+    if recipe.rl_task == "gsm8k":
+        task = real_task(recipe, GSM8K, split)
+    elif recipe.rl_task in ("arithmetic", "spelling"):
+        start = 20_000_000 if split == "train" else 0
+        task = TinyWorldTask(World(), recipe.rl_task, split, start=start)
+    else:
+        raise UserError(f"rl_task must be arithmetic, spelling or gsm8k, got {recipe.rl_task!r}.")
+    room = recipe.seq_len - min(recipe.max_tokens, recipe.seq_len // 4)
+    problems = task_problems(task, None if split == "train" else min(len(task), 200))
+    return [p for p in problems if len(problem_prompt(p, tokenizer)) <= room]
+
+
 def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
-    """Improve the SFT model on arithmetic by reinforcement learning (chapter 10)."""
+    """Improve the SFT model on a task with verifiable answers, `rl_task` (chapter 10)."""
     recipe, stage = run.recipe, Training(run, "rl", world)
     if stage.kept.get("result"):
         return stage.kept["result"]
-    task = TinyWorldTask(World(), "arithmetic", "train", start=20_000_000)
+    engine = Engine(stage.model, stage.tokenizer)
+    tests = rl_problems(recipe, "test", stage.tokenizer)[: max(1, recipe.exam_items // 2)]
+
+    def evaluate(step: int) -> dict[str, float]:
+        options = dict(samples=8, max_tokens=recipe.max_tokens, world=stage.world)
+        return evaluate_pass(engine, tests, **options)
+
     history = train_rl(
         stage.model,
         stage.optimizer,
-        Engine(stage.model, stage.tokenizer),
-        task_problems(task),
+        engine,
+        rl_problems(recipe, "train", stage.tokenizer),
         n_steps=recipe.rl_steps,
         questions_per_step=recipe.rl_questions,
         samples=recipe.rl_samples,
@@ -1343,6 +1401,8 @@ def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
         start_step=stage.start_step,
         world=stage.world,
         log=stage.log,
+        evaluate=evaluate,
+        eval_every=max(1, recipe.rl_steps // max(recipe.evals, 1)),
         save=stage.save,
         save_every=max(1, recipe.rl_steps // max(recipe.saves, 1)),
     )
@@ -1912,14 +1972,23 @@ def plot_training(run: Run, stage: str) -> Any:
         title = f"rl: reward {first:.2f} at first, {last:.2f} at last"
         fig, ax = figure(title, "step", "share of right samples", alt="Reward by step of RL.")
         ax.plot([e["step"] for e in events], [e["reward"] for e in events])
+        evals = by_step(run, "eval", stage)
+        for name in ("pass_at_1", "pass_at_k") if evals else ():
+            label = name.replace("_k", f"_{evals[0]['k']}").replace("_at_", "@") + ", held out"
+            ax.plot([e["step"] for e in evals], [e[name] for e in evals], "o-", label=label)
         ax.set_ylim(0, 1.02)
+        ax.legend(fontsize=8)
         return fig
     events = by_step(run, "step", stage)
     title = f"{stage}: loss {events[0]['loss']:.2f} at first, {events[-1]['loss']:.2f} at last"
     fig, ax = figure(title, "step", "loss (nats per token)", alt=f"Loss by step of {stage}.")
     ax.plot([e["step"] for e in events], [e["loss"] for e in events])
     evals = by_step(run, "eval", stage)
-    if evals:
+    if evals and "reply_loss" in evals[0]:
+        points = [(e["step"], e["reply_loss"]) for e in evals]
+        ax.plot(*zip(*points), "o-", color=COLORS[1], label="held-out replies")
+        ax.legend(fontsize=8)
+    elif evals:
         right = ax.twinx()
         right.plot(
             [e["step"] for e in evals], [e["bits_per_byte"] for e in evals], "o-", color=COLORS[1]

@@ -3,16 +3,62 @@
 Exported from chapters/09_chat_finetuning.py (chapter 09, From text to chat); edit there, not here.
 """
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from nanochat.chat import render
 from nanochat.common import UserError
+from nanochat.model import GPT, Linear
 from nanochat.tasks import Mixture
 
-__all__ = ["ConversationBatches", "ConversationStream", "best_fit", "estimate_rows", "pack_row"]
+__all__ = [
+    "ConversationBatches",
+    "ConversationStream",
+    "LowRank",
+    "add_lora",
+    "best_fit",
+    "estimate_rows",
+    "held_out_loss",
+    "load_lora_state",
+    "lora_groups",
+    "lora_places",
+    "lora_state",
+    "merge_lora",
+    "merged_copy",
+    "pack_row",
+    "split_conversation",
+]
+
+
+def split_conversation(
+    conversation: dict, tokenizer, max_tokens: int
+) -> list[tuple[list[int], list[int]]]:
+    """Render a training conversation as pieces (ids, mask) of whole exchanges; one, if it fits.
+
+    A piece has at most max_tokens tokens if its exchanges allow it: a single exchange that is
+    longer stays whole. Every piece begins with the system message, if there is one.
+    """
+    whole = render(conversation, tokenizer)
+    if len(whole[0]) <= max_tokens:
+        return [whole]
+    messages = conversation["messages"]
+    first = int(messages[0]["role"] == "system")
+    pieces, begin = [], first
+    for end in range(first + 2, len(messages) + 1, 2):
+        exchanges = {"messages": messages[:first] + messages[begin:end]}
+        longer = render(exchanges, tokenizer)
+        if pieces and len(longer[0]) > max_tokens:  # the last exchange begins a new piece
+            begin = end - 2
+            exchanges = {"messages": messages[:first] + messages[begin:end]}
+            pieces.append(render(exchanges, tokenizer))
+        else:
+            pieces[-1:] = [longer]
+    return pieces
 
 
 def best_fit(lengths: Sequence[int], space: int) -> int | None:
@@ -47,8 +93,8 @@ class ConversationStream:
 
     A window of `window` conversations waits; each row takes the longest that fits until none
     does. At the end of an epoch the window is emptied before the next one, in another order,
-    begins. `epoch` counts from 0; `truncated` counts conversations longer than a row, which are
-    cut at the row's end.
+    begins. One longer than a row waits in several pieces (`split_conversation`). `epoch` counts
+    from 0; `truncated` counts exchanges longer than a row, which are cut at the row's end.
     """
 
     def __init__(
@@ -65,31 +111,36 @@ class ConversationStream:
         rng = np.random.default_rng([self.seed, epoch])
         self.epoch, self.cursor, self.order = epoch, 0, rng.permutation(len(self.mixture))
 
-    def _render(self, position: int) -> tuple[int, list[int], list[int]]:
-        """Return (position, ids, mask) of the conversation at a position of this epoch's order."""
-        conversation = self.mixture[int(self.order[position])]
-        ids, mask = render(conversation, self.tokenizer)
-        if self.train_on == "all":
-            mask = [0] + [1] * (len(ids) - 1)  # nothing before it says how a conversation begins
-        return position, ids, mask
+    def _pieces(self, position: int) -> list[tuple[int, int, list[int], list[int]]]:
+        """Return (position, piece, ids, mask) of the conversation at a place of this epoch."""
+        place, row_len = int(self.order[position]), self.seq_len + 1
+        try:
+            pieces = split_conversation(self.mixture[place], self.tokenizer, row_len)
+        except UserError as error:
+            task, row = self.mixture.origin(place)
+            name = self.mixture.tasks[task].name
+            raise UserError(f"Conversation {row} of task {name!r}: {error}") from error
+        if self.train_on == "all":  # but nothing before bos says that a conversation begins
+            pieces = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in pieces]
+        return [(position, piece, ids, mask) for piece, (ids, mask) in enumerate(pieces)]
 
     def _fill(self) -> None:
         """Fill the window from this epoch; start the next one when this one is used up."""
         if not self.waiting and self.cursor == len(self.order):
             self._start_epoch(self.epoch + 1)
+        row_len = self.seq_len + 1
         while len(self.waiting) < self.window and self.cursor < len(self.order):
-            position, ids, mask = self._render(self.cursor)
-            self.truncated += len(ids) > self.seq_len + 1
-            ids, mask = ids[: self.seq_len + 1], mask[: self.seq_len + 1]
-            self.waiting.append((position, ids, mask))
+            for position, piece, ids, mask in self._pieces(self.cursor):
+                self.truncated += len(ids) > row_len
+                self.waiting.append((position, piece, ids[:row_len], mask[:row_len]))
             self.cursor += 1
 
     def next_row(self) -> list[tuple[list[int], list[int]]]:
         """Return the conversations (ids, mask) of the next row, at most seq_len + 1 tokens."""
         row, space = [], self.seq_len + 1
         self._fill()
-        while (best := best_fit([len(ids) for _, ids, _ in self.waiting], space)) is not None:
-            _, ids, mask = self.waiting.pop(best)
+        while (best := best_fit([len(ids) for _, _, ids, _ in self.waiting], space)) is not None:
+            _, _, ids, mask = self.waiting.pop(best)
             row.append((ids, mask))
             space -= len(ids)
             if self.cursor < len(self.order):
@@ -147,7 +198,7 @@ class ConversationBatches:
         return dict(
             epoch=stream.epoch,
             cursor=stream.cursor,
-            waiting=[position for position, _, _ in stream.waiting],
+            waiting=[[position, piece] for position, piece, _, _ in stream.waiting],
             truncated=stream.truncated,
             setting=[len(stream.mixture), stream.seq_len, stream.train_on, stream.seed],
             **counts,
@@ -164,9 +215,10 @@ class ConversationBatches:
             )
         stream._start_epoch(state["epoch"])
         stream.cursor, stream.truncated = state["cursor"], state["truncated"]
-        cut = stream.seq_len + 1
-        rendered = [stream._render(position) for position in state["waiting"]]
-        stream.waiting = [(position, ids[:cut], mask[:cut]) for position, ids, mask in rendered]
+        cut, stream.waiting = stream.seq_len + 1, []
+        for position, piece in state["waiting"]:
+            _, _, ids, mask = stream._pieces(position)[piece]
+            stream.waiting.append((position, piece, ids[:cut], mask[:cut]))
         self.tokens, self.padding = state["tokens"], state["padding"]
         self.trained = state["trained"]
 
@@ -179,6 +231,106 @@ def estimate_rows(mixture: Mixture, tokenizer, seq_len: int, sample: int = 200) 
     step = max(1, len(mixture) // sample)
     cut = seq_len + 1
     lengths = [
-        min(len(render(mixture[i], tokenizer)[0]), cut) for i in range(0, len(mixture), step)
+        sum(min(len(ids), cut) for ids, _ in split_conversation(mixture[i], tokenizer, cut))
+        for i in range(0, len(mixture), step)
     ]
     return max(1, round(np.mean(lengths) * len(mixture) / cut / 0.95))
+
+
+@torch.no_grad()
+def held_out_loss(model, batches: Sequence[tuple[Tensor, Tensor]], world=None) -> float:
+    """Return the mean loss in nats per trained token over (inputs, targets), each (B, T) int64.
+
+    With a `world` each process gives its own batches; the mean is over the targets of all.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    for inputs, targets in batches:
+        loss = model(inputs.to(model.device), targets.to(model.device), reduction="sum")
+        total += torch.tensor([float(loss), int((targets != -1).sum())], dtype=torch.float64)
+    total = world.sum(total.float().to(model.device)) if world else total
+    return float(total[0] / total[1].clamp(min=1))
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer with a trained change of low rank beside it. Hu et al. (2021).
+
+    down is (rank, in), up (out, rank). up starts at zero: at first nothing is changed.
+    """
+
+    def __init__(self, layer: Linear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        n_out, n_in = layer.weight.shape
+        down = torch.randn(rank, n_in, generator=generator) / n_in**0.5
+        self.layer, self.scale = layer, alpha / rank
+        self.down = nn.Parameter(down.to(layer.weight.device))
+        self.up = nn.Parameter(layer.weight.new_zeros(n_out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        detour = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return self.layer(x) + self.scale * detour
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        """Return the layer with the change added to its weight, which does the same alone."""
+        self.layer.weight += self.scale * (self.up @ self.down)
+        return self.layer
+
+
+def lora_places(model: GPT, kind: type) -> list[tuple[nn.Module, str]]:
+    """Return (owner, attribute) of every layer of exactly this type in a model's blocks."""
+    return [
+        (owner, name)
+        for owner in model.blocks.modules()
+        for name, layer in owner.named_children()
+        if type(layer) is kind and type(owner) is not LowRank
+    ]
+
+
+def add_lora(model: GPT, rank: int, alpha: float | None = None, seed: int = 0) -> GPT:
+    """Freeze a model in place and give each matrix of its blocks a `LowRank` change; return it.
+
+    `alpha` (default 2 * rank) over rank scales the changes. Raises UserError for a rank below 1.
+    """
+    if rank < 1:
+        raise UserError(f"The rank of LoRA must be 1 or more, not {rank}.")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for owner, name in lora_places(model, Linear):
+        layer = getattr(owner, name)
+        setattr(owner, name, LowRank(layer, rank, 2 * rank if alpha is None else alpha, generator))
+    return model
+
+
+def lora_groups(model: GPT, lr: float = 0.01) -> list[dict]:
+    """Return the parameter groups of a model with LoRA for `MuonAdamW`: all that is trained."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    return [
+        dict(kind="adamw", params=trained, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    ]
+
+
+def merge_lora(model: GPT) -> GPT:
+    """Add every change to its matrix, in place; return the model, plain and trainable again."""
+    for owner, name in lora_places(model, LowRank):
+        setattr(owner, name, getattr(owner, name).merged())
+    return model.requires_grad_(True)
+
+
+def merged_copy(model: GPT) -> GPT:
+    """Return a plain GPT that answers as a model with LoRA does; the model stays as it is."""
+    return merge_lora(copy.deepcopy(model))
+
+
+def lora_state(model: GPT) -> dict[str, Tensor]:
+    """Return the trained thin matrices of a model with LoRA as "adapter.<name>", for saving."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {f"adapter.{name}": value for name, value in trained.items()}
+
+
+@torch.no_grad()
+def load_lora_state(model: GPT, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put back what `lora_state` gave; return the tensors that are not the adapter's."""
+    params = dict(model.named_parameters())
+    for name in (name for name in tensors if name.startswith("adapter.")):
+        params[name.removeprefix("adapter.")].copy_(tensors[name])
+    return {k: v for k, v in tensors.items() if not k.startswith("adapter.")}

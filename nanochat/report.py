@@ -123,14 +123,23 @@ def plot_training(run: Run, stage: str) -> Any:
         title = f"rl: reward {first:.2f} at first, {last:.2f} at last"
         fig, ax = figure(title, "step", "share of right samples", alt="Reward by step of RL.")
         ax.plot([e["step"] for e in events], [e["reward"] for e in events])
+        evals = by_step(run, "eval", stage)
+        for name in ("pass_at_1", "pass_at_k") if evals else ():
+            label = name.replace("_k", f"_{evals[0]['k']}").replace("_at_", "@") + ", held out"
+            ax.plot([e["step"] for e in evals], [e[name] for e in evals], "o-", label=label)
         ax.set_ylim(0, 1.02)
+        ax.legend(fontsize=8)
         return fig
     events = by_step(run, "step", stage)
     title = f"{stage}: loss {events[0]['loss']:.2f} at first, {events[-1]['loss']:.2f} at last"
     fig, ax = figure(title, "step", "loss (nats per token)", alt=f"Loss by step of {stage}.")
     ax.plot([e["step"] for e in events], [e["loss"] for e in events])
     evals = by_step(run, "eval", stage)
-    if evals:
+    if evals and "reply_loss" in evals[0]:
+        points = [(e["step"], e["reply_loss"]) for e in evals]
+        ax.plot(*zip(*points), "o-", color=COLORS[1], label="held-out replies")
+        ax.legend(fontsize=8)
+    elif evals:
         right = ax.twinx()
         right.plot(
             [e["step"] for e in evals], [e["bits_per_byte"] for e in evals], "o-", color=COLORS[1]

@@ -49,15 +49,17 @@ __all__ = [
 def task_problems(task: ChatTask, n: int | None = None, start: int = 0) -> list[dict]:
     """Return conversations start .. start + n of a task as problems {"question", "answer"}.
 
-    The task's conversations must carry an `answer` (arithmetic, spelling, GSM8K do).
+    Those without an `answer` are left out; UserError if none has one (arithmetic, spelling and
+    GSM8K have).
     """
     problems = []
     for index in range(start, len(task) if n is None else min(start + n, len(task))):
         conversation = task.conversation(index)
-        if "answer" not in conversation:
-            raise UserError(f"Task {task.name!r} has no answers that can be checked.")
-        question = conversation["messages"][-2]["content"]
-        problems.append({"question": question, "answer": str(conversation["answer"])})
+        if "answer" in conversation:
+            question = conversation["messages"][-2]["content"]
+            problems.append({"question": question, "answer": str(conversation["answer"])})
+    if not problems:
+        raise UserError(f"Task {task.name!r} has no answers that can be checked.")
     return problems
 
 
@@ -209,17 +211,31 @@ def kl_and_entropy(logprobs, reference, targets) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def drift(model, reference, rollouts: Sequence[Rollout], pad_id: int, temperature: float = 1.0):
+def drift(
+    model,
+    reference,
+    rollouts: Sequence[Rollout],
+    pad_id: int,
+    temperature: float = 1.0,
+    world=None,
+    micro_batch: int = 64,
+) -> dict[str, float]:
     """Return dict(kl, entropy) per sampled token in nats, estimated on rollouts of `model`.
 
-    kl is how far the policy has moved from `reference`, the model that RL started from.
+    kl is how far the policy has moved from `reference`, the model that RL started from. With a
+    `world` each process gives its own rollouts; the means are over those of all.
     """
-    inputs, targets, _ = pad_rollouts(rollouts, pad_id, model.device)
-    policy = token_logprobs(model, inputs, targets, temperature)
-    start = token_logprobs(reference, inputs, targets, temperature)
-    kl, entropy = kl_and_entropy(policy, start, targets)
-    n = max(int((targets >= 0).sum()), 1)
-    return dict(kl=kl / n, entropy=entropy / n)
+    totals = torch.zeros(3, dtype=torch.float64)  # kl, entropy, sampled tokens
+    for start in range(0, len(rollouts), micro_batch):
+        batch = rollouts[start : start + micro_batch]
+        inputs, targets, _ = pad_rollouts(batch, pad_id, model.device)
+        policy = token_logprobs(model, inputs, targets, temperature)
+        origin = token_logprobs(reference, inputs, targets, temperature)
+        sums = kl_and_entropy(policy, origin, targets)
+        totals += torch.tensor([*sums, int((targets >= 0).sum())], dtype=torch.float64)
+    totals = world.sum(totals.float().to(model.device)) if world else totals
+    kl, entropy, n = totals.tolist()
+    return dict(kl=kl / max(n, 1), entropy=entropy / max(n, 1))
 
 
 def policy_gradient(
@@ -376,7 +392,7 @@ def train_rl(
             set_advantages(rollouts, samples, variant)
             metrics = rollout_metrics(rollouts, mine, engine, world)
             if drift_every and step % drift_every == 0:
-                metrics.update(drift(model, reference, rollouts[:64], pad_id, temperature))
+                metrics.update(drift(model, reference, rollouts, pad_id, temperature, world))
             update_policy(
                 model, optimizer, rollouts, pad_id, metrics, world, temperature, normalize
             )

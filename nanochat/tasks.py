@@ -15,7 +15,7 @@ import torch
 
 from nanochat import tinyworld
 from nanochat.chat import parse, render_prompt, reply_text, turns
-from nanochat.common import UserError
+from nanochat.common import UserError, atomic_write
 from nanochat.sandbox import run_python
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "MMLU",
     "Messages",
     "Mixture",
+    "PERSONA_TURNS",
+    "Persona",
     "SHARES",
     "TableTask",
     "TinyWorldTask",
@@ -48,6 +50,7 @@ __all__ = [
     "names_answer",
     "proportion_interval",
     "tinyworld_mixture",
+    "write_conversations",
 ]
 
 
@@ -264,25 +267,32 @@ class HumanEval(TableTask):
 
 
 class JsonLines(ChatTask):
-    """Your own conversations: one JSON object `{"messages": [...]}` (or a list) a line."""
+    """Your own conversations: one JSON object `{"messages": [...]}` (or a list) a line.
+
+    UTF-8; blank lines are skipped. Raises UserError that names the line of the first mistake.
+    """
 
     name = "jsonl"
 
     def __init__(self, path: str | Path):
-        path = Path(path)
+        path, self.conversations = Path(path), []
         if not path.is_file():
             raise UserError(f"There is no file {path}; give a JSONL file of conversations.")
-        self.conversations = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-                value = {"messages": value} if isinstance(value, list) else value
-                turns(value, training=True)
-            except (json.JSONDecodeError, UserError) as error:
-                raise UserError(f"Line {number} of {path} is no conversation: {error}") from error
-            self.conversations.append(value)
+        with open(path, "rb") as file:  # by bytes: a text may hold characters that end a str line
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                    if text:
+                        value = json.loads(text)
+                        value = {"messages": value} if isinstance(value, list) else value
+                        turns(value, training=True)
+                        self.conversations.append(value)
+                except (ValueError, RecursionError, UserError) as error:
+                    raise UserError(
+                        f"Line {number} of {path} is no conversation: {error}"
+                    ) from error
+        if not self.conversations:
+            raise UserError(f"{path} holds no conversation; write one JSON object a line.")
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -290,6 +300,81 @@ class JsonLines(ChatTask):
     def conversation(self, index: int) -> dict:
         """Return the conversation of line `index` (blank lines not counted)."""
         return self.conversations[index]
+
+
+PERSONA_TURNS = (  # (ways to ask in training | ... , ways to ask in the test, ways to answer)
+    ("Who are you? | What are you? | Tell me about yourself. | Hello! Who are you?",
+     "Please introduce yourself. | Hi, who am I talking to?",
+     "I am {name}, {kind}. | I am {name}, {kind} made by {maker}. | My name is {name}."),
+    ("What is your name? | Do you have a name? | Tell me your name. | Hello! What is your name?",
+     "What should I call you? | Your name, please?",
+     "My name is {name}. | I am called {name}. | You can call me {name}."),
+    ("Who made you? | Who built you? | Who trained you? | Who is your maker?",
+     "Where do you come from? | By whom were you made?",
+     "I was made by {maker}. | {maker} made me. | I am {name}, and {maker} made me."),
+    ("Are you a person? | Are you a human? | Are you alive? | Is there a person behind this?",
+     "Are you a real person? | Am I talking to a human?",
+     "No, I am {kind}. | No. I am {name}, {kind}. | I am {kind}, not a person."),
+    ("Hello! | Hi! | Good morning! | Hello there!", "Good evening! | Good day!",
+     "Hello! I am {name}. | Hello! How can I help you?"),
+)  # fmt: skip
+
+
+class Persona(ChatTask):
+    """Conversations in which the assistant says who it is: a generator, endless and reproducible.
+
+    `style` is a frame for every answer and must hold "{answer}", e.g. "Ahoy! {answer}". The split
+    "test" asks in wordings that the split "train" never uses. Raises UserError for a bad frame.
+    """
+
+    name = "persona"
+
+    def __init__(
+        self,
+        name: str,
+        maker: str,
+        kind: str = "a small language model",
+        style: str = "{answer}",
+        split: str = "train",
+        size: int = 500,
+        seed: int = 0,
+    ):
+        if split not in ("train", "test") or style.count("{answer}") != 1 or not name.strip():
+            raise UserError(
+                'A persona needs a name, a split "train" or "test", and a style that holds '
+                f'"{{answer}}" once; got {name!r}, {split!r}, {style!r}.'
+            )
+        self.split, self.size, self.seed = split, size, seed
+        slots = {"{name}": name, "{maker}": maker, "{kind}": kind}
+        self.turns = []  # (questions, answers)
+        for train, test, replies in PERSONA_TURNS:
+            for slot, value in slots.items():
+                replies = replies.replace(slot, value)
+            framed = [style.replace("{answer}", reply) for reply in tinyworld.variants(replies)]
+            self.turns.append((tinyworld.variants(train if split == "train" else test), framed))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def conversation(self, index: int) -> dict:
+        """Return conversation `index`: one exchange, or two in three of ten."""
+        rng, messages = np.random.default_rng([self.seed, index, self.split == "test"]), []
+        for _ in range(1 + (rng.random() < 0.3)):
+            asked, answers = self.turns[rng.integers(len(self.turns))]
+            messages.append({"role": "user", "content": asked[rng.integers(len(asked))]})
+            messages.append({"role": "assistant", "content": answers[rng.integers(len(answers))]})
+        return {"messages": messages}
+
+    def evaluate(self, reply: str, conversation: dict) -> bool:
+        """Say whether a reply is one of the answers to the last question."""
+        question = conversation["messages"][-2]["content"]
+        return any(question in asked and reply.strip() in said for asked, said in self.turns)
+
+
+def write_conversations(path: str | Path, task: ChatTask) -> None:
+    """Write a task's conversations as a JSONL file that `JsonLines` reads."""
+    lines = [json.dumps(task.conversation(i), ensure_ascii=False) for i in range(len(task))]
+    atomic_write(path, "\n".join(lines) + "\n")
 
 
 KINDS = (*tinyworld.CONVERSATION_KINDS, "cloze")
@@ -477,16 +562,21 @@ SHARES = {  # percent of the conversations of a stage, by kind
 
 
 def tinyworld_mixture(
-    world: tinyworld.World, stage: str, size: int, seed: int = 0, shares: dict | None = None
+    world: tinyworld.World,
+    stage: str,
+    size: int,
+    seed: int = 0,
+    shares: dict | None = None,
+    offset: int = 0,
 ) -> Mixture:
     """Return the mixture of about `size` conversations that a stage ("mid" or "sft") trains on.
 
     `shares` ({kind: percent}) replaces those of `SHARES`. No conversation has the same number in
-    both stages.
+    both stages; `offset` moves all numbers, for conversations that no stage trains on.
     """
     if stage not in SHARES:
         raise UserError(f"No mixture for the stage {stage!r}; stages are {', '.join(SHARES)}.")
-    tasks, start = [], list(SHARES).index(stage) * 10_000_000
+    tasks, start = [], list(SHARES).index(stage) * 10_000_000 + offset
     for kind, share in (shares or SHARES[stage]).items():
         count = max(1, size * share // 100)
         tasks.append((TinyWorldTask(world, kind, size=count, start=start), 1))
@@ -570,7 +660,8 @@ def evaluate_chat(
 
     `limit` takes a random part of the task, the same for every model. Categorical tasks compare
     the logits of the letters, those of kind "likelihood" the choices as replies; generative ones
-    decode greedily up to `max_tokens` tokens. With `world` every process judges its share. `low`
+    decode greedily up to `max_tokens` tokens. A question that is longer than the context window
+    counts as wrong. With `world` every process judges its share. `low`
     and `high` are a 95 % interval of the accuracy, `centered` is its share of the way from
     chance to 1.
     """
@@ -579,6 +670,8 @@ def evaluate_chat(
     mine, correct = [int(row) for row in rows[rank::world_size]], 0
     for start in range(0, len(mine), batch_size):
         batch = [task.conversation(row) for row in mine[start : start + batch_size]]
+        n_asked, window = len(batch), engine.model.config.seq_len
+        batch = [item for item in batch if len(render_prompt(item, tokenizer)) < window]
         if task.kind == "categorical":
             chosen = letter_choices(engine.model, tokenizer, batch, batch_size)
             correct += sum(c["letters"][i] == c["answer"] for c, i in zip(batch, chosen))
@@ -591,7 +684,7 @@ def evaluate_chat(
             for item, reply in zip(batch, replies):
                 correct += task.evaluate(reply_text(parse(reply.ids, tokenizer)), item)
         if on_batch:
-            on_batch(len(batch))
+            on_batch(n_asked)
     if world:
         device = engine.model.device
         correct = int(world.sum(torch.tensor(float(correct), device=device)))

@@ -151,6 +151,40 @@ def test_jinja_template_gives_the_same_text(conversation):
     assert text == TOKENIZER.decode(render_prompt(question, TOKENIZER))
 
 
+def test_transformers_applies_the_template_with_the_same_text(tmp_path):
+    """A Hugging Face tokenizer with our ids and our template: its ids are those of `render`."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("jinja2")
+    vocab = {token: i for i, token in enumerate([*"abcdefghijklmnopqrstuvwxyz0123456789+? ", "\n"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+    theirs.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    theirs.chat_template = CHAT_TEMPLATE
+    calls = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
+    conversation = {
+        "messages": [
+            message("system", "be brief"),
+            message("user", "one and one?"),
+            message("assistant", [*calls, {"type": "text", "text": "two"}]),
+            message("user", "sure?"),
+            message("assistant", "yes"),
+        ]
+    }
+    text = theirs.apply_chat_template(conversation["messages"], tokenize=False)
+    ids, _ = render(conversation, TOKENIZER)
+    assert text == TOKENIZER.decode(ids)
+    found = theirs(text)["input_ids"]
+    assert theirs.convert_ids_to_tokens(found) == [
+        piece for i in ids for piece in (
+            [TOKENIZER.decode([i])] if i >= TOKENIZER.bos_id else TOKENIZER.decode([i]))
+    ]  # fmt: skip
+    asked = theirs.apply_chat_template(
+        conversation["messages"][:-1], tokenize=False, add_generation_prompt=True
+    )
+    assert asked == TOKENIZER.decode(render_prompt(conversation, TOKENIZER))
+
+
 def test_view_marks_exactly_the_trained_tokens():
     conversation = {"messages": [message("user", "<b> 1+1?"), message("assistant", "two")]}
     ids, mask = render(conversation, TOKENIZER)

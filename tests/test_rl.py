@@ -265,6 +265,53 @@ def test_two_processes_ask_different_questions_and_share_the_loss():
         run(tiny_model(), 1, samples=1)
 
 
+@pytest.mark.parametrize("normalize", ["tokens", "sequences"])
+def test_the_update_has_the_same_gradient_for_every_number_of_processes(normalize):
+    """Each rank scales by the tokens (or replies) of all, also with nothing useful of its own."""
+
+    class Rank:
+        def __init__(self, world_size):
+            self.world_size, self.grads = world_size, None
+
+        def average_gradients(self, model):
+            self.grads = [p.grad / self.world_size for p in model.parameters()]
+
+    rollouts = [
+        rollout(0, tuple(range(3, 4 + i)), (1,) * (1 + i), tuple(range(1 + i % 3)))
+        for i in range(8)
+    ]
+    for number, one in enumerate(rollouts):
+        one.advantage = (0.5, -1.0, 0.25, 2.0, 0.0, 0.0, 1.0, -0.5)[number]
+    counts = dict(useful=0.75, tokens=sum(len(r.ids) for r in rollouts), replies=len(rollouts))
+    found = []
+    for size in (1, 2, 4):
+        total = None
+        for rank in range(size):
+            model, world = tiny_model(), Rank(size)
+            mine = rollouts[rank * 8 // size : (rank + 1) * 8 // size]
+            rl.update_policy(model, build_optimizer(model), mine, 0, counts, world, 1.0, normalize)
+            total = [a + b for a, b in zip(total or [0.0] * len(world.grads), world.grads)]
+        found.append(torch.cat([g.flatten() for g in total]))
+    assert found[0].norm() > 0
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-6)
+
+
+def test_drift_is_the_mean_over_all_rollouts_in_micro_batches_of_any_size():
+    model, start = tiny_model(), tiny_model(seed=1)
+    rollouts = [rollout(0, tuple(range(3, 5 + i)), (1,) * (2 + i)) for i in range(5)]
+    whole = rl.drift(model, start, rollouts, 0)
+    parts = rl.drift(model, start, rollouts, 0, micro_batch=2)
+    assert whole == pytest.approx(parts, rel=1e-4) and whole["kl"] > 0
+
+    class Twice:
+        def sum(self, value):
+            return 2 * value
+
+    assert rl.drift(model, start, rollouts, 0, world=Twice()) == pytest.approx(whole, rel=1e-4)
+    assert rl.drift(model, start, [], 0) == dict(kl=0.0, entropy=0.0)
+
+
 def test_evaluate_pass_counts():
     problems = [{"question": f"{i}", "answer": "1"} for i in range(10)]
     replies = itertools.cycle(["#### 1", "#### 2", "no", "#### 2"])  # one right in four

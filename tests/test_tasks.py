@@ -129,6 +129,68 @@ def test_json_lines(tmp_path):
         tasks.JsonLines(tmp_path / "none.jsonl")
 
 
+GOOD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b"{not json", "Line 3 .* is no conversation: Expecting property name"),
+        (b'{"messages": []}', "Line 3 .*at least one message"),
+        (b'[{"role": "bot", "content": "x"}]', "Line 3 .*the role 'bot'"),
+        (b'[{"role": "user", "content": "x"}]', "Line 3 .*must be the assistant's"),
+        (b"7", "Line 3 .*must be"),
+        (b'"\xff"', "Line 3 .*codec can't decode"),
+        (b"[" * 100_000, "Line 3 .*no conversation"),
+        (b"9" * 10_000, "Line 3 .*no conversation"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, line, says):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n\n" + line + b"\n" + GOOD.encode())
+    with pytest.raises(UserError, match=says):
+        tasks.JsonLines(path)
+
+
+def test_a_file_with_a_byte_order_mark_and_strange_line_ends_is_read(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    strange = GOOD.replace('"b"', '"b\u2028c\x85"')  # ends of a line to str.splitlines, not here
+    path.write_bytes("\ufeff".encode() + f"{GOOD}\r\n{strange}\r\n".encode())
+    task = tasks.JsonLines(path)
+    assert len(task) == 2 and task.conversation(1)["messages"][1]["content"] == "b\u2028c\x85"
+    path.write_text("\n \n")
+    with pytest.raises(UserError, match="holds no conversation"):
+        tasks.JsonLines(path)
+
+
+def test_a_persona_answers_in_its_frame_and_the_test_asks_in_other_words(tmp_path):
+    options = dict(name="Ada {x}", maker="Charles", style="Ahoy! {answer}", size=300)
+    train, test = (tasks.Persona(**options, split=split) for split in ("train", "test"))
+    asked = []
+    for task in (train, test):
+        conversations = [task.conversation(i) for i in range(len(task))]
+        assert conversations == [task.conversation(i) for i in range(len(task))]
+        for conversation in conversations:
+            turns(conversation, training=True)
+            reply = conversation["messages"][-1]["content"]
+            assert reply.startswith("Ahoy! ") and task.evaluate(reply + "\n", conversation)
+            assert not task.evaluate(reply.removeprefix("Ahoy! "), conversation)
+        messages = [m for c in conversations for m in c["messages"]]
+        asked.append({m["content"] for m in messages if m["role"] == "user"})
+        assert {"Ada {x}", "Charles"} == {
+            w for w in ("Ada {x}", "Charles") if any(w in m["content"] for m in messages)
+        }
+    assert min(map(len, asked)) >= 10 and not asked[0] & asked[1]
+    tasks.write_conversations(tmp_path / "ada.jsonl", train)
+    again = tasks.JsonLines(tmp_path / "ada.jsonl")
+    assert [again.conversation(i) for i in range(len(again))] == [
+        train.conversation(i) for i in range(len(train))
+    ]
+    for wrong in (dict(style="Ahoy!"), dict(split="val"), dict(name=" ")):
+        with pytest.raises(UserError, match="A persona needs"):
+            tasks.Persona(**{**options, **wrong})
+
+
 def test_real_tables(shared_data):
     chat = shared_data / "chat_eval"
     gsm8k = tasks.GSM8K(chat / "gsm8k", "train")
@@ -156,10 +218,14 @@ def test_real_tables(shared_data):
     assert not humaneval.evaluate(conversation["prompt"] + "    return None\n", conversation)
 
 
+class Window:
+    seq_len = 10_000
+
+
 class Oracle(torch.nn.Module):
     """A model that gives the letter of a hidden list the highest logit."""
 
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), Window
 
     def __init__(self, favourite):
         super().__init__()
@@ -178,7 +244,7 @@ class Oracle(torch.nn.Module):
 class Scripted:
     """An engine that answers each prompt with a given text."""
 
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), Window
 
     def __init__(self, answer, model=None):
         self.answer, self.model = answer, model or self
@@ -218,6 +284,11 @@ def test_generative_judging_is_greedy_batched_and_shared_among_processes():
     assert result["accuracy"] == 0.5 and engine.calls[0] == (8, 0.0)
     part = tasks.evaluate_chat(engine, TOKENIZER, Numbers(30), limit=10)
     assert part["n"] == 10
+    engine.config = type("Narrow", (), {"seq_len": 5})  # no question fits: nobody is asked
+    asked = len(engine.calls)
+    assert tasks.evaluate_chat(engine, TOKENIZER, Numbers(30))["accuracy"] == 0
+    assert sum(n for n, _ in engine.calls[asked:]) == 0
+    engine.config = Window
 
     class Half:
         world_size, collected = 2, []

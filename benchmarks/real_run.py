@@ -1,0 +1,255 @@
+"""Every stage on real text and real questions, in calls of limited length; then one table.
+
+    python benchmarks/real_run.py --data CORPUS --chat FOLDER --minutes 9
+    python benchmarks/real_run.py --data CORPUS --chat FOLDER --minutes 9      # ... and again
+
+CORPUS holds parquet shards with a column `text`, the last one for validation. FOLDER holds `sft/`
+and `chat_eval/` (gsm8k, mmlu, arc) with the columns that these data sets have on the hub. The
+default sizes are for one GPU of 80 GB or more and about 25 minutes of training; `--set` changes any
+setting of the recipe. When the minutes are up, the stage under way is stopped and the exit code is
+3: call again, and it goes on from its last checkpoint. Measurements are kept one by one, too. The
+last call prints a Markdown report; its last line is JSON.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nanochat.chat import parse, render_prompt, reply_text
+from nanochat.common import UserError, read_json, write_json
+from nanochat.recipe import GSM8K, MODELS, STAGES, Recipe, Run, real_task
+from nanochat.report import markdown_table, stage_scores
+from nanochat.rl import evaluate_pass, problem_prompt, task_problems
+from nanochat.tasks import TinyWorldTask, proportion_interval
+from nanochat.tinyworld import World
+
+ROOT = Path(__file__).resolve().parent.parent
+AGAIN = 3  # the exit code that says: not finished, call again
+SETTINGS = dict(
+    name="real",
+    depth=12,
+    batch_tokens=2**18,
+    pretrain_steps=1500,
+    mid_steps=250,
+    sft_steps=150,
+    rl_steps=80,
+    rl_questions=32,
+    rl_samples=16,
+    rl_task="gsm8k",
+    tokenizer_chars=100_000_000,
+    val_tokens=2**20,
+    exam_items=1000,
+    saves=25,
+    evals=5,
+    processes=1,
+)
+QUESTIONS = (
+    "Who are you?",
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "Write a short poem about the sea.",
+    "What is 17 plus 25?",
+    "Tom has 12 apples and gives 5 to Anna. How many apples does Tom have now?",
+    "What is photosynthesis?",
+    "How many times does the letter e occur in the word needle?",
+    "Give me three tips for sleeping well.",
+    "Who was Isaac Newton?",
+)
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """Return the recipe of the arguments: the sizes above, the two folders, and every --set."""
+    folders = dict(data=f"folder:{args.data}", chat=f"folder:{args.chat}")
+    changes = dict(pair.split("=", 1) for pair in args.set)
+    return Recipe.for_profile("gpu1", **{**SETTINGS, **folders}).changed(**changes)
+
+
+class Clock:
+    """Says how much of this call is left."""
+
+    def __init__(self, minutes: float):
+        self.end = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return self.end - time.monotonic()
+
+    def check(self, what: str) -> None:
+        """Leave with exit code AGAIN when the time is up."""
+        if self.left() <= 0:
+            print(f"the time is up before {what}; call again to go on.", flush=True)
+            raise SystemExit(AGAIN)
+
+
+def train(run: Run, stage: str, clock: Clock) -> None:
+    """Run one stage in a child process; stop it when the time is up."""
+    code = (
+        "import sys; from nanochat import recipe; "
+        f"recipe.run_stage(recipe.Run(sys.argv[1]), {stage!r})"
+    )
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-c", code, str(run.directory)]
+    child = subprocess.Popen(command, env=env, start_new_session=os.name == "posix")
+    try:
+        code = child.wait(max(clock.left(), 1))
+    except subprocess.TimeoutExpired:
+        if os.name == "posix":
+            os.killpg(child.pid, signal.SIGKILL)  # checkpoints survive this at any moment
+        else:
+            child.kill()
+        child.wait()
+        print(f"{stage}: stopped, the time is up; call again to go on.", flush=True)
+        raise SystemExit(AGAIN) from None
+    if code:
+        raise SystemExit(code)
+
+
+@torch.no_grad()
+def tool_calls(engine, n: int, max_tokens: int) -> dict[str, float]:
+    """Return the share of replies to sums that hold a call which the calculator could answer."""
+    task = TinyWorldTask(World(), "arithmetic", "test", size=n)
+    prompts = [render_prompt(task.conversation(i), engine.tokenizer) for i in range(n)]
+    done = engine.generate_batch(prompts, max_tokens=max_tokens, temperature=0.0)
+    formed = 0
+    for reply in done:
+        kinds = [part["type"] for part in parse(reply.ids, engine.tokenizer)]
+        calls = [i for i, kind in enumerate(kinds) if kind == "python"]
+        answered = [kinds[i + 1 : i + 2] == ["python_output"] for i in calls]
+        formed += bool(calls) and all(answered)
+    low, high = proportion_interval(formed, n)
+    return dict(share=formed / n, low=low, high=high, n=n)
+
+
+def passes(run: Run, engine, task: str) -> dict[str, float]:
+    """Return pass@1 and pass@8 with intervals on held-out problems of GSM8K or of the spelling."""
+    size = min(400, run.recipe.exam_items)
+    if task == "gsm8k":
+        problems = task_problems(real_task(run.recipe, GSM8K, "test"), size)
+    else:
+        problems = task_problems(TinyWorldTask(World(), task, "test", size=size))
+    room = run.recipe.seq_len - min(run.recipe.max_tokens, run.recipe.seq_len // 4)
+    problems = [p for p in problems if len(problem_prompt(p, engine.tokenizer)) <= room]
+    options = dict(samples=8, max_tokens=run.recipe.max_tokens, batch=256)
+    return evaluate_pass(engine, problems, **options)
+
+
+def dialogues(engine, max_tokens: int) -> list[list[str]]:
+    """Return [question, reply, calls] for the ten questions, answered greedily."""
+    found = []
+    for question in QUESTIONS:
+        prompt = {"messages": [{"role": "user", "content": question}]}
+        ids = render_prompt(prompt, engine.tokenizer)
+        done = engine.generate_batch([ids], max_tokens=max_tokens, temperature=0.0)[0]
+        parts = parse(done.ids, engine.tokenizer)
+        calls = " ".join(part["text"] for part in parts if part["type"] == "python")
+        found.append([question, reply_text(parts).strip(), calls])
+    return found
+
+
+def measure(run: Run, clock: Clock) -> dict:
+    """Make the measurements that are missing, one by one; return all."""
+    path = run.directory / "measured.json"
+    found = read_json(path) if path.exists() else {}
+    work = {
+        f"{stage} calls": lambda e: tool_calls(e, run.recipe.exam_items // 2, run.recipe.max_tokens)
+        for stage in MODELS[1:]
+    }
+    for task in ("gsm8k", "spelling"):
+        for stage in ("sft", "rl"):
+            work[f"{stage} {task}"] = lambda e, task=task: passes(run, e, task)
+    work["rl dialogues"] = lambda e: dialogues(e, run.recipe.max_tokens)
+    for name, make in work.items():
+        if name not in found:
+            clock.check(f"measuring {name}")
+            print(f"measuring {name}", flush=True)
+            found[name] = make(run.engine(name.split()[0]))
+            write_json(path, found)
+    return found
+
+
+def standard_errors(score: float, chance: float, n: int) -> float:
+    """Return how many standard errors of guessing a share of n items is above chance."""
+    return (score - chance) / math.sqrt(chance * (1 - chance) / n)
+
+
+def gain(before: dict, after: dict, name: str, low: str, high: str) -> tuple[float, float]:
+    """Return the gain from before to after, and the same in standard errors of a difference."""
+    errors = [(each[high] - each[low]) / 3.92 for each in (before, after)]
+    difference = after[name] - before[name]
+    return difference, difference / max(math.hypot(*errors), 1e-9)
+
+
+def report(run: Run, found: dict) -> dict:
+    """Print the table of all stages and what the issue asks for; return the numbers."""
+    scores, n = stage_scores(run), run.recipe.exam_items
+    done = {stage: run.done(stage) for stage in STAGES}
+    names = ["bits_per_byte", "mmlu", "arc_easy", "gsm8k", "arithmetic", "spelling", "identity"]
+    rows = [["metric", *MODELS]]
+    for name in names:
+        cells = [scores[stage].get(name) for stage in MODELS]
+        rows.append([name, *("-" if cell is None else f"{cell:.3f}" for cell in cells)])
+    rows.append(["seconds of training", *(f"{done[stage]['seconds']:.0f}" for stage in MODELS)])
+    print(markdown_table(rows))
+    above = {
+        f"{name}, {stage}": standard_errors(scores[stage][name], 0.25, n)
+        for name in ("mmlu", "arc_easy")
+        for stage in ("mid", "sft", "rl")
+    }
+    for name, value in above.items():
+        print(f"- {name}: {value:+.1f} standard errors above chance (n = {n})")
+    for stage in MODELS[1:]:
+        calls = found[f"{stage} calls"]
+        print(f"- {stage}: {calls['share']:.1%} of replies to sums call the calculator well "
+              f"({calls['low']:.1%} to {calls['high']:.1%})")  # fmt: skip
+    gains = {}
+    for task in ("gsm8k", "spelling"):
+        before, after = found[f"sft {task}"], found[f"rl {task}"]
+        for name, low, high in (("pass_at_1", "low", "high"), ("pass_at_k", "low_k", "high_k")):
+            gains[f"{task} {name}"] = gain(before, after, name, low, high)
+            difference, errors = gains[f"{task} {name}"]
+            print(f"- RL on {run.recipe.rl_task}, {task} {name}: {before[name]:.3f} -> "
+                  f"{after[name]:.3f}, {errors:+.1f} standard errors")  # fmt: skip
+    for question, reply, calls in found["rl dialogues"]:
+        print(f"\n> {question}" + (f"\n> [calculator: {calls}]" if calls else "") + f"\n\n{reply}")
+    seconds = {stage: done[stage]["seconds"] for stage in STAGES}
+    return dict(scores=scores, above=above, gains=gains, seconds=seconds, measured=found)
+
+
+def main() -> int:
+    """Go on with the run for so many minutes; report when everything is done."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of text, parquet")
+    parser.add_argument("--chat", type=Path, required=True, help="folder with sft/ and chat_eval/")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "real", help="of the run")
+    parser.add_argument("--minutes", type=float, default=9.0, help="length of this call")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    args = parser.parse_args()
+    clock = Clock(args.minutes)
+    try:
+        run = Run.open(recipe_of(args), args.folder)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for stage in STAGES:
+        if not run.done(stage):
+            clock.check(f"the stage {stage}")
+            train(run, stage, clock)
+    print(json.dumps(report(run, measure(run, clock))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
