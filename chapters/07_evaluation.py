@@ -664,9 +664,8 @@ def group_batches(groups: list[Group], batch_tokens: int) -> Iterator[list[Group
     while groups:
         longest = groups[0].shared
         most = max(1, batch_tokens // max(longest, 1))
-        near = [
-            group for group in groups[:most] if group.shared >= min(longest - 16, longest * 0.8)
-        ]
+        least = min(longest - 16, longest * 0.8)
+        near = [group for group in groups[:most] if group.shared >= least]
         yield near
         groups = groups[len(near) :]
 
@@ -762,8 +761,8 @@ times.append(time.perf_counter())
 shared = score_rows(model, many, tokenizer.bos_id)
 times.append(time.perf_counter())
 seconds = np.diff(times)
-print(f"in batches {seconds[0] / seconds[1]:.0f} times as fast as one by one,")
-print(f"and with beginnings read once {seconds[0] / seconds[2]:.0f} times")
+print(f"in batches {seconds[0] / seconds[1]:.1f} times as fast as one by one,")
+print(f"and with beginnings read once {seconds[0] / seconds[2]:.1f} times")
 assert all(abs(a[0] - b[0]) < 1e-4 and a[1] == b[1] for a, b in zip(one_by_one, shared))
 
 # %% [markdown]
@@ -937,21 +936,22 @@ accuracy $a$ and baseline $b$ moves the mean by about
 
 $$\frac{1}{22} \cdot \frac{1}{1-b}\sqrt{\frac{a(1-a)}{n}}$$
 
-from one draw of items to the next. Centring makes it worse where guessing is good: `boolq`, a yes-no
-question with a baseline of 62 %, is stretched by 2.6. We draw this for a weak model that is
-a tenth of the way from guessing to perfect everywhere.
+from one draw of items to the next. Centring makes it worse where guessing is good: `boolq`, a
+yes-no question with a baseline of 62 %, is stretched by 2.6. We draw this for a weak model that
+is a tenth of the way from guessing to perfect everywhere.
 """
 
 # %%
 core_sizes = {  # items and baseline of the 22 tasks
-    "hellaswag_zeroshot": (10042, 0.25), "jeopardy": (2117, 0.0), "bigbench_qa_wikidata": (20321, 0.0),
-    "arc_easy": (2376, 0.25), "arc_challenge": (1172, 0.25), "copa": (100, 0.5),
-    "commonsense_qa": (1221, 0.2), "piqa": (1838, 0.5), "openbook_qa": (500, 0.25),
-    "lambada_openai": (5153, 0.0), "hellaswag": (10042, 0.25), "winograd": (273, 0.5),
-    "winogrande": (1267, 0.5), "bigbench_dyck_languages": (1000, 0.0), "agi_eval_lsat_ar": (230, 0.2),
-    "bigbench_cs_algorithms": (1320, 0.0), "bigbench_operators": (210, 0.0),
-    "bigbench_repeat_copy_logic": (32, 0.0), "squad": (10570, 0.0), "coqa": (7983, 0.0),
-    "boolq": (3270, 0.62), "bigbench_language_identification": (10000, 0.091),
+    "hellaswag_zeroshot": (10042, 0.25), "hellaswag": (10042, 0.25), "jeopardy": (2117, 0.0),
+    "bigbench_qa_wikidata": (20321, 0.0), "arc_easy": (2376, 0.25), "arc_challenge": (1172, 0.25),
+    "copa": (100, 0.5), "commonsense_qa": (1221, 0.2), "piqa": (1838, 0.5),
+    "openbook_qa": (500, 0.25), "lambada_openai": (5153, 0.0), "winograd": (273, 0.5),
+    "winogrande": (1267, 0.5), "bigbench_dyck_languages": (1000, 0.0),
+    "agi_eval_lsat_ar": (230, 0.2), "bigbench_cs_algorithms": (1320, 0.0),
+    "bigbench_operators": (210, 0.0), "bigbench_repeat_copy_logic": (32, 0.0),
+    "squad": (10570, 0.0), "coqa": (7983, 0.0), "boolq": (3270, 0.62),
+    "bigbench_language_identification": (10000, 0.091),
 }  # fmt: skip
 noise = {}
 for name, (n, b) in core_sizes.items():
@@ -964,7 +964,7 @@ fig, ax = figure(
     f"Three of 22 tasks make {share:.0%} of the noise of CORE (standard error {total:.3f})",
     "standard error of the centred score",
     size=(6, 2.6),
-    alt="Bars: the standard error of the eight noisiest CORE tasks, copa and the 32-item task first",
+    alt="Bars: the standard error of the eight noisiest CORE tasks, copa first",
 )
 ax.barh(worst, [noise[name] for name in worst])
 plt.show()
@@ -1359,8 +1359,8 @@ r"""
 ### Getting the bundle, and opening a stranger's archive
 
 The tasks of nanochat's CORE are published as one zip archive of about 160 MB. A file from the
-network is somebody else's program until shown otherwise. Three things can be wrong with it, and each
-has its guard:
+network is somebody else's program until shown otherwise. Three things can be wrong with it, and
+each has its guard:
 
 - *It is another file*, by accident or by intent. We know the SHA-256 of the right one and compare.
 - *It writes where it should not.* A name inside an archive may be `../../.bashrc`, or a link to
@@ -1449,8 +1449,8 @@ def fetch_core(
     """Return the folder of the CORE bundle, after downloading it if it is not here yet.
 
     It is kept in `folder`, or in $NANOCHAT_CACHE or ~/.cache/nanochat under `core/`. The archive is
-    verified by its SHA-256, unpacked and thrown away; files whose size has changed since are fetched
-    again. Raises UserError without a network or when anything is wrong with the file.
+    verified by its SHA-256, unpacked and thrown away; when a file has changed its size since, it is
+    fetched again. Raises UserError without a network or when anything is wrong with the file.
     """
     cache = Path(os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat")
     place = Path(folder) if folder else cache.expanduser() / "core"
@@ -1493,11 +1493,11 @@ with tempfile.TemporaryDirectory() as place:
 r"""
 ### Any model that has logits
 
-A score is worth more when we can check the scorer. GPT-2's CORE is published: 0.1139 for the model
-of 124 million parameters, 0.1849, 0.2146 and 0.2565 for its larger sisters. So we want to put *that*
-model through *our* code. Nothing in the scoring asks for our own architecture: it needs logits and,
-to be fast, a cache. For a model of Hugging Face only the tokenizer needs an adapter: few methods,
-under the names that we use.
+A score is worth more when we can check the scorer. GPT-2's CORE is published: 0.1139 for the
+model of 124 million parameters, 0.1849, 0.2146 and 0.2565 for its larger sisters. So we want to
+put *that* model through *our* code. Nothing in the scoring asks for our own architecture: it
+needs logits and, to be fast, a cache. For a model of Hugging Face only the tokenizer needs an
+adapter: few methods, under the names that we use.
 
 We load weights from safetensors files only and run no code that comes with a model; a repository
 that offers nothing else is refused.
@@ -1536,9 +1536,8 @@ class HubTokenizer:
 
     def fingerprint(self) -> str:
         """Return a hash of the vocabulary."""
-        return hashlib.sha256(
-            json.dumps(sorted(self.inner.get_vocab().items())).encode()
-        ).hexdigest()
+        vocabulary = json.dumps(sorted(self.inner.get_vocab().items()))
+        return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
 def load_hub_model(
@@ -1572,11 +1571,11 @@ def load_hub_model(
 r"""
 ### Results that survive
 
-A full CORE is 91,037 items; on a small machine that takes hours. `run_core` writes the result of each
-task as soon as it has it. Killed and started again, it goes on with the next task. How does it know
-that the old results still count? It keeps, with each, a hash of the weights, of the tokenizer and
-of the task itself. Results of other weights are refused, not mixed in: a mean of two models is
-nobody's score.
+A full CORE is 91,037 items; on a small machine that takes hours. `run_core` writes the result of
+each task as soon as it has it. Killed and started again, it goes on with the next task. How does
+it know that the old results still count? It keeps, with each, a hash of the weights, of the
+tokenizer and of the task itself. Results of other weights are refused, not mixed in: a mean of
+two models is nobody's score.
 """
 
 
@@ -1665,10 +1664,10 @@ r"""
 From the command line the same is
 
 ```
-python -m nanochat eval --core                            # the bundle, fetched once; the last run's model
+python -m nanochat eval --core                        # the bundle, fetched once; the last model
 python -m nanochat eval --core path/to/folder --limit 500
 python -m nanochat eval --core --hf openai-community/gpt2
-torchrun --nproc_per_node=8 -m nanochat eval --core       # eight processes share the items
+torchrun --nproc_per_node=8 -m nanochat eval --core   # eight processes share the items
 ```
 
 If a task is left out or cut to a limit, the number is of another exam and must not be compared with
@@ -1973,8 +1972,8 @@ true of one and the same model, and only the second can be seen in a table like 
 
 All controls above trust one thing: that the model has not seen the answers. A web-sized training
 text holds copies of public exams, and a model that learned them by heart scores high without
-knowing anything. The usual check looks for common *n-grams*: runs of n words, often 13, that stand in
-the exam and in the training text. Long runs of words do not repeat by chance.
+knowing anything. The usual check looks for common *n-grams*: runs of n words, often 13, that
+stand in the exam and in the training text. Long runs of words do not repeat by chance.
 
 The training text is huge and the exam is small, so we turn the problem around. The exam's
 words get random 64-bit codes; a word that no question has gets 0, and no run through a 0 can match.
@@ -2005,9 +2004,9 @@ def code_blocks(
 ) -> Iterator[np.ndarray]:
     """Yield the codes of the documents' words, about `block` at a time, a 0 between documents."""
     words: list[int] = []
-    for document in documents:
+    for text in documents:
         words.append(0)
-        words.extend(codes.get(word, 0) for word in WORD.findall(document.lower()))
+        words.extend(codes.get(word, 0) for word in WORD.findall(text.lower()))
         if len(words) >= block:
             yield np.array(words, np.uint64)
             words = []
@@ -2057,8 +2056,8 @@ assert shares[:3].tolist() == [1.0, 0.8, 0.0] and math.isnan(shares[3])
 
 # %% [markdown]
 r"""
-To see that it finds what it should, we plant a leak: every fifth question about people goes into the
-training text, answer included, in one document among hundreds.
+To see that it finds what it should, we plant a leak: every fifth question about people goes into
+the training text, answer included, in one document among hundreds.
 """
 
 # %%
@@ -2079,8 +2078,9 @@ assert flagged == planted
 
 # %% [markdown]
 r"""
-What does a leak do to a score? We train a copy of the model a little further: the usual batches, with
-one row in eight made of the leaked lines. Then we ask the leaked questions and the others apart.
+What does a leak do to a score? We train a copy of the model a little further: the usual batches,
+with one row in eight made of the leaked lines. Then we ask the leaked questions and the others
+apart.
 """
 
 # %%
@@ -2114,10 +2114,10 @@ assert gain["leaked"] > 0.3 and gain["leaked"] > gain["others"] + 0.2
 
 # %% [markdown]
 r"""
-The leaked questions are answered from memory; the others, about the same people, are not better known
-than before. Reporting the two apart is the honest way out when a leak cannot be undone. And the scan
-has a limit worth knowing: it finds words, not meanings. An exam that was rephrased or translated
-passes it unseen.
+The leaked questions are answered from memory; the others, about the same people, are not better
+known than before. Reporting the two apart is the honest way out when a leak cannot be undone. And
+the scan has a limit worth knowing: it finds words, not meanings. An exam that was rephrased or
+translated passes it unseen.
 
 ## Play
 

@@ -312,9 +312,8 @@ def group_batches(groups: list[Group], batch_tokens: int) -> Iterator[list[Group
     while groups:
         longest = groups[0].shared
         most = max(1, batch_tokens // max(longest, 1))
-        near = [
-            group for group in groups[:most] if group.shared >= min(longest - 16, longest * 0.8)
-        ]
+        least = min(longest - 16, longest * 0.8)
+        near = [group for group in groups[:most] if group.shared >= least]
         yield near
         groups = groups[len(near) :]
 

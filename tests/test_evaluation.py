@@ -1,6 +1,5 @@
 """Evaluation against an independent, slow reading of the rules, one example at a time."""
 
-import gzip
 import json
 import math
 import random
@@ -427,82 +426,6 @@ def test_changed_tasks_keep_their_answers_legal(model, tokenizer, kind):
         "question_removed",
     }
     assert all(0 <= value <= 1 for value in result.values())
-
-
-# --- files ---
-
-
-def write_jsonl(path, items):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(item) + "\n" for item in items)
-
-
-ITEMS = [{"query": f"q{i}", "choices": ["a", "b"], "gold": i % 2} for i in range(4)]
-
-
-def test_a_folder_with_a_manifest(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl.gz", ITEMS)
-    entry = {"task_type": "multiple_choice", "num_fewshot": 2, "random_baseline": 50}
-    tasks = [
-        {"label": "a", "file": "a.jsonl.gz", "continuation_delimiter": "\nAnswer: ", **entry},
-        {"label": "gone", "file": None, **entry},
-    ]
-    (tmp_path / "manifest.json").write_text(json.dumps({"tasks": tasks}))
-    (task,) = ev.load_core(tmp_path)
-    assert task == ev.Task("a", "multiple_choice", ITEMS, 2, "\nAnswer: ", 0.5)
-
-
-def test_the_layout_of_the_dclm_bundle(tmp_path):
-    pytest.importorskip("yaml")
-    write_jsonl(tmp_path / "eval_data/qa/a.jsonl", ITEMS)
-    (tmp_path / "core.yaml").write_text(
-        "icl_tasks:\n- label: a\n  dataset_uri: qa/a.jsonl\n  num_fewshot: [10]\n"
-        '  icl_task_type: multiple_choice\n  continuation_delimiter: "\\nAnswer: "\n'
-        "- label: b\n  dataset_uri: qa/a.jsonl\n  num_fewshot: [0]\n"
-        "  icl_task_type: multiple_choice\n"
-    )
-    (tmp_path / "eval_meta_data.csv").write_text(
-        "Eval Task,Category,Random baseline\na,x,25\nb,x,9.1\n"
-    )
-    a, b = ev.load_core(tmp_path)
-    assert (a.name, a.shots, a.delimiter, a.baseline) == ("a", 10, "\nAnswer: ", 0.25)
-    assert (b.name, b.shots, b.delimiter, b.baseline) == ("b", 0, " ", 0.091)
-
-
-def test_wrong_files_get_one_clear_sentence(tmp_path):
-    with pytest.raises(UserError, match="manifest.json"):
-        ev.load_core(tmp_path)
-    manifest = {
-        "tasks": [
-            {
-                "label": "a",
-                "file": "a.jsonl.gz",
-                "task_type": "multiple_choice",
-                "num_fewshot": 0,
-                "continuation_delimiter": " ",
-                "random_baseline": 50,
-            }
-        ]
-    }
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="a.jsonl.gz"):
-        ev.load_core(tmp_path)
-    write_jsonl(tmp_path / "a.jsonl.gz", [])
-    with pytest.raises(UserError, match="no items"):
-        ev.load_core(tmp_path)
-    write_jsonl(tmp_path / "a.jsonl.gz", [{"query": "q", "gold": 0}])
-    with pytest.raises(UserError, match="choices"):
-        ev.load_core(tmp_path)
-    write_jsonl(tmp_path / "a.jsonl.gz", [{"query": "q", "choices": ["x"], "gold": 1}])
-    with pytest.raises(UserError, match="gold"):
-        ev.load_core(tmp_path)
-    (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
-    with pytest.raises(UserError, match="a.jsonl.gz"):
-        ev.load_core(tmp_path)
-    with pytest.raises(UserError, match="unknown"):
-        ev.Task("t", "essay", ITEMS)
 
 
 # --- the tiny world's own tasks ---
