@@ -999,9 +999,9 @@ def evaluate_task(
     processes share the items and all get the same result. `progress.update(n)` is told of every n
     items. Warns when there are too few items for the shots.
     """
-    n = len(task.items[:limit])
-    if n == 0:
+    if limit is not None and limit < 1:
         raise UserError(f"task {task.name}: limit {limit} leaves no items; use 1 or more, or None.")
+    n = len(task.items[:limit])
     if n <= task.shots:
         warnings.warn(
             f"task {task.name}: {n} items are too few for {task.shots} shots beside the question; "
@@ -1266,6 +1266,7 @@ import stat
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -1421,7 +1422,7 @@ def unpack(archive: Path, folder: Path, max_bytes: int = MAX_BYTES) -> None:
                                     f"do not use it."
                                 )
                             file.write(block)
-        except (zipfile.BadZipFile, zipfile.zlib.error, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
             raise UserError(f"{archive} is no sound zip file ({error}); get it again.") from None
         shutil.rmtree(folder, ignore_errors=True)
         target.rename(folder)
@@ -1554,17 +1555,17 @@ def load_hub_model(
         raise UserError(
             "models of Hugging Face need the package transformers: pip install 'nanochat[eval-hf]'."
         ) from None
-    options = dict(use_safetensors=True, trust_remote_code=False)
+    safe = dict(use_safetensors=True, trust_remote_code=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, **safe)
     except (OSError, ValueError, KeyError, ImportError) as error:
         said = " ".join(str(error).split())[:160]
         raise UserError(
             f"there is no causal model with safetensors and a tokenizer at {name!r} ({said}); "
             f"check the name, the network, or give a folder."
         ) from None
-    return model.to(device).eval(), HubTokenizer(tokenizer)
+    return model.to(device=device, dtype=dtype).eval(), HubTokenizer(tokenizer)
 
 
 # %% [markdown]

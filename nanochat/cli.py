@@ -6,16 +6,22 @@ Exported from chapters/A4_recipe.py (chapter A4, The recipe of a run); edit ther
 import argparse
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, doctor
+import torch
+
+from nanochat.common import UserError, doctor, pick_dtype
+from nanochat.core import fetch_core, load_core, load_hub_model, run_core
 from nanochat.distributed import LaunchError, setup
 from nanochat.engine import Engine
+from nanochat.evaluation import core_table, tinyworld_core
 from nanochat.recipe import MODELS, Recipe, Run, exchange, run_stage, run_stage_here, runs_directory
 from nanochat.report import write_report
 from nanochat.serve import run_server
+from nanochat.tinyworld import World
 from nanochat.ui import ChatSettings, terminal_chat
 
 __all__ = [
@@ -24,6 +30,7 @@ __all__ = [
     "capstone_notebook",
     "do_capstone",
     "do_chat",
+    "do_core",
     "do_doctor",
     "do_eval",
     "do_report",
@@ -159,10 +166,43 @@ def do_serve(args: argparse.Namespace) -> None:
     run_server(engines, host=args.host, port=args.port, token=args.token, origins=args.origin)
 
 
+def do_core(args: argparse.Namespace) -> None:
+    """Score the tasks of CORE with a run's model or one of Hugging Face; results are kept."""
+    run = None if args.hf else open_run(args)
+    world = setup("auto" if run is None else run.recipe.device)
+    if args.core == "tinyworld":
+        tasks = tinyworld_core(World(), args.limit or 200)
+    elif args.core:
+        tasks = load_core(args.core)
+    else:
+        if world.is_main:
+            fetch_core()
+        world.barrier()
+        tasks = load_core(fetch_core())
+    if run is None:
+        dtype = torch.float32 if world.device.type == "cpu" else pick_dtype(world.device)
+        model, tokenizer = load_hub_model(args.hf, world.device, dtype)
+        folder = runs_directory() / "core" / re.sub(r"[^\w.-]+", "--", args.hf).strip("-.")
+    else:
+        engine = run.engine(args.stage or newest_model(run))
+        model, tokenizer = engine.model, engine.tokenizer
+        folder = run.directory / "core" / (args.stage or newest_model(run))
+    folder = Path(args.results or folder)
+    result = run_core(model, tokenizer, tasks, folder, args.limit, world)
+    if world.is_main:
+        print(f"{core_table(result)}\n\nresults  {folder}")
+    if world.world_size > 1:
+        world.close()
+
+
 def do_eval(args: argparse.Namespace) -> None:
-    """Judge a stage's model again and print its scores."""
+    """Judge a stage's model again and print its scores; with --core, score the tasks of CORE."""
     from nanochat.recipe import judge
 
+    if args.core is not None:
+        return do_core(args)
+    if args.hf or args.limit or args.results:
+        raise UserError("--hf, --limit and --results go with --core; add it, or leave them out.")
     run = open_run(args)
     for name, value in judge(run, args.stage or newest_model(run)).items():
         print(f"{name:24s} {value:.4f}" if isinstance(value, float) else f"{name:24s} {value}")
@@ -217,6 +257,14 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         command = with_run(add(name, about, action))
         command.add_argument("--stage", choices=MODELS, help="default: the last one trained")
+        if name == "eval":
+            about = "score CORE (chapter 7): a folder of tasks, tinyworld, or alone the public ones"
+            command.add_argument("--core", nargs="?", const="", metavar="FOLDER", help=about)
+            command.add_argument(
+                "--hf", metavar="NAME", help="a Hugging Face model, name or folder"
+            )
+            command.add_argument("--limit", type=int, help="at most so many items of each task")
+            command.add_argument("--results", metavar="FOLDER", help="where the results are kept")
         if name == "chat":
             command.add_argument("-p", "--prompt", help="answer this and leave")
             command.add_argument("-t", "--temperature", type=float, default=0.0)

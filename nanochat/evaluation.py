@@ -489,9 +489,9 @@ def evaluate_task(
     processes share the items and all get the same result. `progress.update(n)` is told of every n
     items. Warns when there are too few items for the shots.
     """
-    n = len(task.items[:limit])
-    if n == 0:
+    if limit is not None and limit < 1:
         raise UserError(f"task {task.name}: limit {limit} leaves no items; use 1 or more, or None.")
+    n = len(task.items[:limit])
     if n <= task.shots:
         warnings.warn(
             f"task {task.name}: {n} items are too few for {task.shots} shots beside the question; "
