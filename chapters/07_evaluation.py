@@ -1424,6 +1424,10 @@ def unpack(archive: Path, folder: Path, max_bytes: int = MAX_BYTES) -> None:
                             file.write(block)
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
             raise UserError(f"{archive} is no sound zip file ({error}); get it again.") from None
+        except OSError as error:
+            raise UserError(
+                f"{archive} cannot be unpacked ({error}); free some space or get it again."
+            ) from None
         shutil.rmtree(folder, ignore_errors=True)
         target.rename(folder)
 
