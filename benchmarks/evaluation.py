@@ -122,8 +122,9 @@ def main() -> None:
             flush=True,
         )
     slow, batches, shared = whole.values()
+    n_items = sum(len(task.items) for task in tasks)
     print(
-        f"all {sum(len(task.items) for task in tasks):,} items would take {slow:,.0f} s one by one; "
+        f"all {n_items:,} items would take {slow:,.0f} s one by one; "
         f"batches {slow / batches:.1f} x, read once {slow / shared:.1f} x; "
         f"{different} decisions differ"
     )

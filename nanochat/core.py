@@ -30,6 +30,7 @@ from nanochat.data import download, retrying
 from nanochat.evaluation import Task, core_table, evaluate_task, plot_core, sum_over, summarize
 
 __all__ = [
+    "CHAT_CORE",
     "CORE_SHA256",
     "CORE_URL",
     "HubTokenizer",
@@ -39,6 +40,7 @@ __all__ = [
     "WORD",
     "archive_size",
     "bundle_entries",
+    "chat_core",
     "code_blocks",
     "contamination",
     "fetch_core",
@@ -368,6 +370,23 @@ def save_core(summary: dict, folder: Path, title: str) -> None:
     fig, _ = plot_core({"accuracy": summary}, title=found)
     fig.savefig(folder / "core.png")
     plt.close(fig)
+
+
+CHAT_CORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling")
+
+
+def chat_core(results: dict[str, dict]) -> dict:
+    """Return ChatCORE with its interval, as `summarize` does, of the results of all six tasks.
+
+    A result holds accuracy, chance, centered and n. Raises UserError when a task is missing.
+    """
+    missing = [name for name in CHAT_CORE if name not in results]
+    if missing:
+        raise UserError(
+            f"ChatCORE is the mean of {len(CHAT_CORE)} tasks and {', '.join(missing)} did not run; "
+            f"run them, or report the tasks one by one."
+        )
+    return summarize({k: {**results[k], "baseline": results[k]["chance"]} for k in CHAT_CORE})
 
 
 WORD = re.compile(r"\w+")
