@@ -37,12 +37,13 @@ A score can be wrong in more ways than a loss can. That is what this chapter is 
 
 **You will be able to**
 1. compute bits per byte and say why it is comparable across tokenizers and batch sizes;
-2. score a question by likelihood, by hand and in batches, with the same answer;
-3. build a few-shot prompt exactly as the CORE benchmark does;
-4. put an error bar on a score and say how many items a claim needs;
-5. run four controls beside a score, and read what they say.
+2. score a question by likelihood, by hand and in batches, with the same answer, and read what
+   several texts share only once;
+3. build a few-shot prompt exactly as the CORE benchmark does, and score any model with it;
+4. put an error bar on a score, on a mean of scores and on a difference between two models;
+5. run four controls beside a score, and look for the exam in the training text.
 
-Prerequisites: chapters 1 to 5. Reading: 25 minutes. Running: under 60 seconds on two CPU cores,
+Prerequisites: chapters 1 to 6. Reading: 40 minutes. Running: under 60 seconds on two CPU cores,
 no network, under 1 GB.
 """
 
@@ -239,9 +240,14 @@ def validation(model):
 
 bpb_before, bpb_after = validation(newborn), validation(model)
 print(f"bits per byte: {bpb_before:.3f} at birth, {bpb_after:.3f} after training")
+print(f"on the validation text {val_shards.fingerprint()[:12]}")
 
 # %% [markdown]
 r"""
+The odd name in the last line is a hash of the validation tokens. Two values of bits per byte may be
+compared when their hashes are equal, and only then: "the last shard" is another text after the next
+download.
+
 ## Why the loss is not enough
 
 Bits per byte is smooth, cheap and hard to fool. But it is an average over *all* tokens, and most
@@ -599,6 +605,15 @@ class Prefix:
         self.last = None if self.last is None else self.last.index_select(0, rows)
 
 
+# %% [markdown]
+r"""
+The second function is the only one that must know what kind of model it has before it. Ours takes
+a `kv_cache`, those of Hugging Face `past_key_values`; anything else reads everything at once.
+"""
+
+
+# %%
+#| export
 def read_on(model: Any, ids: Tensor, cache: Any = None, last_only: bool = False) -> tuple:
     """Return (logits (B, T, V), cache) of ids (B, T) that follow what `cache` holds.
 
@@ -659,6 +674,8 @@ def shared_groups(rows: list[Row]) -> list[Group]:
     return sorted(groups, key=lambda group: -group.shared)
 
 
+# %%
+#| export
 def group_batches(groups: list[Group], batch_tokens: int) -> Iterator[list[Group]]:
     """Yield groups to read together: at most `batch_tokens` shared tokens, of similar lengths."""
     while groups:
@@ -677,6 +694,13 @@ def length_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]
         n = max(1, batch_tokens // lengths[order[0]])
         yield order[:n]
         order = order[n:]
+
+
+# %% [markdown]
+r"""
+Now both passes. `score_rest` scores rows whose beginning has been read; with an empty cache, that
+is all there is to it. `score_rows` puts the two together and hands the results back in order.
+"""
 
 
 # %%
@@ -702,6 +726,8 @@ def score_rest(
     return [(loss.mean().item(), bool(hit.all())) for loss, hit in parts]
 
 
+# %%
+#| export
 @torch.no_grad()
 def score_rows(
     model: Any,
@@ -718,7 +744,7 @@ def score_rows(
     scored once, so that they tie exactly.
     """
     device = next(model.parameters()).device
-    size = batch_tokens or (32768 if device.type == "cuda" else 8192)
+    size = batch_tokens or (32768 if device.type == "cuda" else 2048)
     keys = [(tuple(row.ids), row.start, row.end) for row in rows]
     kept = list(dict(zip(keys, rows)).items())
     unique, results = [row for _, row in kept], {}
@@ -733,8 +759,9 @@ def score_rows(
             if not hasattr(cache, "batch_select_indices"):  # a cache that cannot be dealt out
                 shared, cache = 0, None
         owners = [(g, i) for g, group in enumerate(batch) for i in group.rows]
-        for numbers in length_batches([len(unique[i].ids) for _, i in owners], size):
-            part = copy.deepcopy(cache)
+        parts = list(length_batches([len(unique[i].ids) for _, i in owners], size))
+        for numbers in parts:
+            part = copy.deepcopy(cache) if len(parts) > 1 else cache
             if part is not None:
                 from_group = torch.tensor([owners[k][0] for k in numbers], device=device)
                 part.batch_select_indices(from_group)
@@ -1031,6 +1058,8 @@ def evaluate_task(
     }
 
 
+# %%
+#| export
 def evaluate_core(
     model: Any,
     tokenizer: Any,
@@ -1292,6 +1321,8 @@ def read_items(path: Path) -> list[dict]:
         raise UserError(f"{path} is damaged ({error}); get the file again.") from None
 
 
+# %%
+#| export core
 def bundle_entries(folder: Path) -> list[dict]:
     """Read the task list of the DCLM bundle: core.yaml and eval_meta_data.csv."""
     try:
@@ -1315,6 +1346,8 @@ def bundle_entries(folder: Path) -> list[dict]:
     ]
 
 
+# %%
+#| export core
 def load_core(folder: str | Path) -> list[Task]:
     """Load the CORE tasks of a folder with manifest.json, or of the DCLM bundle (core.yaml).
 
@@ -1393,6 +1426,8 @@ def member_path(info: zipfile.ZipInfo) -> PurePosixPath:
     return path
 
 
+# %%
+#| export core
 def unpack(archive: Path, folder: Path, max_bytes: int = MAX_BYTES) -> None:
     """Unpack a zip file into a new folder, complete or not at all.
 
@@ -1448,6 +1483,8 @@ def archive_size(url: str) -> int:
     return size
 
 
+# %%
+#| export core
 def fetch_core(
     folder: str | Path | None = None, url: str = CORE_URL, digest: str = CORE_SHA256
 ) -> Path:
@@ -1545,6 +1582,8 @@ class HubTokenizer:
         return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
+# %%
+#| export core
 def load_hub_model(
     name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Any, HubTokenizer]:
@@ -1610,6 +1649,8 @@ def kept_result(path: Path, about: dict) -> dict | None:
     return kept["result"]
 
 
+# %%
+#| export core
 def run_core(
     model: Any,
     tokenizer: Any,
@@ -2050,6 +2091,8 @@ def code_blocks(
     yield np.array(words, np.uint64)
 
 
+# %%
+#| export core
 def contamination(
     texts: Sequence[str], documents: Iterable[str], n: int = 13, block: int = 1_000_000
 ) -> np.ndarray:
@@ -2186,17 +2229,23 @@ r"""
 
 `nanochat.evaluation` can now: measure `bits_per_byte`; describe a test as a `Task`, `render` its
 prompts and find their `spans`; score it (`score_rows`, `score_task`, `evaluate_task`,
-`evaluate_core`) with `centered` accuracy and a `bootstrap_interval`; run `controls`
-(`majority_class`, `longest_answer`, `shuffle_labels`, `remove_question`); load the public tasks
-(`load_core`) and build offline ones (`tinyworld_core`); and show a result (`core_table`,
-`plot_core`).
+`evaluate_core`), each shared beginning once (`shared_groups`, `Prefix`); give `centered` accuracy
+with a `bootstrap_interval`, and `compare` two models item by item; run `controls`
+(`majority_class`, `longest_answer`, `shuffle_labels`, `remove_question`); build offline tasks
+(`tinyworld_core`); and show a result (`core_table`, `plot_core`).
+
+`nanochat.core` puts that to the public benchmark: `fetch_core` and `load_core` get the tasks,
+`load_hub_model` a model of Hugging Face, `run_core` keeps results and goes on after a kill,
+`chat_core` is the mean over chats, and `contamination` looks for an exam in a training text.
 
 **Pitfalls** (all of them happened somewhere)
 - A validation set that moves: "the last shard on disk" is another shard after the next download.
 - Bits per byte with the wrong bytes: measuring the decoded text of a token gives 3 bytes for
   every broken character. Two figures computed in these two ways are not comparable.
 - Evaluation that depends on the batch size, because means are averaged.
-- Asking for fewer items than shots: nothing to draw from. Here the shots are clamped.
+- Asking for fewer items than shots: nothing to draw from. Here fewer are drawn, with a warning.
+- A scorer nobody checked. Ours is compared, item by item, with a slow one written from the rules.
+- Results of an older checkpoint, found in the folder and quietly averaged with new ones.
 - A test that repeats the training data: for weeks nanochat's spelling test drew the same words as
   its training set, because Python's generator treats the seeds `s` and `-s` alike.
 - Choosing between two recipes by CORE of one run: its noise is larger than most improvements.

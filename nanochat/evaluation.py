@@ -364,7 +364,7 @@ def score_rows(
     scored once, so that they tie exactly.
     """
     device = next(model.parameters()).device
-    size = batch_tokens or (32768 if device.type == "cuda" else 8192)
+    size = batch_tokens or (32768 if device.type == "cuda" else 2048)
     keys = [(tuple(row.ids), row.start, row.end) for row in rows]
     kept = list(dict(zip(keys, rows)).items())
     unique, results = [row for _, row in kept], {}
@@ -379,8 +379,9 @@ def score_rows(
             if not hasattr(cache, "batch_select_indices"):  # a cache that cannot be dealt out
                 shared, cache = 0, None
         owners = [(g, i) for g, group in enumerate(batch) for i in group.rows]
-        for numbers in length_batches([len(unique[i].ids) for _, i in owners], size):
-            part = copy.deepcopy(cache)
+        parts = list(length_batches([len(unique[i].ids) for _, i in owners], size))
+        for numbers in parts:
+            part = copy.deepcopy(cache) if len(parts) > 1 else cache
             if part is not None:
                 from_group = torch.tensor([owners[k][0] for k in numbers], device=device)
                 part.batch_select_indices(from_group)
