@@ -988,17 +988,19 @@ total = math.sqrt(sum(x**2 for x in noise.values())) / 22
 worst = sorted(noise, key=noise.get)[-8:]
 share = sum(noise[name] ** 2 for name in worst[-3:]) / sum(x**2 for x in noise.values())
 fig, ax = figure(
-    f"Three of 22 tasks make {share:.0%} of the noise of CORE (standard error {total:.3f})",
+    f"Three of 22 tasks make {share:.0%} of the noise of CORE",
     "standard error of the centred score",
     size=(6, 2.6),
     alt="Bars: the standard error of the eight noisiest CORE tasks, copa first",
 )
 ax.barh(worst, [noise[name] for name in worst])
 plt.show()
+print(f"standard error of CORE, from the items alone: {total:.3f}")
 
 # %% [markdown]
 r"""
-This counts only the luck of the items. The luck of the training run (its seed, the order of its
+So two models whose true scores are equal easily come out 0.01 apart. And this counts only the luck
+of the items. The luck of the training run (its seed, the order of its
 data) comes on top: seven published runs of one nanochat recipe scored from 0.2512 to 0.2677. So a
 difference of 0.01 between two single runs shows nothing, and nobody should choose between two ideas
 by it. Bits per byte is steadier by far; CORE is for the question whether the steadier number
