@@ -279,7 +279,7 @@ def load_hub_model(
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise UserError(
-            "models of Hugging Face need the package transformers: pip install 'nanochat[eval-hf]'."
+            "models of Hugging Face need the package transformers: pip install -e '.[eval-hf]'."
         ) from None
     safe = dict(use_safetensors=True, trust_remote_code=False)
     try:
