@@ -607,7 +607,7 @@ class Prefix:
 
 # %% [markdown]
 r"""
-The second function is the only one that must know what kind of model it has before it. Ours takes
+One function must know what kind of model it has before it. Ours takes
 a `kv_cache`, those of Hugging Face `past_key_values`; anything else reads everything at once.
 """
 

@@ -391,6 +391,7 @@ core.run_core(model, tokenizer, t.three_tasks(), {folder!r} + "/core")
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path, tokenizer, monkeypatch, capsys):
     tokenizer.save(tmp_path / "tokenizer")
     program = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
