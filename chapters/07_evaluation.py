@@ -248,6 +248,10 @@ The odd name in the last line is a hash of the validation tokens. Two values of 
 compared when their hashes are equal, and only then: "the last shard" is another text after the next
 download.
 
+> **Exercise 7.1.** How many bits per byte does a model need that knows nothing, not even which
+> token is frequent? Work it out for a vocabulary of the 256 bytes and for ours, then compare with
+> the value at birth above.
+
 ## Why the loss is not enough
 
 Bits per byte is smooth, cheap and hard to fool. But it is an average over *all* tokens, and most
@@ -794,6 +798,10 @@ assert all(abs(a[0] - b[0]) < 1e-4 and a[1] == b[1] for a, b in zip(one_by_one, 
 
 # %% [markdown]
 r"""
+> **Exercise 7.2.** Questions with four choices and very long prompts: how much faster can reading
+> beginnings once be at most? And for language modelling, with other shots for each item? Change
+> `shots` and the kind of the task above, and see.
+
 Most of the gain comes from not doing work; the rest from keeping the machine busy, which counts for
 more on a GPU. What matters is the line below it: the same decisions either way.
 
@@ -958,8 +966,8 @@ r"""
 ### How noisy is CORE?
 
 CORE, the benchmark this chapter works towards, is the mean of 22 centred accuracies. The tasks
-have very different sizes: two with ten thousand items, one with 32. A task of $n$ items with
-accuracy $a$ and baseline $b$ moves the mean by about
+have very different sizes: five with ten thousand items or more, one with 32. A task of $n$ items
+with accuracy $a$ and baseline $b$ moves the mean by about
 
 $$\frac{1}{22} \cdot \frac{1}{1-b}\sqrt{\frac{a(1-a)}{n}}$$
 
@@ -999,12 +1007,11 @@ print(f"standard error of CORE, from the items alone: {total:.3f}")
 
 # %% [markdown]
 r"""
-So two models whose true scores are equal easily come out 0.01 apart. And this counts only the luck
-of the items. The luck of the training run (its seed, the order of its
-data) comes on top: seven published runs of one nanochat recipe scored from 0.2512 to 0.2677. So a
-difference of 0.01 between two single runs shows nothing, and nobody should choose between two ideas
-by it. Bits per byte is steadier by far; CORE is for the question whether the steadier number
-means anything.
+So two models whose true scores are equal easily come out 0.01 apart. And this counts only the
+luck of the items. The luck of the training run (its seed, the order of its data) comes on top:
+seven published runs of one nanochat recipe scored from 0.2512 to 0.2677. So a difference of 0.01
+between two single runs shows nothing, and nobody should choose between two ideas by it. Bits per
+byte is steadier by far; CORE is for the question whether the steadier number means anything.
 
 Now the two functions people will call: one task, and a list of tasks.
 """
@@ -2200,6 +2207,9 @@ The leaked questions are answered from memory; the others, about the same people
 known than before. Reporting the two apart is the honest way out when a leak cannot be undone. And
 the scan has a limit worth knowing: it finds words, not meanings. An exam that was rephrased or
 translated passes it unseen.
+
+> **Exercise 7.3.** Exchange two neighbouring words in every planted line and scan again. How many
+> are found with n = 13, how many with n = 5? What does a small n cost on the clean text?
 
 ## Play
 
