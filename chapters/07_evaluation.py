@@ -1316,6 +1316,7 @@ import torch
 
 from nanochat.common import Progress, UserError, atomic_write, read_json, write_json
 from nanochat.data import download, retrying
+from nanochat.model import GPT
 
 
 def read_items(path: Path) -> list[dict]:
@@ -1635,8 +1636,9 @@ two models is nobody's score.
 # %%
 #| export core
 def model_digest(model: Any) -> str:
-    """Return a SHA-256 over the names, types and bytes of all weights of a model."""
-    digest = hashlib.sha256()
+    """Return a SHA-256 over all weights of a model; of ours, also how it computes with them."""
+    how = f"{model.config} {model.compute_dtype}" if isinstance(model, GPT) else ""
+    digest = hashlib.sha256(how.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -28,6 +28,7 @@ import torch
 from nanochat.common import Progress, UserError, atomic_write, read_json, write_json
 from nanochat.data import download, retrying
 from nanochat.evaluation import Task, core_table, evaluate_task, plot_core, sum_over, summarize
+from nanochat.model import GPT
 
 __all__ = [
     "CHAT_CORE",
@@ -295,8 +296,9 @@ def load_hub_model(
 
 
 def model_digest(model: Any) -> str:
-    """Return a SHA-256 over the names, types and bytes of all weights of a model."""
-    digest = hashlib.sha256()
+    """Return a SHA-256 over all weights of a model; of ours, also how it computes with them."""
+    how = f"{model.config} {model.compute_dtype}" if isinstance(model, GPT) else ""
+    digest = hashlib.sha256(how.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)

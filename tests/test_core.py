@@ -444,6 +444,9 @@ def test_the_digest_of_a_model_is_of_its_weights():
         b.head.weight[0, 0] += 1e-3
     assert core.model_digest(a) != core.model_digest(b)
     assert core.model_digest(a) != core.model_digest(random_model(50).bfloat16())
+    b = random_model(50)
+    b.compute_dtype = torch.bfloat16
+    assert core.model_digest(a) != core.model_digest(b)
 
 
 class Part:
