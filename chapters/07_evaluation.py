@@ -37,12 +37,13 @@ A score can be wrong in more ways than a loss can. That is what this chapter is 
 
 **You will be able to**
 1. compute bits per byte and say why it is comparable across tokenizers and batch sizes;
-2. score a question by likelihood, by hand and in batches, with the same answer;
-3. build a few-shot prompt exactly as the CORE benchmark does;
-4. put an error bar on a score and say how many items a claim needs;
-5. run four controls beside a score, and read what they say.
+2. score a question by likelihood, by hand and in batches, with the same answer, and read what
+   several texts share only once;
+3. build a few-shot prompt exactly as the CORE benchmark does, and score any model with it;
+4. put an error bar on a score, on a mean of scores and on a difference between two models;
+5. run four controls beside a score, and look for the exam in the training text.
 
-Prerequisites: chapters 1 to 5. Reading: 25 minutes. Running: under 60 seconds on two CPU cores,
+Prerequisites: chapters 1 to 6. Reading: 40 minutes. Running: under 60 seconds on two CPU cores,
 no network, under 1 GB.
 """
 
@@ -61,14 +62,16 @@ items_per_task = 100
 
 # %%
 #| export
-import gzip
-import json
+import copy
+import inspect
 import math
+import os
 import random
+import warnings
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,7 +79,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.common import COLORS, UserError, figure, read_json
+from nanochat.common import COLORS, UserError, figure
 from nanochat.tinyworld import (
     World,
     arithmetic_problem,
@@ -237,9 +240,18 @@ def validation(model):
 
 bpb_before, bpb_after = validation(newborn), validation(model)
 print(f"bits per byte: {bpb_before:.3f} at birth, {bpb_after:.3f} after training")
+print(f"on the validation text {val_shards.fingerprint()[:12]}")
 
 # %% [markdown]
 r"""
+The odd name in the last line is a hash of the validation tokens. Two values of bits per byte may be
+compared when their hashes are equal, and only then: "the last shard" is another text after the next
+download.
+
+> **Exercise 7.1.** How many bits per byte does a model need that knows nothing, not even which
+> token is frequent? Work it out for a vocabulary of the 256 bytes and for ours, then compare with
+> the value at birth above.
+
 ## Why the loss is not enough
 
 Bits per byte is smooth, cheap and hard to fool. But it is an average over *all* tokens, and most
@@ -361,11 +373,27 @@ class Task:
         if not self.items:
             raise UserError(f"task {self.name} has no items; check its file or leave it out.")
         for number, item in enumerate(self.items):
-            missing = [name for name in KINDS[self.kind] if name not in item]
-            options = item.get(OPTIONS.get(self.kind))
-            if missing or (options is not None and not 0 <= item["gold"] < len(options)):
-                problem = f"lacks {', '.join(missing)}" if missing else "has no choice number gold"
+            problem = fault(self.kind, item)
+            if problem:
                 raise UserError(f"task {self.name}: item {number} {problem}; mend its file.")
+
+
+def fault(kind: str, item: Any) -> str | None:
+    """Say what is wrong with an item of a kind, or None."""
+    if not isinstance(item, dict):
+        return "is not an object with fields"
+    missing = [name for name in KINDS[kind] if name not in item]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    options, gold = item.get(OPTIONS.get(kind)), item.get("gold")
+    texts = [item[name] for name in KINDS[kind] if name not in ("gold", OPTIONS.get(kind))]
+    if kind in OPTIONS:
+        if not isinstance(options, list) or not options:
+            return f"has no list of {OPTIONS[kind]}"
+        if type(gold) is not int or not 0 <= gold < len(options):
+            return f"has no option number {gold!r} (gold)"
+        texts += options
+    return None if all(isinstance(text, str) for text in texts) else "has a field that is no text"
 
 
 # %%
@@ -441,13 +469,13 @@ class Row:
 
 
 def common_length(texts: list[list[int]]) -> int:
-    """Return how many leading tokens all texts share."""
-    n = 0
-    for column in zip(*texts):
-        if len(set(column)) > 1:
-            break
-        n += 1
-    return n
+    """Return how many leading tokens all texts share.
+
+    In alphabetical order the first and the last text share least; their seam is found by halving.
+    """
+    first, last = min(texts), max(texts)
+    ends = range(1, min(len(first), len(last)) + 1)
+    return bisect_left(ends, True, key=lambda end: first[:end] != last[:end])
 
 
 def spans(kind: str, texts: list[list[int]]) -> list[Row]:
@@ -471,6 +499,7 @@ def crop(row: Row, seq_len: int) -> Row:
 
 # %%
 #| test
+assert common_length([[5, 6, 7], [5, 6], [5, 6, 8]]) == 2 and common_length([[1], [2]]) == 0
 three = [[9, 1, 2, 3], [9, 1, 2, 4, 5], [9, 1, 2, 4]]
 assert [(r.start, r.end) for r in spans("multiple_choice", three)] == [(3, 4), (3, 5), (3, 4)]
 two = [[9, 1, 7, 8], [9, 2, 2, 7, 8]]
@@ -508,83 +537,273 @@ print([round(score_one(model, row)[0], 2) for row in rows[12:16]])
 
 # %% [markdown]
 r"""
-The kept version puts many texts in one batch. Three things make it fast and keep it exact:
+The kept version puts many texts in one batch. Rows have different lengths, so they are padded on
+the *right*, where causal attention cannot see it, and sorted by length, so that there is little of
+it. The loss is computed for scored positions only.
 
-- rows are sorted by length, so a batch needs little padding;
-- padding stands on the *right*, where causal attention cannot see it;
-- the loss is computed for scored positions only: a 32,768-word softmax over the ten shots
-  would be the most expensive part, and nobody would look at it.
+That alone still reads most tokens several times. With ten shots a question has a thousand tokens in
+front of its choices, and with four choices the model reads them four times over. How much of all
+reading is repetition?
+"""
+
+# %%
+task = Task("four shots", "multiple_choice", exam(world, "multiple_choice", 60, seed=1), shots=4)
+many = []
+for i in range(len(task.items)):
+    many += spans(task.kind, tokenizer.encode_batch(render(task, i), bos=True))
+tokens = sum(len(row.ids) for row in many)
+once = sum(row.start for row in many[::4]) + sum(len(row.ids) - row.start for row in many)
+print(f"{tokens:,} tokens in {len(many)} texts; {once:,} if each beginning were read once")
+
+# %% [markdown]
+r"""
+What the model computes for a token depends on the tokens before it and on nothing after it. So a
+beginning can be read once, and what later tokens need of it, the keys and values of every layer,
+can be kept:
+
+```
+    the shots and the question         Berin.        read once, kept         |  read for each
+    the shots and the question         Korva.   ->   the shots and the       |  Berin.
+    the shots and the question         the sea.      question                |  Korva.
+    the shots and the question         a mill.                               |  the sea.  ...
+```
+
+Chapter 8 builds such a cache for writing text and explains it in full. Here a few lines do: a
+`Prefix` is filled by a first pass, and in a second one it puts its keys and values in front of the
+new ones. In between, its rows are dealt out: row 0 of the prefix to the four choices of
+question 0, and so on.
 """
 
 
 # %%
 #| export
-def length_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield row numbers grouped by length, longest first, about `batch_tokens` a batch."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+class Prefix:
+    """Keys and values of tokens that were read once, for rows that go on from there.
+
+    The model of chapter 3 takes it as `kv_cache`: the first pass fills it, the second one reads it.
+    """
+
+    positions = mask = None  # nothing is padded on the left
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []  # of each layer, (B, n_kv_head, P, head_dim)
+        self.values: list[Tensor] = []
+        self.length, self.last = 0, None  # last: (B, 1, C), if the model smears
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all keys and values of a layer; k, v are the new (B, n_kv_head, T, head_dim)."""
+        if layer == len(self.keys):
+            self.keys.append(k)
+            self.values.append(v)
+            return k, v
+        return torch.cat((self.keys[layer], k), dim=2), torch.cat((self.values[layer], v), dim=2)
+
+    def advance(self, n_new: int) -> None:
+        """Count n_new tokens as read; the model calls this once a pass."""
+        self.length += n_new
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Deal the rows out, in place: row i becomes what row rows[i] was; repeats are allowed."""
+        self.keys = [k.index_select(0, rows) for k in self.keys]
+        self.values = [v.index_select(0, rows) for v in self.values]
+        self.last = None if self.last is None else self.last.index_select(0, rows)
+
+
+# %% [markdown]
+r"""
+One function must know what kind of model it has before it. Ours takes
+a `kv_cache`, those of Hugging Face `past_key_values`; anything else reads everything at once.
+"""
+
+
+# %%
+#| export
+def read_on(model: Any, ids: Tensor, cache: Any = None, last_only: bool = False) -> tuple:
+    """Return (logits (B, T, V), cache) of ids (B, T) that follow what `cache` holds.
+
+    Works with our model, with causal models of Hugging Face, and with anything else that gives
+    logits: that one has no cache, and gets None back. `last_only` asks for the last logits alone.
+    """
+    takes = inspect.signature(model.forward).parameters
+    if "kv_cache" in takes:
+        cache = cache or Prefix()
+        return model(ids, kv_cache=cache, last_only=last_only), cache
+    if "past_key_values" in takes:
+        few = {"logits_to_keep": 1} if last_only and "logits_to_keep" in takes else {}
+        out = model(ids, past_key_values=cache, use_cache=True, **few)
+        return out.logits, out.past_key_values
+    out = model(ids)
+    return getattr(out, "logits", out), None
+
+
+# %% [markdown]
+r"""
+Which rows share a beginning? We need not know about questions and choices: sorted alphabetically,
+rows that begin alike stand side by side. A row joins the group before it while at least half of
+what the group shares survives. So the choices of one question find each other, and where all items
+of a task have the same shots, all of them do.
+
+Groups of about equal beginnings are then read together, cut to the shortest of them. What was cut
+off is read with the rest, so there is no padding on the left at all.
+"""
+
+
+# %%
+#| export
+@dataclass
+class Group:
+    """Rows, by number, that have their first `shared` tokens in common."""
+
+    shared: int
+    rows: list[int]
+
+
+def shared_groups(rows: list[Row]) -> list[Group]:
+    """Put rows that begin alike into groups, each row into one; the longest beginnings first.
+
+    The token before a span stays out of the shared part: its logits predict the span's first.
+    """
+    groups: list[Group] = []
+    for i in sorted(range(len(rows)), key=lambda i: rows[i].ids):
+        shared = rows[i].start - 1
+        if groups:
+            group = groups[-1]
+            common = common_length([rows[group.rows[-1]].ids, rows[i].ids])
+            common = min(group.shared, shared, common)
+            if 2 * common >= group.shared:
+                group.shared = common
+                group.rows.append(i)
+                continue
+        groups.append(Group(shared, [i]))
+    return sorted(groups, key=lambda group: -group.shared)
+
+
+# %%
+#| export
+def group_batches(groups: list[Group], batch_tokens: int) -> Iterator[list[Group]]:
+    """Yield groups to read together: at most `batch_tokens` shared tokens, of similar lengths."""
+    while groups:
+        longest = groups[0].shared
+        most = max(1, batch_tokens // max(longest, 1))
+        least = min(longest - 16, longest * 0.8)
+        near = [group for group in groups[:most] if group.shared >= least]
+        yield near
+        groups = groups[len(near) :]
+
+
+def length_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield row numbers grouped by length, longest first, at most `batch_tokens` a batch."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        n = max(1, batch_tokens // len(rows[order[0]].ids))
+        n = max(1, batch_tokens // lengths[order[0]])
         yield order[:n]
         order = order[n:]
 
 
+# %% [markdown]
+r"""
+Now both passes. `score_rest` scores rows whose beginning has been read; with an empty cache, that
+is all there is to it. `score_rows` puts the two together and hands the results back in order.
+"""
+
+
+# %%
+#| export
+def score_rest(
+    model: Any, cache: Any, rows: list[Row], shared: int, pad_id: int
+) -> list[tuple[float, bool]]:
+    """Score rows whose first `shared` tokens are in the cache: (mean loss, greedy hit) each."""
+    device = next(model.parameters()).device
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), longest - shared), pad_id)
+    scored = torch.zeros(len(rows), longest - shared - 1, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        ids[b, : len(row.ids) - shared] = torch.tensor(row.ids[shared:])
+        scored[b, row.start - 1 - shared : row.end - 1 - shared] = True
+    ids, scored = ids.to(device), scored.to(device)
+    logits = read_on(model, ids[:, :-1], cache)[0][scored].float()  # (n, V), row after row
+    target = ids[:, 1:][scored]  # (n,)
+    losses = F.cross_entropy(logits, target, reduction="none").cpu().double()
+    hits = (logits.argmax(-1) == target).cpu()
+    lengths = [row.end - row.start for row in rows]
+    parts = zip(losses.split(lengths), hits.split(lengths))
+    return [(loss.mean().item(), bool(hit.all())) for loss, hit in parts]
+
+
+# %%
+#| export
 @torch.no_grad()
 def score_rows(
-    model: Any, rows: list[Row], pad_id: int = 0, batch_tokens: int = 8192
+    model: Any,
+    rows: list[Row],
+    pad_id: int = 0,
+    batch_tokens: int | None = None,
+    share: bool = True,
 ) -> list[tuple[float, bool]]:
     """Return (mean loss in nats, greedy decoding would write it) of each row's span, in order.
 
-    `model(ids)` gives logits (B, T, V), or an object that has them as `.logits`. Padding and
-    batching change the losses by float rounding at most. Equal rows are scored once, so that they
-    tie exactly.
+    `model(ids)` gives logits (B, T, V), or an object that has them as `.logits`. Beginnings that
+    rows share are read once, if the model has a cache (`share=False` reads all of every row).
+    Sharing, padding and batching change the losses by float rounding at most. Equal rows are
+    scored once, so that they tie exactly.
     """
     device = next(model.parameters()).device
+    size = batch_tokens or (32768 if device.type == "cuda" else 2048)
     keys = [(tuple(row.ids), row.start, row.end) for row in rows]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    owners = [first[key] for key in keys]
-    kept = sorted(first.values())
-    results: dict[int, tuple[float, bool]] = {}
-    for batch in length_batches([rows[i] for i in kept], batch_tokens):
-        numbers = [kept[i] for i in batch]
-        longest = len(rows[numbers[0]].ids)
-        ids = torch.full((len(numbers), longest), pad_id)
-        scored = torch.zeros(len(numbers), longest - 1, dtype=torch.bool)
-        for b, i in enumerate(numbers):
-            ids[b, : len(rows[i].ids)] = torch.tensor(rows[i].ids)
-            scored[b, rows[i].start - 1 : rows[i].end - 1] = True
-        ids, scored = ids.to(device), scored.to(device)
-        out = model(ids[:, :-1])  # (B, T, V)
-        logits = getattr(out, "logits", out)[scored].float()  # (n, V), row after row
-        target = ids[:, 1:][scored]  # (n,)
-        losses = F.cross_entropy(logits, target, reduction="none").cpu().double()
-        hits = (logits.argmax(-1) == target).cpu()
-        lengths = [rows[i].end - rows[i].start for i in numbers]
-        for i, loss, hit in zip(numbers, losses.split(lengths), hits.split(lengths)):
-            results[i] = (loss.mean().item(), bool(hit.all()))
-    return [results[i] for i in owners]
+    kept = list(dict(zip(keys, rows)).items())
+    unique, results = [row for _, row in kept], {}
+    takes = inspect.signature(model.forward).parameters
+    share = share and ("kv_cache" in takes or "past_key_values" in takes)
+    groups = shared_groups(unique) if share else [Group(0, list(range(len(unique))))]
+    for batch in group_batches(groups, size):
+        shared, cache = min(group.shared for group in batch), None
+        if shared:
+            ids = [unique[group.rows[0]].ids[:shared] for group in batch]
+            cache = read_on(model, torch.tensor(ids, device=device), last_only=True)[1]
+            if not hasattr(cache, "batch_select_indices"):  # a cache that cannot be dealt out
+                shared, cache = 0, None
+        owners = [(g, i) for g, group in enumerate(batch) for i in group.rows]
+        parts = list(length_batches([len(unique[i].ids) for _, i in owners], size))
+        for numbers in parts:
+            part = copy.deepcopy(cache) if len(parts) > 1 else cache
+            if part is not None:
+                from_group = torch.tensor([owners[k][0] for k in numbers], device=device)
+                part.batch_select_indices(from_group)
+            chosen = [owners[k][1] for k in numbers]
+            scores = score_rest(model, part, [unique[i] for i in chosen], shared, pad_id)
+            results.update(zip([kept[i][0] for i in chosen], scores))
+    return [results[key] for key in keys]
 
 
 # %%
 for batch_tokens in (1, 300, 100_000):
-    batched = score_rows(model, rows, tokenizer.bos_id, batch_tokens)
-    for row, (loss, hit) in zip(rows, batched):
-        alone = score_one(model, row)
-        assert abs(alone[0] - loss) < 1e-4 and alone[1] == hit
+    for share in (True, False):
+        batched = score_rows(model, rows, tokenizer.bos_id, batch_tokens, share)
+        for row, (loss, hit) in zip(rows, batched):
+            alone = score_one(model, row)
+            assert abs(alone[0] - loss) < 1e-4 and alone[1] == hit
 
 # %%
-many = rows * 12
-start = time.perf_counter()
-for row in many:
-    score_one(model, row)
-middle = time.perf_counter()
-score_rows(model, many, tokenizer.bos_id)
-end = time.perf_counter()
-print(f"batched scoring is faster here: {end - middle < middle - start} ({len(many)} texts)")
+times = [time.perf_counter()]
+one_by_one = [score_one(model, row) for row in many]
+times.append(time.perf_counter())
+batched = score_rows(model, many, tokenizer.bos_id, share=False)
+times.append(time.perf_counter())
+shared = score_rows(model, many, tokenizer.bos_id)
+times.append(time.perf_counter())
+seconds = np.diff(times)
+print(f"in batches {seconds[0] / seconds[1]:.1f} times as fast as one by one,")
+print(f"and with beginnings read once {seconds[0] / seconds[2]:.1f} times")
+assert all(abs(a[0] - b[0]) < 1e-4 and a[1] == b[1] for a, b in zip(one_by_one, shared))
 
 # %% [markdown]
 r"""
-On two cores the gain is modest, because a single short text already keeps them busy. On a GPU it is
-large. What counts is the test above: same decisions either way.
+> **Exercise 7.2.** Questions with four choices and very long prompts: how much faster can reading
+> beginnings once be at most? And for language modelling, with other shots for each item? Change
+> `shots` and the kind of the task above, and see.
+
+Most of the gain comes from not doing work; the rest from keeping the machine busy, which counts for
+more on a GPU. What matters is the line below it: the same decisions either way.
 
 A task is now a loop over its items. The choice with the lowest mean loss wins; on an exact tie,
 the first. That rule explains the cold open: to a newborn model all choices are tied, so it always
@@ -602,13 +821,15 @@ def score_task(
     seed: int = 1337,
     rank: int = 0,
     world_size: int = 1,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     chunk: int = 256,
+    share: bool = True,
 ) -> Iterator[dict]:
     """Yield one decision for each item: index, correct, choice, losses (one an option).
 
     The items are shuffled with `seed` and cut to `limit` before shots are drawn, as in nanochat.
-    A process of rank r takes items r, r + world_size, ... `chunk` items are batched together.
+    A process of rank r takes items r, r + world_size, ... `chunk` items are scored together;
+    `batch_tokens` and `share` are as in `score_rows`.
     """
     items = list(task.items)
     random.Random(seed).shuffle(items)
@@ -616,13 +837,14 @@ def score_task(
     seq_len = context_length(model)
     mine = range(rank, len(task.items), world_size)
     for first in range(0, len(mine), chunk):
-        groups = []
-        for index in mine[first : first + chunk]:
-            texts = tokenizer.encode_batch(render(task, index), bos=True)
-            groups.append([crop(row, seq_len) for row in spans(task.kind, texts)])
-        rows = [row for group in groups for row in group]
-        scores = iter(score_rows(model, rows, tokenizer.bos_id, batch_tokens))
-        for index, group in zip(mine[first : first + chunk], groups):
+        numbers = mine[first : first + chunk]
+        texts = [render(task, index) for index in numbers]
+        flat = [text for several in texts for text in several]
+        ids = iter(tokenizer.encode_batch(flat, bos=True, num_threads=os.cpu_count() or 1))
+        groups = [spans(task.kind, [next(ids) for _ in several]) for several in texts]
+        rows = [crop(row, seq_len) for group in groups for row in group]
+        scores = iter(score_rows(model, rows, tokenizer.bos_id, batch_tokens, share))
+        for index, group in zip(numbers, groups):
             yield decide(task, index, [next(scores) for _ in group])
 
 
@@ -725,10 +947,71 @@ plt.show()
 
 # %% [markdown]
 r"""
-CORE has a task with 32 items and one with 100. Those two move by several points from one training
-run to the next and pull the mean with them. It is why two runs of one recipe differ by about 0.01
-in CORE (seven published runs of one nanochat recipe went from 0.2512 to 0.2677), and why nobody
-should choose between two ideas by CORE of one run.
+An interval is a promise: in 95 of 100 exams, the truth lies inside. A promise about chance is
+easily broken without anybody noticing, so we test it where we know the truth. Two thousand exams
+of random length and difficulty, and we count.
+"""
+
+# %%
+inside, exams = 0, 2000
+for number in range(exams):
+    p, n = rng.uniform(0.1, 0.9), int(rng.integers(50, 500))
+    low, high = bootstrap_interval((rng.random(n) < p).astype(float), seed=number, draws=1000)
+    inside += low <= p <= high
+print(f"the truth was inside {inside / exams:.1%} of the intervals")
+assert abs(inside / exams - 0.95) < 4 * math.sqrt(0.95 * 0.05 / exams)
+
+# %% [markdown]
+r"""
+### How noisy is CORE?
+
+CORE, the benchmark this chapter works towards, is the mean of 22 centred accuracies. The tasks
+have very different sizes: five with ten thousand items or more, one with 32. A task of $n$ items
+with accuracy $a$ and baseline $b$ moves the mean by about
+
+$$\frac{1}{22} \cdot \frac{1}{1-b}\sqrt{\frac{a(1-a)}{n}}$$
+
+from one draw of items to the next. Centring makes it worse where guessing is good: `boolq`, a
+yes-no question with a baseline of 62 %, is stretched by 2.6. We draw this for a weak model that
+is a tenth of the way from guessing to perfect everywhere.
+"""
+
+# %%
+core_sizes = {  # items and baseline of the 22 tasks
+    "hellaswag_zeroshot": (10042, 0.25), "hellaswag": (10042, 0.25), "jeopardy": (2117, 0.0),
+    "bigbench_qa_wikidata": (20321, 0.0), "arc_easy": (2376, 0.25), "arc_challenge": (1172, 0.25),
+    "copa": (100, 0.5), "commonsense_qa": (1221, 0.2), "piqa": (1838, 0.5),
+    "openbook_qa": (500, 0.25), "lambada_openai": (5153, 0.0), "winograd": (273, 0.5),
+    "winogrande": (1267, 0.5), "bigbench_dyck_languages": (1000, 0.0),
+    "agi_eval_lsat_ar": (230, 0.2), "bigbench_cs_algorithms": (1320, 0.0),
+    "bigbench_operators": (210, 0.0), "bigbench_repeat_copy_logic": (32, 0.0),
+    "squad": (10570, 0.0), "coqa": (7983, 0.0), "boolq": (3270, 0.62),
+    "bigbench_language_identification": (10000, 0.091),
+}  # fmt: skip
+noise = {}
+for name, (n, b) in core_sizes.items():
+    a = b + 0.1 * (1 - b)
+    noise[name] = math.sqrt(a * (1 - a) / n) / (1 - b)
+total = math.sqrt(sum(x**2 for x in noise.values())) / 22
+worst = sorted(noise, key=noise.get)[-8:]
+share = sum(noise[name] ** 2 for name in worst[-3:]) / sum(x**2 for x in noise.values())
+fig, ax = figure(
+    f"Three of 22 tasks make {share:.0%} of the noise of CORE",
+    "standard error of the centred score",
+    size=(6, 2.6),
+    alt="Bars: the standard error of the eight noisiest CORE tasks, copa first",
+)
+ax.barh(worst, [noise[name] for name in worst])
+plt.show()
+print(f"standard error of CORE, from the items alone: {total:.3f}")
+
+# %% [markdown]
+r"""
+So two models whose true scores are equal easily come out 0.01 apart. And this counts only the
+luck of the items. The luck of the training run (its seed, the order of its data) comes on top:
+seven published runs of one nanochat recipe scored from 0.2512 to 0.2677. So a difference of 0.01
+between two single runs shows nothing, and nobody should choose between two ideas by it. Bits per
+byte is steadier by far; CORE is for the question whether the steadier number means anything.
 
 Now the two functions people will call: one task, and a list of tasks.
 """
@@ -743,17 +1026,30 @@ def evaluate_task(
     limit: int | None = None,
     seed: int = 1337,
     world: Any = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
+    progress: Any = None,
 ) -> dict:
     """Return accuracy, centered, n, the accuracy's 95 % interval (low, high) and the baseline.
 
-    With a `world`, its processes share the items and all get the same result.
+    `correct` is a string with a 1 or 0 for each item, in the shuffled order. With a `world`, its
+    processes share the items and all get the same result. `progress.update(n)` is told of every n
+    items. Warns when there are too few items for the shots.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"task {task.name}: limit {limit} leaves no items; use 1 or more, or None.")
     n = len(task.items[:limit])
+    if n <= task.shots:
+        warnings.warn(
+            f"task {task.name}: {n} items are too few for {task.shots} shots beside the question; "
+            f"asked with {n - 1}, which is another test than the full one; raise the limit.",
+            stacklevel=2,
+        )
     correct = torch.zeros(n, dtype=torch.float64)
     rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
     for decision in score_task(model, tokenizer, task, limit, seed, rank, world_size, batch_tokens):
         correct[decision["index"]] = float(decision["correct"])
+        if progress is not None:
+            progress.update(world_size)
     if world is not None:
         correct = sum_over(world, correct)
     accuracy = correct.mean().item()
@@ -767,41 +1063,36 @@ def evaluate_task(
         "high": high,
         "baseline": task.baseline,
         "centered": centered(accuracy, task.baseline),
+        "correct": "".join(str(int(value)) for value in correct),
     }
 
 
+# %%
+#| export
 def evaluate_core(
     model: Any,
     tokenizer: Any,
     tasks: list[Task],
     limit: int | None = None,
-    progress: Any = None,
     world: Any = None,
-    done: dict[str, dict] | None = None,
-    on_task: Callable[[str, dict], None] | None = None,
+    progress: Any = None,
 ) -> dict:
     """Score a list of tasks: {"core", "low", "high", "n_tasks", "tasks": {name: result}}.
 
-    `core` is the mean centred accuracy. `progress.update(1, task=..., centered=...)` is called
-    after each task, and `on_task(name, result)`; `done` holds results to keep (a resumed run).
+    `core` is the mean centred accuracy; `progress` is as in `evaluate_task`.
     """
-    results: dict[str, dict] = {}
+    results = {}
     for task in tasks:
-        if done and task.name in done:
-            results[task.name] = done[task.name]
-        else:
-            results[task.name] = evaluate_task(model, tokenizer, task, limit, world=world)
-            if on_task is not None:
-                on_task(task.name, results[task.name])
-        if progress is not None:
-            progress.update(1, task=task.name, centered=results[task.name]["centered"])
+        results[task.name] = evaluate_task(
+            model, tokenizer, task, limit, world=world, progress=progress
+        )
     return summarize(results)
 
 
 def summarize(results: dict[str, dict], seed: int = 0, draws: int = 2000) -> dict:
     """Return the mean of the centred accuracies with its bootstrap interval, and the results."""
     if not results:
-        raise UserError("no tasks to score; give evaluate_core at least one task.")
+        raise UserError("there are no tasks to score; give at least one.")
     rng, total = np.random.default_rng(seed), np.zeros(draws)
     for result in results.values():
         n = result["n"]
@@ -819,6 +1110,69 @@ def summarize(results: dict[str, dict], seed: int = 0, draws: int = 2000) -> dic
 
 # %% [markdown]
 r"""
+### A fair comparison
+
+Two models, two scores, two intervals that overlap: is there no difference? That would be asking
+the wrong question. Both models sat the *same* exam. Easy items are right for both, hopeless ones
+wrong for both; what tells them apart is the items on which they disagree. So we take the difference
+item by item and put the interval around *that*.
+"""
+
+
+# %%
+#| export
+def compare(one: dict, other: dict, seed: int = 0, draws: int = 2000) -> dict:
+    """Compare two results of `evaluate_core` on the same items: {"difference", "low", "high"}.
+
+    The difference is other - one in the mean centred score, with the bootstrap interval of the
+    differences item by item. Raises UserError when the two did not sit the same exam.
+    """
+    a, b = one["tasks"], other["tasks"]
+    if {n: len(r["correct"]) for n, r in a.items()} != {n: len(r["correct"]) for n, r in b.items()}:
+        raise UserError("these two results are not of the same tasks and items; score both anew.")
+    rng, total, mean = np.random.default_rng(seed), np.zeros(draws), 0.0
+    for name in a:
+        pairs = Counter(int(y) - int(x) for x, y in zip(a[name]["correct"], b[name]["correct"]))
+        n, scale = len(a[name]["correct"]), len(a) * (1 - a[name]["baseline"])
+        drawn = rng.multinomial(n, [pairs[-1] / n, pairs[0] / n, pairs[1] / n], draws)
+        total += (drawn[:, 2] - drawn[:, 0]) / n / scale
+        mean += (pairs[1] - pairs[-1]) / n / scale
+    low, high = np.quantile(total, (0.025, 0.975))
+    return {"difference": mean, "low": float(low), "high": float(high)}
+
+
+# %% [markdown]
+r"""
+Here are two invented models. The second is the first with a little more knowledge: it gets a few of
+the wrong items right and loses very few.
+"""
+
+# %%
+first = rng.random(400) < 0.45
+second = np.where(rng.random(400) < 0.1, rng.random(400) < 0.8, first)
+results = []
+for answers in (first, second):
+    low, high = bootstrap_interval(answers.astype(float))
+    accuracy = float(answers.mean())
+    print(f"accuracy {accuracy:.3f}, alone somewhere in {low:.3f} to {high:.3f}")
+    bits = "".join(str(int(x)) for x in answers)
+    results.append({"tasks": {"exam": {"correct": bits, "baseline": 0.0}}})
+paired = compare(*results)
+print(f"difference {paired['difference']:.3f}, paired: {paired['low']:.3f} to {paired['high']:.3f}")
+assert paired["low"] > 0
+
+# %% [markdown]
+r"""
+The two intervals overlap, and yet the second model is better beyond reasonable doubt. The rest of
+a fair comparison is discipline:
+
+- the same items, shots, order, delimiter and scoring rule (mean or sum) for both;
+- every model with the tokenizer and context length it was trained with, and a word about prompts
+  that were cropped;
+- the same number of attempts: the best of five checkpoints is not comparable with one;
+- nothing tuned on the exam itself, and no exam in the training text (below we look for it);
+- several seeds, when the claim is about a *recipe* and not about one set of weights.
+
 ## Controls
 
 A score above the baseline still does not mean that the model understood the question. There are
@@ -927,7 +1281,7 @@ assert render(remove_question(lopsided), 0) == [" no", " certainly"]
 
 # %% [markdown]
 r"""
-## CORE, from a folder
+## CORE
 
 CORE is the mean centred score over 22 public tasks, chosen by the DCLM project (Li et al. 2024)
 because small models already show progress on them. GPT-2 with 1.5 billion parameters scores
@@ -937,7 +1291,34 @@ and baseline. Two layouts of that folder are in use; we read both.
 
 
 # %%
-#| export
+#| export core
+import csv
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanochat.common import Progress, UserError, atomic_write, read_json, write_json
+from nanochat.data import download, retrying
+from nanochat.model import GPT
+
+
 def read_items(path: Path) -> list[dict]:
     """Read the items of a JSON-lines file, gzipped or not; UserError names a broken file."""
     opener = gzip.open if path.suffix == ".gz" else open
@@ -950,10 +1331,10 @@ def read_items(path: Path) -> list[dict]:
         raise UserError(f"{path} is damaged ({error}); get the file again.") from None
 
 
+# %%
+#| export core
 def bundle_entries(folder: Path) -> list[dict]:
     """Read the task list of the DCLM bundle: core.yaml and eval_meta_data.csv."""
-    import csv
-
     try:
         import yaml
     except ImportError:
@@ -975,6 +1356,8 @@ def bundle_entries(folder: Path) -> list[dict]:
     ]
 
 
+# %%
+#| export core
 def load_core(folder: str | Path) -> list[Task]:
     """Load the CORE tasks of a folder with manifest.json, or of the DCLM bundle (core.yaml).
 
@@ -982,39 +1365,404 @@ def load_core(folder: str | Path) -> list[Task]:
     left out; a missing or broken file raises UserError.
     """
     folder = Path(folder)
-    if (folder / "manifest.json").is_file():
-        entries = read_json(folder / "manifest.json")["tasks"]
-    elif (folder / "core.yaml").is_file():
-        entries = bundle_entries(folder)
-    else:
+    lists = [folder / name for name in ("manifest.json", "core.yaml")]
+    found = next((path for path in lists if path.is_file()), None)
+    if found is None:
         raise UserError(
             f"{folder} holds no CORE tasks: neither manifest.json nor core.yaml was found; "
             f"give the folder that holds one of them."
         )
+    try:
+        whole = found.suffix == ".yaml"
+        entries = bundle_entries(folder) if whole else read_json(found)["tasks"]
+        facts = [
+            (
+                entry["label"],
+                entry["task_type"],
+                folder / entry["file"],
+                int(entry["num_fewshot"]),
+                entry.get("continuation_delimiter", " "),
+                float(entry["random_baseline"]) / 100,
+            )
+            for entry in entries
+            if entry.get("file")
+        ]
+    except UserError:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{found} is no list of tasks ({said}); get the folder again.") from None
     return [
-        Task(
-            entry["label"],
-            entry["task_type"],
-            read_items(folder / entry["file"]),
-            entry["num_fewshot"],
-            entry.get("continuation_delimiter", " "),
-            entry["random_baseline"] / 100,
-        )
-        for entry in entries
-        if entry.get("file")
+        Task(label, kind, read_items(path), shots, delimiter, baseline)
+        for label, kind, path, shots, delimiter, baseline in facts
     ]
 
 
 # %% [markdown]
 r"""
-With the folder on disk, the whole benchmark is one line, on any model that gives logits:
+### Getting the bundle, and opening a stranger's archive
 
-```python
-evaluate_core(model, tokenizer, load_core("path/to/core"), progress=Progress(22, "CORE", "task"))
+The tasks of nanochat's CORE are published as one zip archive of about 160 MB. A file from the
+network is somebody else's program until shown otherwise. Three things can be wrong with it, and
+each has its guard:
+
+- *It is another file*, by accident or by intent. We know the SHA-256 of the right one and compare.
+- *It writes where it should not.* A name inside an archive may be `../../.bashrc`, or a link to
+  somewhere else. We accept plain relative names and plain files.
+- *It is a bomb*: a megabyte that unpacks to a terabyte of zeros. The sizes written in an archive
+  may be lies, so we count the bytes as they come, and stop.
+
+It is unpacked beside its place and renamed when it is complete, so a killed run leaves nothing that
+looks finished. For a folder of your own, none of this is needed: `load_core` reads it as it is.
+"""
+
+
+# %%
+#| export core
+CORE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+CORE_SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"
+MAX_FILES, MAX_BYTES = 1000, 2 * 10**9
+
+
+def member_path(info: zipfile.ZipInfo) -> PurePosixPath:
+    """Return the path of an archive's member; UserError unless it is a plain relative file name."""
+    path, kind = PurePosixPath(info.filename), stat.S_IFMT(info.external_attr >> 16)
+    odd = path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", info.filename)
+    if odd or not path.parts or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise UserError(
+            f"the archive holds {info.filename!r}, which is no plain file inside of it; "
+            f"do not use this archive."
+        )
+    return path
+
+
+# %%
+#| export core
+def unpack(archive: Path, folder: Path, max_bytes: int = MAX_BYTES) -> None:
+    """Unpack a zip file into a new folder, complete or not at all.
+
+    Refuses names that lead out of the folder, links, more than MAX_FILES members and, counted as
+    they come, more than `max_bytes` bytes (UserError). Checksums inside the archive are checked.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as place:
+        target, left = Path(place) / "files", max_bytes
+        target.mkdir()
+        try:
+            with zipfile.ZipFile(archive) as source:
+                members = source.infolist()
+                if len(members) > MAX_FILES:
+                    raise UserError(f"{archive} holds {len(members):,} files; do not use it.")
+                for info in members:
+                    path = target / member_path(info)
+                    if info.is_dir():
+                        continue
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with source.open(info) as packed, open(path, "wb") as file:
+                        while block := packed.read(1 << 20):
+                            left -= len(block)
+                            if left < 0:
+                                raise UserError(
+                                    f"{archive} unpacks to more than {max_bytes:,} bytes; "
+                                    f"do not use it."
+                                )
+                            file.write(block)
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+            raise UserError(f"{archive} is no sound zip file ({error}); get it again.") from None
+        except OSError as error:
+            raise UserError(
+                f"{archive} cannot be unpacked ({error}); free some space or get it again."
+            ) from None
+        shutil.rmtree(folder, ignore_errors=True)
+        target.rename(folder)
+
+
+# %%
+#| export core
+def archive_size(url: str) -> int:
+    """Ask the server for the size of a file in bytes; UserError when that is missing or absurd."""
+
+    def ask() -> int:
+        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "nanochat"})
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return int(response.headers.get("Content-Length") or 0)
+
+    size = retrying(ask, f"size of {url}")
+    if not 0 < size <= MAX_BYTES:
+        raise UserError(f"{url} says it has {size:,} bytes; check the address, or use a folder.")
+    return size
+
+
+# %%
+#| export core
+def fetch_core(
+    folder: str | Path | None = None, url: str = CORE_URL, digest: str = CORE_SHA256
+) -> Path:
+    """Return the folder of the CORE bundle, after downloading it if it is not here yet.
+
+    It is kept in `folder`, or in $NANOCHAT_CACHE or ~/.cache/nanochat under `core/`. The archive is
+    verified by its SHA-256, unpacked and thrown away; when a file has changed its size since, it is
+    fetched again. Raises UserError without a network or when anything is wrong with the file.
+    """
+    cache = Path(os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat")
+    place = Path(folder) if folder else cache.expanduser() / "core"
+    files, note, archive = place / "files", place / "unpacked.json", place / "eval_bundle.zip"
+
+    def sizes() -> dict[str, int]:
+        paths = sorted(path for path in files.rglob("*") if path.is_file())
+        return {path.relative_to(files).as_posix(): path.stat().st_size for path in paths}
+
+    known = read_json(note) if note.is_file() else None
+    if known != {"sha256": digest, "sizes": sizes()}:
+        size = archive_size(url)
+        with Progress(size, "download of CORE", "byte") as bar:
+            download(url, archive, size, digest, arrived=bar.update)
+        unpack(archive, files)
+        archive.unlink()
+        write_json(note, {"sha256": digest, "sizes": sizes()})
+    lists = sorted(files.glob("**/core.yaml")) + sorted(files.glob("**/manifest.json"))
+    if not lists:
+        raise UserError(f"the archive at {url} holds no CORE tasks; use a folder that does.")
+    return lists[0].parent
+
+
+# %%
+#| test
+with tempfile.TemporaryDirectory() as place:
+    archive = Path(place) / "a.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("good/zeros", bytes(10**6))
+        file.writestr("../../outside", "x")
+    for limit, said in ((10**5, "unpacks to more"), (10**7, "no plain file")):
+        try:
+            unpack(archive, Path(place) / "out", max_bytes=limit)
+        except UserError as error:
+            assert said in str(error) and os.listdir(place) == ["a.zip"]
+        else:
+            raise AssertionError("an unsafe archive was unpacked")
+
+# %% [markdown]
+r"""
+### Any model that has logits
+
+A score is worth more when we can check the scorer. GPT-2's CORE is published: 0.1139 for the
+model of 124 million parameters, 0.1849, 0.2146 and 0.2565 for its larger sisters. So we want to
+put *that* model through *our* code. Nothing in the scoring asks for our own architecture: it
+needs logits and, to be fast, a cache. For a model of Hugging Face only the tokenizer needs an
+adapter: few methods, under the names that we use.
+
+We load weights from safetensors files only and run no code that comes with a model; a repository
+that offers nothing else is refused.
+"""
+
+
+# %%
+#| export core
+class HubTokenizer:
+    """A tokenizer of Hugging Face with the methods of ours that scoring needs.
+
+    Texts begin with the model's bos token, or with its end-of-text token where it has no bos.
+    """
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+        bos, end = inner.bos_token_id, inner.eos_token_id
+        self.bos_id = end if bos is None else bos
+        if self.bos_id is None:
+            raise UserError("this tokenizer has neither a bos nor an eos token; use another model.")
+
+    def encode_batch(
+        self, texts: Sequence[str], bos: bool = False, num_threads: int = 0
+    ) -> list[list[int]]:
+        """Encode several texts; `bos` puts that token in front of each."""
+        rows = self.inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [[self.bos_id, *row] if bos else list(row) for row in rows]
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        """Encode one text."""
+        return self.encode_batch([text], bos)[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids."""
+        return self.inner.decode(list(ids))
+
+    def fingerprint(self) -> str:
+        """Return a hash of the vocabulary."""
+        vocabulary = json.dumps(sorted(self.inner.get_vocab().items()))
+        return hashlib.sha256(vocabulary.encode()).hexdigest()
+
+
+# %%
+#| export core
+def load_hub_model(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Any, HubTokenizer]:
+    """Return (model, tokenizer) of a causal model of Hugging Face, by name or folder.
+
+    Reads safetensors only and runs no code of the repository. Needs the extra `eval-hf`. Raises
+    UserError when the package, the model or its safetensors file is not there.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise UserError(
+            "models of Hugging Face need the package transformers: pip install -e '.[eval-hf]'."
+        ) from None
+    safe = dict(use_safetensors=True, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, **safe)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"there is no causal model with safetensors and a tokenizer at {name!r} ({said}); "
+            f"check the name, the network, or give a folder."
+        ) from None
+    return model.to(device=device, dtype=dtype).eval(), HubTokenizer(tokenizer)
+
+
+# %% [markdown]
+r"""
+### Results that survive
+
+A full CORE is 91,037 items; on a small machine that takes hours. `run_core` writes the result of
+each task as soon as it has it. Killed and started again, it goes on with the next task. How does
+it know that the old results still count? It keeps, with each, a hash of the weights, of the
+tokenizer and of the task itself. Results of other weights are refused, not mixed in: a mean of
+two models is nobody's score.
+"""
+
+
+# %%
+#| export core
+def model_digest(model: Any) -> str:
+    """Return a SHA-256 over all weights of a model; of ours, also how it computes with them."""
+    how = f"{model.config} {model.compute_dtype}" if isinstance(model, GPT) else ""
+    digest = hashlib.sha256(how.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def kept_result(path: Path, about: dict) -> dict | None:
+    """Return the result kept at a path, None if there is none; UserError if of something else."""
+    if not path.is_file():
+        return None
+    kept = read_json(path)
+    other = [key for key in about if kept.get(key) != about[key]]
+    if other:
+        raise UserError(
+            f"{path} belongs to another {' and '.join(other)}; choose another folder for these "
+            f"results, or delete that one."
+        )
+    return kept["result"]
+
+
+# %%
+#| export core
+def run_core(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    folder: str | Path,
+    limit: int | None = None,
+    world: Any = None,
+    title: str = "CORE",
+) -> dict:
+    """Score tasks as `evaluate_core` does, keep each result in `folder` at once, and go on there.
+
+    Writes `tasks/NAME.json`, and at the end core.json, core.md (a table) and core.png (a picture).
+    With a `world` all processes share the items and the first one writes.
+    """
+    folder, main = Path(folder), world is None or world.is_main
+    common = {"model": model_digest(model), "tokenizer": tokenizer.fingerprint(), "limit": limit}
+    abouts, paths = [], []
+    for task in tasks:
+        text = json.dumps(asdict(task), sort_keys=True)
+        abouts.append({**common, "task": hashlib.sha256(text.encode()).hexdigest()})
+        paths.append(folder / "tasks" / (re.sub(r"[^\w.-]+", "_", task.name) + ".json"))
+    kept = [kept_result(path, about) for path, about in zip(paths, abouts)]
+    if world is not None:  # only what every process can see counts as done
+        seen = sum_over(world, torch.tensor([float(r is not None) for r in kept]).double())
+        kept = [r if n == world.world_size else None for r, n in zip(kept, seen.tolist())]
+    results = {}
+    n_items = sum(len(task.items[:limit]) for task in tasks)
+    with Progress(n_items, title, "item") if main else nullcontext() as bar:
+        if main:
+            bar.skip(sum(result["n"] for result in kept if result))
+        for task, result, path, about in zip(tasks, kept, paths, abouts):
+            if result is None:
+                result = evaluate_task(model, tokenizer, task, limit, world=world, progress=bar)
+                if main:
+                    write_json(path, {**about, "result": result})
+            results[task.name] = result
+    summary = {**summarize(results), **common}
+    if main:
+        save_core(summary, folder, title)
+    return summary
+
+
+def save_core(summary: dict, folder: Path, title: str) -> None:
+    """Write a result of `run_core` as core.json, core.md and core.png."""
+    import matplotlib.pyplot as plt
+
+    write_json(folder / "core.json", summary)
+    atomic_write(folder / "core.md", f"# {title}\n\n{core_table(summary)}\n")
+    found = f"{title}: {summary['core']:.4f} ({summary['low']:.4f} to {summary['high']:.4f})"
+    fig, _ = plot_core({"accuracy": summary}, title=found)
+    fig.savefig(folder / "core.png")
+    plt.close(fig)
+
+
+# %% [markdown]
+r"""
+### The same for chats
+
+A model that chats is asked in its own form, and chapter 9 builds the questions: exams answered by
+a letter, sums and programs answered in full. Their mean is called ChatCORE: six tasks, each centred
+on its own guessing (a quarter for the three with four choices, nothing for the others). One rule
+belongs here, since it is about means: a mean over *some* of the tasks is another number. Published
+values from before and after the spelling task differ by 0.14 for this reason alone.
+"""
+
+
+# %%
+#| export core
+CHAT_CORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling")
+
+
+def chat_core(results: dict[str, dict]) -> dict:
+    """Return ChatCORE with its interval, as `summarize` does, of the results of all six tasks.
+
+    A result holds accuracy, chance, centered and n. Raises UserError when a task is missing.
+    """
+    missing = [name for name in CHAT_CORE if name not in results]
+    if missing:
+        raise UserError(
+            f"ChatCORE is the mean of {len(CHAT_CORE)} tasks and {', '.join(missing)} did not run; "
+            f"run them, or report the tasks one by one."
+        )
+    return summarize({k: {**results[k], "baseline": results[k]["chance"]} for k in CHAT_CORE})
+
+
+# %% [markdown]
+r"""
+From the command line the same is
+
+```
+python -m nanochat eval --core                        # the bundle, fetched once; the last model
+python -m nanochat eval --core path/to/folder --limit 500
+python -m nanochat eval --core --hf openai-community/gpt2
+torchrun --nproc_per_node=8 -m nanochat eval --core   # eight processes share the items
+python -m nanochat eval --chat --samples 8            # ChatCORE, and pass@k of written replies
 ```
 
-If a task is left out, the mean is over other tasks and must not be compared with a published one
-to the last digit.
+If a task is left out or cut to a limit, the number is of another exam and must not be compared with
+a published one to the last digit. Two published lists differ in the baselines of three tasks
+(`commonsense_qa`, `agi_eval_lsat_ar` and `bigbench_language_identification`), so they also give two
+values of CORE for one model; `core.md` shows which were used.
 
 Results are read in a table and in a picture. Both show the interval and the baseline, always.
 """
@@ -1309,6 +2057,162 @@ guessing: it has learned how texts of this world *sound* before learning what th
 true of one and the same model, and only the second can be seen in a table like this one. Chapter
 12 trains longer, and the facts arrive.
 
+## Has the exam leaked?
+
+All controls above trust one thing: that the model has not seen the answers. A web-sized training
+text holds copies of public exams, and a model that learned them by heart scores high without
+knowing anything. The usual check looks for common *n-grams*: runs of n words, often 13, that
+stand in the exam and in the training text. Long runs of words do not repeat by chance.
+
+The training text is huge and the exam is small, so we turn the problem around. The exam's
+words get random 64-bit codes; a word that no question has gets 0, and no run through a 0 can match.
+A run of codes is hashed by one multiplication and addition a word, for a million positions at a
+time, and looked up among the sorted hashes of the exam. The training text streams by, once.
+"""
+
+
+# %%
+#| export core
+WORD = re.compile(r"\w+")
+SHORTEST = 5  # words; a text of fewer says nothing about where it comes from
+
+
+def run_hashes(codes: np.ndarray, n: int) -> np.ndarray:
+    """Hash each run of n codes (W,) uint64 into (W - n + 1,) uint64; 0 where the run holds a 0."""
+    count = max(0, len(codes) - n + 1)
+    hashes, known = np.zeros(count, np.uint64), np.ones(count, bool)
+    for j in range(n):
+        part = codes[j : j + count]
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + part  # modulo 2**64
+        known &= part != 0
+    return np.where(known, hashes, np.uint64(0))
+
+
+def code_blocks(
+    documents: Iterable[str], codes: dict[str, int], block: int
+) -> Iterator[np.ndarray]:
+    """Yield the codes of the documents' words, about `block` at a time, a 0 between documents."""
+    words: list[int] = []
+    for text in documents:
+        words.append(0)
+        words.extend(codes.get(word, 0) for word in WORD.findall(text.lower()))
+        if len(words) >= block:
+            yield np.array(words, np.uint64)
+            words = []
+    yield np.array(words, np.uint64)
+
+
+# %%
+#| export core
+def contamination(
+    texts: Sequence[str], documents: Iterable[str], n: int = 13, block: int = 1_000_000
+) -> np.ndarray:
+    """Return for each text the share of its runs of n words that some document holds, (texts,).
+
+    Case, punctuation and spaces do not count. A text of fewer than n words is looked for as a
+    whole; one of fewer than SHORTEST words gets NaN. Reads the documents once.
+    """
+    split = [WORD.findall(text.lower()) for text in texts]
+    vocabulary = sorted({word for words in split for word in words})
+    drawn = np.random.default_rng(0).integers(1, 2**64, len(vocabulary), np.uint64)
+    codes = dict(zip(vocabulary, drawn.tolist()))
+    lengths = [min(n, len(words)) for words in split]
+    runs = [
+        run_hashes(np.array([codes[word] for word in words], np.uint64), length)
+        for words, length in zip(split, lengths)
+    ]
+    wanted = {
+        length: np.unique(np.concatenate([r for r, m in zip(runs, lengths) if m == length]))
+        for length in {m for m in lengths if m >= SHORTEST}
+    }
+    found = {length: np.zeros(len(hashes), bool) for length, hashes in wanted.items()}
+    for part in code_blocks(documents, codes, block) if wanted else ():
+        for length, hashes in wanted.items():
+            seen = run_hashes(part, length)
+            at = np.searchsorted(hashes, seen).clip(max=len(hashes) - 1)
+            found[length][at[hashes[at] == seen]] = True
+    return np.array(
+        [
+            found[m][np.searchsorted(wanted[m], r)].mean() if m in wanted else math.nan
+            for r, m in zip(runs, lengths)
+        ]
+    )
+
+
+# %%
+#| test
+poem = "one two three four five six seven eight"
+shares = contamination([poem, poem + " nine", "six five four three two", "a b"], [poem.upper()], 5)
+assert shares[:3].tolist() == [1.0, 0.8, 0.0] and math.isnan(shares[3])
+
+# %% [markdown]
+r"""
+To see that it finds what it should, we plant a leak: every fifth question about people goes into
+the training text, answer included, in one document among hundreds.
+"""
+
+# %%
+task = replace(by_name["people: questions"], shots=0)
+full = [completed(task, item) for item in task.items]
+planted = list(range(0, len(full), 5))
+texts = [document(world, i) for i in range(3000)]
+leaky = list(texts)
+for number in planted:
+    leaky[17 * number] += "\n" + full[number]
+start = time.perf_counter()
+shares = contamination(full, leaky)
+speed = sum(map(len, leaky)) / 1e6 / (time.perf_counter() - start)
+flagged = np.flatnonzero(shares > 0.5).tolist()
+print(f"{len(flagged)} of {len(full)} questions found, planted were {len(planted)}")
+print(f"none in the clean text: {contamination(full, texts).max() == 0}; over 1 MB/s: {speed > 1}")
+assert flagged == planted
+
+# %% [markdown]
+r"""
+What does a leak do to a score? We train a copy of the model a little further: the usual batches,
+with one row in eight made of the leaked lines. Then we ask the leaked questions and the others
+apart.
+"""
+
+# %%
+student = copy.deepcopy(model)
+optimizer = build_optimizer(student)
+line = tokenizer.encode("\n".join(full[number] for number in planted) + "\n")
+stream = torch.tensor((line * 40)[: 40 * len(line)])
+for step in range(120):
+    at = step * 97 % (len(stream) - seq_len - 1)
+    row = stream[at : at + seq_len + 1]
+    x, y = batches.next()
+    x, y = torch.cat((x[:-1], row[None, :-1])), torch.cat((y[:-1], row[None, 1:]))
+    optimizer.set_schedule(0.3 * lr_multiplier(step, 120), muon_momentum(step))
+    student(x, y).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+# %%
+fresh = [item for number, item in enumerate(task.items) if number not in planted]
+parts = {"leaked": [task.items[number] for number in planted], "others": fresh}
+accuracy = {}
+for who, patient in (("before", model), ("after", student)):
+    for part, items in parts.items():
+        r = evaluate_task(patient, tokenizer, replace(task, items=items))
+        accuracy[who, part] = r["accuracy"]
+        print(f"{who:6} {part}: {r['accuracy']:.2f}  ({r['low']:.2f} to {r['high']:.2f})")
+
+# %%
+gain = {part: accuracy["after", part] - accuracy["before", part] for part in parts}
+assert gain["leaked"] > 0.3 and gain["leaked"] > gain["others"] + 0.2
+
+# %% [markdown]
+r"""
+The leaked questions are answered from memory; the others, about the same people, are not better
+known than before. Reporting the two apart is the honest way out when a leak cannot be undone. And
+the scan has a limit worth knowing: it finds words, not meanings. An exam that was rephrased or
+translated passes it unseen.
+
+> **Exercise 7.3.** Exchange two neighbouring words in every planted line and scan again. How many
+> are found with n = 13, how many with n = 5? What does a small n cost on the clean text?
+
 ## Play
 
 Change `shots`, the delimiter or the `kind` of a task of your own and look at `render(task, 0)`.
@@ -1339,17 +2243,23 @@ r"""
 
 `nanochat.evaluation` can now: measure `bits_per_byte`; describe a test as a `Task`, `render` its
 prompts and find their `spans`; score it (`score_rows`, `score_task`, `evaluate_task`,
-`evaluate_core`) with `centered` accuracy and a `bootstrap_interval`; run `controls`
-(`majority_class`, `longest_answer`, `shuffle_labels`, `remove_question`); load the public tasks
-(`load_core`) and build offline ones (`tinyworld_core`); and show a result (`core_table`,
-`plot_core`).
+`evaluate_core`), each shared beginning once (`shared_groups`, `Prefix`); give `centered` accuracy
+with a `bootstrap_interval`, and `compare` two models item by item; run `controls`
+(`majority_class`, `longest_answer`, `shuffle_labels`, `remove_question`); build offline tasks
+(`tinyworld_core`); and show a result (`core_table`, `plot_core`).
+
+`nanochat.core` puts that to the public benchmark: `fetch_core` and `load_core` get the tasks,
+`load_hub_model` a model of Hugging Face, `run_core` keeps results and goes on after a kill,
+`chat_core` is the mean over chats, and `contamination` looks for an exam in a training text.
 
 **Pitfalls** (all of them happened somewhere)
 - A validation set that moves: "the last shard on disk" is another shard after the next download.
 - Bits per byte with the wrong bytes: measuring the decoded text of a token gives 3 bytes for
   every broken character. Two figures computed in these two ways are not comparable.
 - Evaluation that depends on the batch size, because means are averaged.
-- Asking for fewer items than shots: nothing to draw from. Here the shots are clamped.
+- Asking for fewer items than shots: nothing to draw from. Here fewer are drawn, with a warning.
+- A scorer nobody checked. Ours is compared, item by item, with a slow one written from the rules.
+- Results of an older checkpoint, found in the folder and quietly averaged with new ones.
 - A test that repeats the training data: for weeks nanochat's spelling test drew the same words as
   its training set, because Python's generator treats the seeds `s` and `-s` alike.
 - Choosing between two recipes by CORE of one run: its noise is larger than most improvements.

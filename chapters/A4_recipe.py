@@ -2150,13 +2150,28 @@ that starts work may make a folder; one that only looks (`chat`, `report`) may n
 import argparse
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, doctor, pick_device
+import numpy as np
+import torch
+
+from nanochat.chat import reply_text
+from nanochat.common import UserError, doctor, pick_device, pick_dtype, write_json
+from nanochat.core import (
+    chat_core,
+    fetch_core,
+    kept_result,
+    load_core,
+    load_hub_model,
+    model_digest,
+    run_core,
+)
 from nanochat.distributed import LaunchError, setup
 from nanochat.engine import Engine
+from nanochat.evaluation import bootstrap_interval, centered, core_table, tinyworld_core
 from nanochat.recipe import (
     MODELS,
     Recipe,
@@ -2171,7 +2186,10 @@ from nanochat.recipe import (
     training_speed,
 )
 from nanochat.report import markdown_table, write_report
+from nanochat.rl import pass_at_k, sample_rollouts
 from nanochat.serve import run_server
+from nanochat.tasks import ARC, GSM8K, MMLU, ChatTask, HumanEval, TinyWorldTask, evaluate_chat
+from nanochat.tinyworld import World
 from nanochat.ui import ChatSettings, terminal_chat
 
 
@@ -2323,10 +2341,141 @@ def do_serve(args: argparse.Namespace) -> None:
     run_server(engines, host=args.host, port=args.port, token=args.token, origins=args.origin)
 
 
+def do_core(args: argparse.Namespace) -> None:
+    """Score the tasks of CORE with a run's model or one of Hugging Face; results are kept."""
+    run = None if args.hf else open_run(args)
+    world = setup("auto" if run is None else run.recipe.device)
+    if args.core == "tinyworld":
+        tasks = tinyworld_core(World(), args.limit or 200)
+    elif args.core:
+        tasks = load_core(args.core)
+    else:
+        if world.is_main:
+            fetch_core()
+        world.barrier()
+        tasks = load_core(fetch_core())
+    if run is None:
+        dtype = torch.float32 if world.device.type == "cpu" else pick_dtype(world.device)
+        model, tokenizer = load_hub_model(args.hf, world.device, dtype)
+        folder = runs_directory() / "core" / re.sub(r"[^\w.-]+", "--", args.hf).strip("-.")
+    else:
+        engine = run.engine(args.stage or newest_model(run))
+        model, tokenizer = engine.model, engine.tokenizer
+        folder = run.directory / "core" / (args.stage or newest_model(run))
+    folder = Path(args.results or folder)
+    result = run_core(model, tokenizer, tasks, folder, args.limit, world)
+    if world.is_main:
+        print(f"{core_table(result)}\n\nresults  {folder}")
+    if world.world_size > 1:
+        world.close()
+
+
+CHAT_EXAMS = {  # class, data set on the hub, its subset, folder in a local copy
+    "arc_easy": (ARC, "allenai/ai2_arc", "ARC-Easy", "arc"),
+    "arc_challenge": (ARC, "allenai/ai2_arc", "ARC-Challenge", "arc"),
+    "mmlu": (MMLU, "cais/mmlu", "all", "mmlu"),
+    "gsm8k": (GSM8K, "openai/gsm8k", "main", "gsm8k"),
+    "humaneval": (HumanEval, "openai/openai_humaneval", "", "humaneval"),
+}
+
+
+def chat_exams(source: str) -> dict[str, ChatTask]:
+    """Return the six tasks of ChatCORE by name; `source` is "hub" or a folder of parquet files."""
+    tasks: dict[str, ChatTask] = {}
+    for name, (kind, hub, subset, local) in CHAT_EXAMS.items():
+        if source == "hub":
+            tasks[name] = kind(f"hub:{hub}", "test", subset)
+        else:
+            tasks[name] = kind(Path(source) / local, "test", subset if kind is ARC else "")
+    tasks["spelling"] = TinyWorldTask(World(), "spelling", "test", size=256, start=30_000_000)
+    return tasks
+
+
+def evaluate_samples(
+    engine: Engine,
+    task: ChatTask,
+    limit: int | None,
+    samples: int,
+    max_tokens: int,
+    seed: int = 0,
+    world: Any = None,
+) -> dict[str, Any]:
+    """Answer each problem of a generative task `samples` times at temperature 1.
+
+    Returns accuracy (pass@1) with its 95 % interval over problems, chance, centered, n, and
+    `pass_at` {k: share} for k = 1, 2, 4, ... by the unbiased estimator (chapter 10).
+    """
+    rows = np.random.default_rng(seed).permutation(len(task))[:limit]
+    rank, world_size = (world.rank, world.world_size) if world else (0, 1)
+    mine, counts = list(range(len(rows)))[rank::world_size], torch.zeros(len(rows))
+    size = max(1, 128 // samples)
+    for start in range(0, len(mine), size):
+        places = mine[start : start + size]
+        found = [task.conversation(int(rows[place])) for place in places]
+        problems = [{"question": c["messages"][-2]["content"], "asked": c} for c in found]
+        rollouts = sample_rollouts(
+            engine,
+            problems,
+            samples,
+            max_tokens,
+            seed=seed,
+            places=places,
+            reward=lambda parts, problem: task.evaluate(reply_text(parts), problem["asked"]),
+        )
+        for rollout in rollouts:
+            counts[places[rollout.problem]] += rollout.reward
+    right = (world.sum(counts) if world else counts).round().int().tolist()
+    ks = [2**i for i in range(samples.bit_length())]
+    passed = {k: sum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
+    low, high = bootstrap_interval([c / samples for c in right])
+    scale = centered(passed[1], task.chance)
+    result = dict(accuracy=passed[1], chance=task.chance, centered=scale, n=len(right))
+    return {**result, "low": low, "high": high, "pass_at": {str(k): v for k, v in passed.items()}}
+
+
+def do_chat_core(args: argparse.Namespace) -> None:
+    """Put the tasks of ChatCORE to a run's model; each result is kept, and the mean is printed."""
+    run = open_run(args)
+    world, stage = setup(run.recipe.device), args.stage or newest_model(run)
+    engine, results = run.engine(stage), {}
+    folder = Path(args.results or run.directory / "chat_core" / stage)
+    about = {"model": model_digest(engine.model), "limit": args.limit, "samples": args.samples}
+    for name, task in chat_exams(args.chat).items():
+        path = folder / f"{name}.json"
+        result = kept_result(path, about)
+        if result is None:
+            generative = task.kind == "generative"
+            how = dict(max_tokens=512 if generative else 1, world=world)
+            if generative and args.samples > 1:
+                result = evaluate_samples(engine, task, args.limit, args.samples, **how)
+            else:
+                result = evaluate_chat(engine, engine.tokenizer, task, args.limit, **how)
+            world.barrier()  # every process has looked for the file
+            if world.is_main:
+                write_json(path, {**about, "result": result})
+        results[name] = result
+        if world.is_main:
+            more = "".join(f"  pass@{k} {v:.3f}" for k, v in result.get("pass_at", {}).items())
+            span = f"({result['low']:.3f} to {result['high']:.3f})"
+            print(f"{name:14s} {result['accuracy']:.3f} {span} of {result['n']:,}{more}")
+    if world.is_main:
+        mean = chat_core(results)
+        write_json(folder / "chat_core.json", {**mean, **about})
+        print(f"{'ChatCORE':14s} {mean['core']:.4f} ({mean['low']:.4f} to {mean['high']:.4f})")
+    if world.world_size > 1:
+        world.close()
+
+
 def do_eval(args: argparse.Namespace) -> None:
-    """Judge a stage's model again and print its scores."""
+    """Judge a stage's model and print its scores; --core and --chat score the public tasks."""
     from nanochat.recipe import judge
 
+    if args.chat is not None and (args.core is not None or args.hf):
+        raise UserError("--chat judges a run's model by itself; leave --core and --hf out.")
+    if args.chat is not None or args.core is not None:
+        return do_core(args) if args.chat is None else do_chat_core(args)
+    if args.hf or args.limit or args.results:
+        raise UserError("--hf, --limit and --results go with --core; add it, or leave them out.")
     run = open_run(args)
     for name, value in judge(run, args.stage or newest_model(run)).items():
         print(f"{name:24s} {value:.4f}" if isinstance(value, float) else f"{name:24s} {value}")
@@ -2404,6 +2553,17 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         command = with_run(add(name, about, action))
         command.add_argument("--stage", choices=MODELS, help="default: the last one trained")
+        if name == "eval":
+            about = "score CORE (chapter 7): a folder of tasks, tinyworld, or alone the public ones"
+            command.add_argument("--core", nargs="?", const="", metavar="FOLDER", help=about)
+            command.add_argument(
+                "--hf", metavar="NAME", help="a Hugging Face model, name or folder"
+            )
+            command.add_argument("--limit", type=int, help="at most so many items of each task")
+            about = "score ChatCORE (chapter 9): a folder of parquet files, or alone from the hub"
+            command.add_argument("--chat", nargs="?", const="hub", metavar="FOLDER", help=about)
+            command.add_argument("--samples", type=int, default=1, help="for --chat: pass@k")
+            command.add_argument("--results", metavar="FOLDER", help="where the results are kept")
         if name == "chat":
             command.add_argument("-p", "--prompt", help="answer this and leave")
             command.add_argument("-t", "--temperature", type=float, default=0.0)

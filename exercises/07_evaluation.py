@@ -904,6 +904,109 @@ explanations = dict(zip(("riddles", "proverbs", "endings", "pronouns", "facts"),
 
 # %% [markdown]
 r"""
+## 9. Better, or only luckier?
+
+Two models answer the same n items. Each answer sheet is a string with a 1 where the answer is right
+and a 0 where it is not. Return by how much the second model is better, as a share of the items,
+and the *standard error of that difference*.
+
+The items are the same, so take the difference item by item first: +1, 0 or -1. Its mean is the
+answer; the standard error of a mean of n numbers is their standard deviation over $\sqrt{n}$ (use
+the population's: divide by n). Adding up the errors of the two accuracies, as if the models had sat
+different exams, gives a number that is far too large when the models agree on most items.
+"""
+
+
+# %%
+#| exercise id=07-better points=2 minutes=12 level=2 answer=better
+def better(first: str, second: str) -> tuple[float, float]:
+    """Return (second - first, its standard error), both as shares of the items.
+
+    Args:
+        first, second: as many characters each, "1" for a right answer and "0" for a wrong one.
+    """
+    # BEGIN SOLUTION
+    steps = [int(b) - int(a) for a, b in zip(first, second)]
+    mean = sum(steps) / len(steps)
+    variance = sum((step - mean) ** 2 for step in steps) / len(steps)
+    return mean, math.sqrt(variance / len(steps))
+    # END SOLUTION
+
+
+# %%
+check("07-better", better)
+
+
+# %%
+#| checks 07-better
+def sheets(seed, n, agree):
+    rng = random.Random(seed)
+    first = [rng.random() < 0.5 for _ in range(n)]
+    second = [a if rng.random() < agree else rng.random() < 0.6 for a in first]
+    return ["".join(str(int(x)) for x in sheet) for sheet in (first, second)]
+
+
+@says(
+    "the difference has a sign", "Second minus first: above 0 when the second is right more often."
+)
+def _(better):
+    assert close(better("0001", "0111")[0], 0.5)
+    assert close(better("0111", "0001")[0], -0.5)
+
+
+@says("the same answers leave no doubt", "Every step is 0, and so is their spread.")
+def _(better):
+    assert better("010110", "010110")[0] == 0 and abs(better("010110", "010110")[1]) < 1e-12
+
+
+@says("the error is that of the steps", "Standard deviation of the n steps, over the root of n.")
+def _(better):
+    for seed, agree in ((0, 0.9), (1, 0.5), (2, 0.0)):
+        first, second = sheets(seed, 200, agree)
+        steps = [int(b) - int(a) for a, b in zip(first, second)]
+        assert close(better(first, second)[1], statistics.pstdev(steps) / math.sqrt(200))
+
+
+# %%
+#| hints 07-better
+hints = [
+    "Walk through both strings at once; `int(b) - int(a)` is the step at one item.",
+    "The mean of the steps is the first number; the second needs their squared distance from it.",
+    "return mean, sqrt(variance / n)",
+]
+
+
+# %%
+#| wrong 07-better: the error is that of the steps
+def better(first, second):
+    n = len(first)
+    a, b = first.count("1") / n, second.count("1") / n
+    return b - a, math.sqrt((a * (1 - a) + b * (1 - b)) / n) if first != second else 0.0
+
+
+# %%
+#| wrong 07-better: the difference has a sign
+def better(first, second):
+    steps = [int(a) - int(b) for a, b in zip(first, second)]
+    return sum(steps) / len(steps), statistics.pstdev(steps) / math.sqrt(len(steps))
+
+
+# %%
+#| wrong 07-better: the error is that of the steps
+def better(first, second):
+    steps = [int(b) - int(a) for a, b in zip(first, second)]
+    return sum(steps) / len(steps), statistics.pstdev(steps)
+
+
+# %%
+#| right 07-better
+def better(first, second):
+    steps = [int(b) - int(a) for a, b in zip(first, second)]
+    return statistics.fmean(steps), statistics.pstdev(steps) / len(steps) ** 0.5
+
+
+# %% [markdown]
+r"""
 ## Open question
 
 CORE of one recipe, trained seven times, lay between 0.2512 and 0.2677. You change the learning

@@ -16,6 +16,7 @@ convert      chapters/05_pretraining.py  Pretraining
 kernels      chapters/A3_fast_kernels.py  Fast kernels
 distributed  chapters/06_distributed.py  Many processes
 evaluation   chapters/07_evaluation.py  Evaluation
+core         chapters/07_evaluation.py  Evaluation
 sandbox      chapters/08_inference.py  Inference
 engine       chapters/08_inference.py  Inference
 chat         chapters/09_chat_finetuning.py  From text to chat

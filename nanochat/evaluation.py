@@ -1,16 +1,18 @@
-"""Evaluation of base models: bits per byte, the CORE tasks and error bars.
+"""Evaluation of base models: bits per byte, few-shot tasks, error bars and controls.
 
 Exported from chapters/07_evaluation.py (chapter 07, Evaluation); edit there, not here.
 """
 
-import gzip
-import json
+import copy
+import inspect
 import math
+import os
 import random
+import warnings
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,19 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.common import COLORS, UserError, figure, read_json
+from nanochat.common import COLORS, UserError, figure
 from nanochat.tinyworld import World, arithmetic_problem, choices_prompt, exam, validation_document
 
 __all__ = [
+    "Group",
     "KINDS",
     "OPTIONS",
+    "Prefix",
     "Row",
     "Task",
     "bits_per_byte",
     "bootstrap_interval",
-    "bundle_entries",
     "centered",
     "common_length",
+    "compare",
     "completed",
     "context_length",
     "controls",
@@ -41,16 +45,19 @@ __all__ = [
     "evaluate_core",
     "evaluate_task",
     "fact_tasks",
+    "fault",
+    "group_batches",
     "length_batches",
-    "load_core",
     "longest_answer",
     "majority_class",
     "plot_core",
-    "read_items",
+    "read_on",
     "remove_question",
     "render",
+    "score_rest",
     "score_rows",
     "score_task",
+    "shared_groups",
     "shuffle_labels",
     "spaced",
     "spans",
@@ -129,11 +136,27 @@ class Task:
         if not self.items:
             raise UserError(f"task {self.name} has no items; check its file or leave it out.")
         for number, item in enumerate(self.items):
-            missing = [name for name in KINDS[self.kind] if name not in item]
-            options = item.get(OPTIONS.get(self.kind))
-            if missing or (options is not None and not 0 <= item["gold"] < len(options)):
-                problem = f"lacks {', '.join(missing)}" if missing else "has no choice number gold"
+            problem = fault(self.kind, item)
+            if problem:
                 raise UserError(f"task {self.name}: item {number} {problem}; mend its file.")
+
+
+def fault(kind: str, item: Any) -> str | None:
+    """Say what is wrong with an item of a kind, or None."""
+    if not isinstance(item, dict):
+        return "is not an object with fields"
+    missing = [name for name in KINDS[kind] if name not in item]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    options, gold = item.get(OPTIONS.get(kind)), item.get("gold")
+    texts = [item[name] for name in KINDS[kind] if name not in ("gold", OPTIONS.get(kind))]
+    if kind in OPTIONS:
+        if not isinstance(options, list) or not options:
+            return f"has no list of {OPTIONS[kind]}"
+        if type(gold) is not int or not 0 <= gold < len(options):
+            return f"has no option number {gold!r} (gold)"
+        texts += options
+    return None if all(isinstance(text, str) for text in texts) else "has a field that is no text"
 
 
 def completed(task: Task, item: dict, option: int | None = None) -> str:
@@ -178,13 +201,13 @@ class Row:
 
 
 def common_length(texts: list[list[int]]) -> int:
-    """Return how many leading tokens all texts share."""
-    n = 0
-    for column in zip(*texts):
-        if len(set(column)) > 1:
-            break
-        n += 1
-    return n
+    """Return how many leading tokens all texts share.
+
+    In alphabetical order the first and the last text share least; their seam is found by halving.
+    """
+    first, last = min(texts), max(texts)
+    ends = range(1, min(len(first), len(last)) + 1)
+    return bisect_left(ends, True, key=lambda end: first[:end] != last[:end])
 
 
 def spans(kind: str, texts: list[list[int]]) -> list[Row]:
@@ -206,49 +229,166 @@ def crop(row: Row, seq_len: int) -> Row:
     return Row(row.ids[cut:], max(1, row.start - cut), row.end - cut)
 
 
-def length_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield row numbers grouped by length, longest first, about `batch_tokens` a batch."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+class Prefix:
+    """Keys and values of tokens that were read once, for rows that go on from there.
+
+    The model of chapter 3 takes it as `kv_cache`: the first pass fills it, the second one reads it.
+    """
+
+    positions = mask = None  # nothing is padded on the left
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []  # of each layer, (B, n_kv_head, P, head_dim)
+        self.values: list[Tensor] = []
+        self.length, self.last = 0, None  # last: (B, 1, C), if the model smears
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all keys and values of a layer; k, v are the new (B, n_kv_head, T, head_dim)."""
+        if layer == len(self.keys):
+            self.keys.append(k)
+            self.values.append(v)
+            return k, v
+        return torch.cat((self.keys[layer], k), dim=2), torch.cat((self.values[layer], v), dim=2)
+
+    def advance(self, n_new: int) -> None:
+        """Count n_new tokens as read; the model calls this once a pass."""
+        self.length += n_new
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Deal the rows out, in place: row i becomes what row rows[i] was; repeats are allowed."""
+        self.keys = [k.index_select(0, rows) for k in self.keys]
+        self.values = [v.index_select(0, rows) for v in self.values]
+        self.last = None if self.last is None else self.last.index_select(0, rows)
+
+
+def read_on(model: Any, ids: Tensor, cache: Any = None, last_only: bool = False) -> tuple:
+    """Return (logits (B, T, V), cache) of ids (B, T) that follow what `cache` holds.
+
+    Works with our model, with causal models of Hugging Face, and with anything else that gives
+    logits: that one has no cache, and gets None back. `last_only` asks for the last logits alone.
+    """
+    takes = inspect.signature(model.forward).parameters
+    if "kv_cache" in takes:
+        cache = cache or Prefix()
+        return model(ids, kv_cache=cache, last_only=last_only), cache
+    if "past_key_values" in takes:
+        few = {"logits_to_keep": 1} if last_only and "logits_to_keep" in takes else {}
+        out = model(ids, past_key_values=cache, use_cache=True, **few)
+        return out.logits, out.past_key_values
+    out = model(ids)
+    return getattr(out, "logits", out), None
+
+
+@dataclass
+class Group:
+    """Rows, by number, that have their first `shared` tokens in common."""
+
+    shared: int
+    rows: list[int]
+
+
+def shared_groups(rows: list[Row]) -> list[Group]:
+    """Put rows that begin alike into groups, each row into one; the longest beginnings first.
+
+    The token before a span stays out of the shared part: its logits predict the span's first.
+    """
+    groups: list[Group] = []
+    for i in sorted(range(len(rows)), key=lambda i: rows[i].ids):
+        shared = rows[i].start - 1
+        if groups:
+            group = groups[-1]
+            common = common_length([rows[group.rows[-1]].ids, rows[i].ids])
+            common = min(group.shared, shared, common)
+            if 2 * common >= group.shared:
+                group.shared = common
+                group.rows.append(i)
+                continue
+        groups.append(Group(shared, [i]))
+    return sorted(groups, key=lambda group: -group.shared)
+
+
+def group_batches(groups: list[Group], batch_tokens: int) -> Iterator[list[Group]]:
+    """Yield groups to read together: at most `batch_tokens` shared tokens, of similar lengths."""
+    while groups:
+        longest = groups[0].shared
+        most = max(1, batch_tokens // max(longest, 1))
+        least = min(longest - 16, longest * 0.8)
+        near = [group for group in groups[:most] if group.shared >= least]
+        yield near
+        groups = groups[len(near) :]
+
+
+def length_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield row numbers grouped by length, longest first, at most `batch_tokens` a batch."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        n = max(1, batch_tokens // len(rows[order[0]].ids))
+        n = max(1, batch_tokens // lengths[order[0]])
         yield order[:n]
         order = order[n:]
 
 
+def score_rest(
+    model: Any, cache: Any, rows: list[Row], shared: int, pad_id: int
+) -> list[tuple[float, bool]]:
+    """Score rows whose first `shared` tokens are in the cache: (mean loss, greedy hit) each."""
+    device = next(model.parameters()).device
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), longest - shared), pad_id)
+    scored = torch.zeros(len(rows), longest - shared - 1, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        ids[b, : len(row.ids) - shared] = torch.tensor(row.ids[shared:])
+        scored[b, row.start - 1 - shared : row.end - 1 - shared] = True
+    ids, scored = ids.to(device), scored.to(device)
+    logits = read_on(model, ids[:, :-1], cache)[0][scored].float()  # (n, V), row after row
+    target = ids[:, 1:][scored]  # (n,)
+    losses = F.cross_entropy(logits, target, reduction="none").cpu().double()
+    hits = (logits.argmax(-1) == target).cpu()
+    lengths = [row.end - row.start for row in rows]
+    parts = zip(losses.split(lengths), hits.split(lengths))
+    return [(loss.mean().item(), bool(hit.all())) for loss, hit in parts]
+
+
 @torch.no_grad()
 def score_rows(
-    model: Any, rows: list[Row], pad_id: int = 0, batch_tokens: int = 8192
+    model: Any,
+    rows: list[Row],
+    pad_id: int = 0,
+    batch_tokens: int | None = None,
+    share: bool = True,
 ) -> list[tuple[float, bool]]:
     """Return (mean loss in nats, greedy decoding would write it) of each row's span, in order.
 
-    `model(ids)` gives logits (B, T, V), or an object that has them as `.logits`. Padding and
-    batching change the losses by float rounding at most. Equal rows are scored once, so that they
-    tie exactly.
+    `model(ids)` gives logits (B, T, V), or an object that has them as `.logits`. Beginnings that
+    rows share are read once, if the model has a cache (`share=False` reads all of every row).
+    Sharing, padding and batching change the losses by float rounding at most. Equal rows are
+    scored once, so that they tie exactly.
     """
     device = next(model.parameters()).device
+    size = batch_tokens or (32768 if device.type == "cuda" else 2048)
     keys = [(tuple(row.ids), row.start, row.end) for row in rows]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    owners = [first[key] for key in keys]
-    kept = sorted(first.values())
-    results: dict[int, tuple[float, bool]] = {}
-    for batch in length_batches([rows[i] for i in kept], batch_tokens):
-        numbers = [kept[i] for i in batch]
-        longest = len(rows[numbers[0]].ids)
-        ids = torch.full((len(numbers), longest), pad_id)
-        scored = torch.zeros(len(numbers), longest - 1, dtype=torch.bool)
-        for b, i in enumerate(numbers):
-            ids[b, : len(rows[i].ids)] = torch.tensor(rows[i].ids)
-            scored[b, rows[i].start - 1 : rows[i].end - 1] = True
-        ids, scored = ids.to(device), scored.to(device)
-        out = model(ids[:, :-1])  # (B, T, V)
-        logits = getattr(out, "logits", out)[scored].float()  # (n, V), row after row
-        target = ids[:, 1:][scored]  # (n,)
-        losses = F.cross_entropy(logits, target, reduction="none").cpu().double()
-        hits = (logits.argmax(-1) == target).cpu()
-        lengths = [rows[i].end - rows[i].start for i in numbers]
-        for i, loss, hit in zip(numbers, losses.split(lengths), hits.split(lengths)):
-            results[i] = (loss.mean().item(), bool(hit.all()))
-    return [results[i] for i in owners]
+    kept = list(dict(zip(keys, rows)).items())
+    unique, results = [row for _, row in kept], {}
+    takes = inspect.signature(model.forward).parameters
+    share = share and ("kv_cache" in takes or "past_key_values" in takes)
+    groups = shared_groups(unique) if share else [Group(0, list(range(len(unique))))]
+    for batch in group_batches(groups, size):
+        shared, cache = min(group.shared for group in batch), None
+        if shared:
+            ids = [unique[group.rows[0]].ids[:shared] for group in batch]
+            cache = read_on(model, torch.tensor(ids, device=device), last_only=True)[1]
+            if not hasattr(cache, "batch_select_indices"):  # a cache that cannot be dealt out
+                shared, cache = 0, None
+        owners = [(g, i) for g, group in enumerate(batch) for i in group.rows]
+        parts = list(length_batches([len(unique[i].ids) for _, i in owners], size))
+        for numbers in parts:
+            part = copy.deepcopy(cache) if len(parts) > 1 else cache
+            if part is not None:
+                from_group = torch.tensor([owners[k][0] for k in numbers], device=device)
+                part.batch_select_indices(from_group)
+            chosen = [owners[k][1] for k in numbers]
+            scores = score_rest(model, part, [unique[i] for i in chosen], shared, pad_id)
+            results.update(zip([kept[i][0] for i in chosen], scores))
+    return [results[key] for key in keys]
 
 
 def score_task(
@@ -259,13 +399,15 @@ def score_task(
     seed: int = 1337,
     rank: int = 0,
     world_size: int = 1,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     chunk: int = 256,
+    share: bool = True,
 ) -> Iterator[dict]:
     """Yield one decision for each item: index, correct, choice, losses (one an option).
 
     The items are shuffled with `seed` and cut to `limit` before shots are drawn, as in nanochat.
-    A process of rank r takes items r, r + world_size, ... `chunk` items are batched together.
+    A process of rank r takes items r, r + world_size, ... `chunk` items are scored together;
+    `batch_tokens` and `share` are as in `score_rows`.
     """
     items = list(task.items)
     random.Random(seed).shuffle(items)
@@ -273,13 +415,14 @@ def score_task(
     seq_len = context_length(model)
     mine = range(rank, len(task.items), world_size)
     for first in range(0, len(mine), chunk):
-        groups = []
-        for index in mine[first : first + chunk]:
-            texts = tokenizer.encode_batch(render(task, index), bos=True)
-            groups.append([crop(row, seq_len) for row in spans(task.kind, texts)])
-        rows = [row for group in groups for row in group]
-        scores = iter(score_rows(model, rows, tokenizer.bos_id, batch_tokens))
-        for index, group in zip(mine[first : first + chunk], groups):
+        numbers = mine[first : first + chunk]
+        texts = [render(task, index) for index in numbers]
+        flat = [text for several in texts for text in several]
+        ids = iter(tokenizer.encode_batch(flat, bos=True, num_threads=os.cpu_count() or 1))
+        groups = [spans(task.kind, [next(ids) for _ in several]) for several in texts]
+        rows = [crop(row, seq_len) for group in groups for row in group]
+        scores = iter(score_rows(model, rows, tokenizer.bos_id, batch_tokens, share))
+        for index, group in zip(numbers, groups):
             yield decide(task, index, [next(scores) for _ in group])
 
 
@@ -338,17 +481,30 @@ def evaluate_task(
     limit: int | None = None,
     seed: int = 1337,
     world: Any = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
+    progress: Any = None,
 ) -> dict:
     """Return accuracy, centered, n, the accuracy's 95 % interval (low, high) and the baseline.
 
-    With a `world`, its processes share the items and all get the same result.
+    `correct` is a string with a 1 or 0 for each item, in the shuffled order. With a `world`, its
+    processes share the items and all get the same result. `progress.update(n)` is told of every n
+    items. Warns when there are too few items for the shots.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"task {task.name}: limit {limit} leaves no items; use 1 or more, or None.")
     n = len(task.items[:limit])
+    if n <= task.shots:
+        warnings.warn(
+            f"task {task.name}: {n} items are too few for {task.shots} shots beside the question; "
+            f"asked with {n - 1}, which is another test than the full one; raise the limit.",
+            stacklevel=2,
+        )
     correct = torch.zeros(n, dtype=torch.float64)
     rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
     for decision in score_task(model, tokenizer, task, limit, seed, rank, world_size, batch_tokens):
         correct[decision["index"]] = float(decision["correct"])
+        if progress is not None:
+            progress.update(world_size)
     if world is not None:
         correct = sum_over(world, correct)
     accuracy = correct.mean().item()
@@ -362,6 +518,7 @@ def evaluate_task(
         "high": high,
         "baseline": task.baseline,
         "centered": centered(accuracy, task.baseline),
+        "correct": "".join(str(int(value)) for value in correct),
     }
 
 
@@ -370,33 +527,25 @@ def evaluate_core(
     tokenizer: Any,
     tasks: list[Task],
     limit: int | None = None,
-    progress: Any = None,
     world: Any = None,
-    done: dict[str, dict] | None = None,
-    on_task: Callable[[str, dict], None] | None = None,
+    progress: Any = None,
 ) -> dict:
     """Score a list of tasks: {"core", "low", "high", "n_tasks", "tasks": {name: result}}.
 
-    `core` is the mean centred accuracy. `progress.update(1, task=..., centered=...)` is called
-    after each task, and `on_task(name, result)`; `done` holds results to keep (a resumed run).
+    `core` is the mean centred accuracy; `progress` is as in `evaluate_task`.
     """
-    results: dict[str, dict] = {}
+    results = {}
     for task in tasks:
-        if done and task.name in done:
-            results[task.name] = done[task.name]
-        else:
-            results[task.name] = evaluate_task(model, tokenizer, task, limit, world=world)
-            if on_task is not None:
-                on_task(task.name, results[task.name])
-        if progress is not None:
-            progress.update(1, task=task.name, centered=results[task.name]["centered"])
+        results[task.name] = evaluate_task(
+            model, tokenizer, task, limit, world=world, progress=progress
+        )
     return summarize(results)
 
 
 def summarize(results: dict[str, dict], seed: int = 0, draws: int = 2000) -> dict:
     """Return the mean of the centred accuracies with its bootstrap interval, and the results."""
     if not results:
-        raise UserError("no tasks to score; give evaluate_core at least one task.")
+        raise UserError("there are no tasks to score; give at least one.")
     rng, total = np.random.default_rng(seed), np.zeros(draws)
     for result in results.values():
         n = result["n"]
@@ -410,6 +559,26 @@ def summarize(results: dict[str, dict], seed: int = 0, draws: int = 2000) -> dic
         "n_tasks": len(results),
         "tasks": results,
     }
+
+
+def compare(one: dict, other: dict, seed: int = 0, draws: int = 2000) -> dict:
+    """Compare two results of `evaluate_core` on the same items: {"difference", "low", "high"}.
+
+    The difference is other - one in the mean centred score, with the bootstrap interval of the
+    differences item by item. Raises UserError when the two did not sit the same exam.
+    """
+    a, b = one["tasks"], other["tasks"]
+    if {n: len(r["correct"]) for n, r in a.items()} != {n: len(r["correct"]) for n, r in b.items()}:
+        raise UserError("these two results are not of the same tasks and items; score both anew.")
+    rng, total, mean = np.random.default_rng(seed), np.zeros(draws), 0.0
+    for name in a:
+        pairs = Counter(int(y) - int(x) for x, y in zip(a[name]["correct"], b[name]["correct"]))
+        n, scale = len(a[name]["correct"]), len(a) * (1 - a[name]["baseline"])
+        drawn = rng.multinomial(n, [pairs[-1] / n, pairs[0] / n, pairs[1] / n], draws)
+        total += (drawn[:, 2] - drawn[:, 0]) / n / scale
+        mean += (pairs[1] - pairs[-1]) / n / scale
+    low, high = np.quantile(total, (0.025, 0.975))
+    return {"difference": mean, "low": float(low), "high": float(high)}
 
 
 def majority_class(task: Task) -> float:
@@ -483,73 +652,6 @@ def controls(
         "shuffled_labels": shuffled["accuracy"],
         "question_removed": removed["accuracy"],
     }
-
-
-def read_items(path: Path) -> list[dict]:
-    """Read the items of a JSON-lines file, gzipped or not; UserError names a broken file."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; get the whole folder of tasks again.") from None
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); get the file again.") from None
-
-
-def bundle_entries(folder: Path) -> list[dict]:
-    """Read the task list of the DCLM bundle: core.yaml and eval_meta_data.csv."""
-    import csv
-
-    try:
-        import yaml
-    except ImportError:
-        raise UserError("core.yaml needs the package pyyaml: pip install pyyaml.") from None
-    with open(folder / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
-        table = list(csv.DictReader(file))
-    baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in table}
-    listed = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-    return [
-        {
-            "label": task["label"],
-            "file": str(Path("eval_data") / task["dataset_uri"]),
-            "task_type": task["icl_task_type"],
-            "num_fewshot": task["num_fewshot"][0],
-            "continuation_delimiter": task.get("continuation_delimiter", " "),
-            "random_baseline": baselines[task["label"]],
-        }
-        for task in listed
-    ]
-
-
-def load_core(folder: str | Path) -> list[Task]:
-    """Load the CORE tasks of a folder with manifest.json, or of the DCLM bundle (core.yaml).
-
-    Baselines are percents in the files and shares in `Task`. A listed task without a file is
-    left out; a missing or broken file raises UserError.
-    """
-    folder = Path(folder)
-    if (folder / "manifest.json").is_file():
-        entries = read_json(folder / "manifest.json")["tasks"]
-    elif (folder / "core.yaml").is_file():
-        entries = bundle_entries(folder)
-    else:
-        raise UserError(
-            f"{folder} holds no CORE tasks: neither manifest.json nor core.yaml was found; "
-            f"give the folder that holds one of them."
-        )
-    return [
-        Task(
-            entry["label"],
-            entry["task_type"],
-            read_items(folder / entry["file"]),
-            entry["num_fewshot"],
-            entry.get("continuation_delimiter", " "),
-            entry["random_baseline"] / 100,
-        )
-        for entry in entries
-        if entry.get("file")
-    ]
 
 
 def core_table(result: dict) -> str:

@@ -63,7 +63,7 @@ def test_constraints_hold_no_local_paths_and_no_gpu_libraries():
 
 
 def test_the_extras_are_those_of_the_readme():
-    assert set(EXTRAS) == {"fast", "gpu", "serve", "docs", "nbgrader", "track", "test"}
+    assert set(EXTRAS) == {"fast", "gpu", "serve", "docs", "nbgrader", "eval-hf", "track", "test"}
 
 
 def test_installed_packages_satisfy_the_project():
