@@ -36,7 +36,7 @@ r"""
 2. build a key-value cache and prove that it changes nothing but the time;
 3. shape a distribution with temperature, top-k, top-p and min-p, and repeat any draw by its
    seed;
-4. decode prompts of different lengths in one batch, with the results of one by one;
+4. let requests of different lengths join and leave one batch, with the results of one by one;
 5. let a model call a calculator, token by token, and refuse everything that is not arithmetic;
 6. run a program you do not trust, and say which walls stood around it.
 
@@ -148,6 +148,7 @@ import copy
 import math
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.common import UserError, synchronize
 from nanochat.model import GPT, GPTConfig, rms_norm
 from nanochat.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
@@ -372,6 +373,10 @@ between the two.
 - **top-p** (nucleus): only the fewest tokens that together hold probability $p$. The number
   adapts to how sure the model is.
 - **min-p**: only tokens at least $p$ times as likely as the likeliest.
+
+A fifth knob is against circles: **frequency penalty** $f$ takes $f$ times the number of its
+appearances so far from a token's logit. (Subtracting is safer than dividing: a softmax does not
+change when a constant is added to all logits, but it does when they are scaled.)
 """
 
 
@@ -1160,6 +1165,16 @@ ring: such a row can only be continued where it ended.
 
 # %%
 #| export engine
+def last_embedding(model: GPT, id: int) -> Tensor | None:
+    """Return what `smear` needs of the token before the next, (1, 1, C); None without smear."""
+    if not model.config.smear:
+        return None
+    before = torch.tensor([[id]], device=model.device)
+    return rms_norm(model.embedding(before).to(model.compute_dtype))
+
+
+# %%
+#| export engine
 class Prefixes:
     """Keys and values of the last `limit` finished rows, for prompts that begin like them."""
 
@@ -1180,10 +1195,7 @@ class Prefixes:
             return
         cache.keys[:, :, :, :n] = old.keys[:, :, :, :n]
         cache.values[:, :, :, :n] = old.values[:, :, :, :n]
-        cache.length = n
-        if model.config.smear:
-            before = torch.tensor([[prompt[n - 1]]], device=model.device)
-            cache.last = rms_norm(model.embedding(before).to(model.compute_dtype))
+        cache.length, cache.last = n, last_embedding(model, prompt[n - 1])
 
     @staticmethod
     def usable(ids: list[int], prompt: Sequence[int], config: GPTConfig) -> int:
@@ -1324,11 +1336,11 @@ def _step(self: Loop) -> None:
     for row in self.rows():
         if row.stop is not None and row.stop.is_set():
             row.finish_reason = row.finish_reason or "cancelled"
-    self.waiting = deque(row for row in self.waiting if not row.finish_reason)
     self.leave()
     free = self.max_batch - sum(row is not None for row in self.table())
     if self.reading is None and self.waiting and free:
-        self.arriving = next_group(self.waiting, free, GROUP_TOKENS)
+        alone = bool(self.prefixes.entries.maxlen)  # each prompt has its own beginning
+        self.arriving = next_group(self.waiting, 1 if alone else free, GROUP_TOKENS)
         self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK)
     if self.reading is not None and (found := next(self.reading)) is not None:
         self.seat(*found)
@@ -1341,6 +1353,7 @@ def _step(self: Loop) -> None:
 
 def _leave(self: Loop) -> None:
     """Free the seats of rows that have ended; give up the table when it is empty."""
+    self.waiting = deque(row for row in self.waiting if not row.finish_reason)
     for b, row in enumerate(self.table()):
         if row and row.finish_reason:
             self.batch.rows[b] = None
@@ -1363,6 +1376,8 @@ Loop.step, Loop.leave = _step, _leave
 def _seat(self: Loop, cache: KVCache, logits: Tensor) -> None:
     """Choose the first token of the rows that have been read and give them seats."""
     rows, self.arriving, self.reading = self.arriving, [], None
+    if self.prefixes.entries.maxlen:
+        self.prefixes.keep(rows[0].prompt, cache)
     places = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt) for r in rows))}
     numbers = [places[tuple(row.prompt)] for row in rows]
     logits = logits[torch.tensor(numbers, device=logits.device)]
@@ -1453,11 +1468,12 @@ class Stream:
     def cancel(self) -> None:
         """End here; tokens that were made ahead of the reader are dropped."""
         row = self.row
-        with self.loop.lock:
+        with self.loop.lock, torch.inference_mode():
             if not row.finish_reason or self.count < len(row.ids):
                 row.finish_reason = "cancelled"
             for made in (row.ids, row.mask, row.logprobs):
                 del made[self.count :]
+            self.loop.leave()
 
     def __del__(self) -> None:
         self.row.finish_reason = self.row.finish_reason or "cancelled"
@@ -1621,8 +1637,96 @@ class Engine(EngineBase):
         return [row.completion() for row in rows]
 
 
+# %% [markdown]
+r"""
+And a ruler, because a fast engine that nobody measures becomes a slow one. `benchmark` times a
+batch of requests that no token can stop. The share of the bandwidth compares the bytes that a step
+cannot avoid with what the device can read in that time.
+"""
+
+
+# %%
+#| export engine
+def read_bandwidth(device: torch.device) -> float:
+    """Return the bytes per second of summing a large array, the best of six."""
+    data = torch.ones((2**30 if device.type == "cuda" else 2**26) // 4, device=device)
+    seconds = []
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        data.sum()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return data.numel() * 4 / min(seconds)
+
+
+def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str, Any]:
+    """Time `batch` greedy requests of `prompt` tokens, `new` tokens each; return the figures.
+
+    ttft_ms is until every row has its first token, tpot_ms the mean of each later step.
+    """
+    model, loop, device = engine.model, engine.loop, engine.model.device
+    letters = min(256, engine.tokenizer.vocab_size)  # no two prompts are alike
+    prompts = [[(7 * b + i) % letters for i in range(prompt)] for b in range(batch)]
+    rows = [engine.row(ids, new, Sampling(0.0), 0, None, False) for ids in prompts]
+    for row in rows:
+        row.stop_ids = set()
+    synchronize(device)
+    start = time.perf_counter()
+    loop.run(rows, lambda: all(row.ids for row in rows))
+    first, cache = time.perf_counter() - start, loop.batch.cache
+    loop.run([], lambda: all(row.finish_reason for row in rows))
+    synchronize(device)
+    each = (time.perf_counter() - start - first) / (new - 1)
+    params, size, item = model.num_params(), model.config, cache.keys[0].element_size()
+    seen = sum(min(prompt + new / 2, w or math.inf) for w in size.window_sizes())
+    kv = 2 * size.n_kv_head * size.head_dim * seen * batch
+    return {
+        "batch": batch,
+        "ttft_ms": round(first * 1e3, 3),
+        "tpot_ms": round(each * 1e3, 3),
+        "tokens_per_second": round(batch / each, 1),
+        "bytes_per_second": item * (params["matrix"] + params["head"] + kv) / each,
+        "cache_bytes": sum(2 * k.numel() * item for k in cache.keys),
+        "memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    }
+
+
+# %%
+#| export engine
+def bench(
+    engine: EngineBase, batches: Sequence[int], prompt: int, new: int, repeats: int = 3
+) -> dict[str, Any]:
+    """Print a table of `benchmark` over batch sizes (the medians of repeats); return its facts."""
+    device, results = engine.model.device, []
+    bandwidth = read_bandwidth(device)
+    print(f"{'batch':>6} {'first token':>13} {'per token':>10} {'tokens/s':>9} {'bandwidth':>10} "
+          f"{'cache':>9}")  # fmt: skip
+    for batch in batches:
+        benchmark(engine, batch, prompt, min(new, 4))  # warm up
+        runs = [benchmark(engine, batch, prompt, new) for _ in range(repeats)]
+        found = sorted(runs, key=lambda run: run["tpot_ms"])[repeats // 2]
+        found["bandwidth_share"] = round(found.pop("bytes_per_second") / bandwidth, 4)
+        results.append(found)
+        print(f"{batch:6} {found['ttft_ms']:10.1f} ms {found['tpot_ms']:7.2f} ms "
+              f"{found['tokens_per_second']:9,.0f} {found['bandwidth_share']:10.1%} "
+              f"{found['cache_bytes'] / 2**20:6.1f} MB")  # fmt: skip
+    facts = {"prompt": prompt, "new": new, "threads": torch.get_num_threads()}
+    facts |= {"device": str(device), "dtype": str(engine.model.compute_dtype).split(".")[1]}
+    facts |= {"torch": torch.__version__, "read_gb_per_second": round(bandwidth / 1e9, 1)}
+    return {**facts, "results": results}
+
+
 # %%
 engine = Engine(model, tokenizer)
+bench(engine, (1, 4), prompt=64, new=16, repeats=1)
+
+# %% [markdown]
+r"""
+Now several beginnings at once, drawn at temperature 0.8.
+"""
+
+# %%
 beginnings = ("Mira lives in", "The market of", "Once upon a time there was", "A cat")
 prompts = [tokenizer.encode(text, bos=True) for text in beginnings]
 for number, completion in enumerate(engine.generate_batch(prompts, 24, temperature=0.8, seed=seed)):
@@ -1641,6 +1745,16 @@ for _temperature in (0.0, 1.0):
     for _i, _done in enumerate(_together):
         _alone = _engine.generate(_prompts[_i], 10, _temperature, seed=_i + 1)
         assert [_token.id for _token in _alone] == _done.ids
+
+# %% [markdown]
+r"""
+Greedy writing is where circles show best, and where the penalty helps most.
+"""
+
+# %%
+for penalty in (0.0, 0.7):
+    text = engine.generate_batch([prompt], 40, temperature=0.0, frequency_penalty=penalty)[0].text
+    print(f"penalty {penalty}: ...{text!r}")
 
 # %% [markdown]
 r"""
@@ -1669,6 +1783,92 @@ fig, ax = figure(
 ax.plot(batch_sizes, speeds, "o-", label="measured")
 ax.plot(batch_sizes, [speeds[0] * b for b in batch_sizes], ":", label="in proportion")
 ax.set(xscale="log", yscale="log", xticks=batch_sizes, xticklabels=batch_sizes)
+ax.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+r"""
+### What joining and leaving buys
+
+Sixteen requests, a table with four seats. The budgets differ widely, as answers do. With *fixed*
+batches, four sit down together, and the seats of those who finish stay empty until the slowest has
+finished. In the loop the next one sits down at once. Below, every line is a request.
+"""
+
+
+# %%
+def serve(engine, requests):
+    """Pull all streams in turns until they end; the steps at which each began and ended."""
+    streams = [engine.generate(p, n, temperature=0.0, tools=False) for p, n in requests]
+    spans, step_number = {}, 0
+    while any(stream.finish_reason is None for stream in streams):
+        for number, stream in enumerate(streams):
+            if next(stream, None) is not None:
+                spans.setdefault(number, [step_number, 0])[1] = step_number + 1
+        step_number += 1
+    return spans, step_number
+
+
+lengths = [4, 6, 8, 60, 5, 40, 7, 9, 50, 4, 6, 8, 10, 5, 30, 6]
+requests = [([*prompt, 300 + i], n) for i, n in enumerate(lengths)]
+seated = {}
+four = Engine(model, tokenizer, max_batch=4)
+start = time.perf_counter()
+seated["fixed"], offset = {}, 0
+for first in range(0, 16, 4):
+    spans, steps = serve(four, requests[first : first + 4])
+    seated["fixed"] |= {first + i: (a + offset, b + offset) for i, (a, b) in spans.items()}
+    offset += steps
+middle = time.perf_counter()
+seated["joining and leaving"], _ = serve(four, requests)
+seconds = {"fixed": middle - start, "joining and leaving": time.perf_counter() - middle}
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(8, 2.6), sharex=True, layout="constrained", dpi=110)
+for ax, (name, spans), color in zip(axes, seated.items(), COLORS):
+    ax.barh(list(spans), [b - a for a, b in spans.values()], left=[a for a, _ in spans.values()],
+            color=color)  # fmt: skip
+    ax.set_title(f"{name}: {seconds[name]:.2f} s", fontsize=9, loc="left")
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)
+axes[0].set_ylabel("request", fontsize=9)
+fig.supxlabel("round", fontsize=9)
+fig.set_label("Bars of 16 requests over rounds; fixed batches leave gaps, the loop leaves none.")
+plt.show()
+
+# %% [markdown]
+r"""
+The tokens are the same in both, and would be the same alone: no row looks at another.
+
+### What remembering buys
+
+A chat of six turns. Without memory the engine reads the whole conversation for every answer; with
+`remember` it reads the new question.
+"""
+
+# %%
+engines = {"read it all again": engine, "remember": Engine(model, tokenizer, remember=2)}
+first_token, written = {name: [] for name in engines}, {}
+for name, one in engines.items():
+    history = list(prompt)
+    for turn in range(6):
+        history += tokenizer.encode(document(world, 40 + turn))[:60]  # somebody says something
+        stream = one.generate(history, 12, temperature=0.0, tools=False)
+        start = time.perf_counter()
+        next(stream)
+        first_token[name].append((time.perf_counter() - start) * 1e3)
+        history += [stream.row.ids[0], *(token.id for token in stream)]
+    written[name] = history
+assert written["remember"] == written["read it all again"]
+
+# %%
+fig, ax = figure(
+    "With memory, a turn costs what is new in it", "turn", "ms to the first token", size=(5, 2.2),
+    alt="Milliseconds to the first token over turns: rising without memory, flat with it.",
+)  # fmt: skip
+for (name, milliseconds), color in zip(first_token.items(), COLORS[1::-1]):
+    ax.plot(range(1, 7), milliseconds, "o-", label=name, color=color)
+ax.set(ylim=(0, None))
 ax.legend(fontsize=8)
 plt.show()
 
@@ -2208,6 +2408,65 @@ assert "ZeroDivisionError" in run_python("1/0").stderr
 
 # %% [markdown]
 r"""
+## Guessing ahead (optional)
+
+A step for nine tokens costs little more than a step for one, as long as memory is the limit. So if
+we could *guess* the next eight tokens, one pass would tell how many of them the model would have
+written, and we would keep those (*speculative decoding*; Leviathan et al. 2023). A small second
+model may guess. There is a guesser without a model, too: text repeats itself. We look for the last
+place where the last two tokens stood together, and propose what followed them there
+(*prompt lookup*). Wrong guesses cost a little time and never a token: a pass always yields one
+token that is the model's own.
+"""
+
+
+# %%
+#| export engine
+def look_up(ids: list[int], n: int) -> list[int]:
+    """Return up to n ids that followed the last two ids where they last stood before."""
+    for place in range(len(ids) - 3, -1, -1):
+        if ids[place : place + 2] == ids[-2:]:
+            return ids[place + 2 : place + 2 + n]
+    return []
+
+
+@torch.inference_mode()
+def generate_with_lookup(
+    model: GPT, prompt: Sequence[int], n_new: int, draft: int = 8
+) -> tuple[list[int], int]:
+    """Return the greedy continuation, n_new ids, and how many passes of the model it took.
+
+    Each pass checks up to `draft` ids that `look_up` proposes (Saxena 2023, prompt lookup).
+    """
+    total, passes = len(prompt) + n_new, 0
+    cache = KVCache(model.config, 1, total, model.device, model.compute_dtype)
+    ids, new = list(prompt), list(prompt)
+    while len(ids) < total:
+        guess = look_up(ids, min(draft, total - len(ids) - 1))
+        logits = model(torch.tensor([new + guess], device=model.device), kv_cache=cache)
+        best = logits[0, len(new) - 1 :].argmax(dim=-1).tolist()  # after new, and after each guess
+        right = next((i for i, id in enumerate(guess) if id != best[i]), len(guess))
+        ids += best[: right + 1]
+        cache.length -= len(guess) - right  # what was guessed wrongly has never been read
+        cache.last = last_embedding(model, ids[-2])
+        new, passes = ids[-1:], passes + 1
+    return ids[len(prompt) :], passes
+
+
+# %%
+start = time.perf_counter()
+guessed, passes = generate_with_lookup(model, prompt, naive_tokens)
+seconds = time.perf_counter() - start
+assert guessed == naive_ids[len(prompt) :]
+print(f"{naive_tokens} tokens in {passes} passes, {seconds:.2f} s; one by one "
+      f"{cached_seconds[-1]:.2f} s; the same tokens")  # fmt: skip
+
+# %% [markdown]
+r"""
+Our model walks in circles, so the guesser has an easy life here. With ordinary prose it is right
+rarely, and with code, quotations and tool results often. Sampled text needs a rule for accepting
+guesses that keeps the distribution; greedy text needs only equality.
+
 ## The signature result
 
 Eight prompts of different lengths, 40 tokens each, greedy. The same model, the same machine,
@@ -2259,12 +2518,14 @@ r"""
 `nanochat` can write now:
 - `Engine(model, tokenizer)` with `generate` (a `Stream` of `Token`), `generate_batch` (a list of
   `Completion`) and `token_probabilities`; `Sampling` holds the knobs;
-- `KVCache`, `sample`, `next_token_probabilities` and `calculate` for those who build their own
-  loop;
-- `nanochat.sandbox.run_python` with `Result` for programs of strangers.
-
-`benchmarks/inference.py` measures time to the first token, time per token, tokens per second and
-the share of the bandwidth for any depth on your device.
+- streams of one engine share its `Loop`: they join, leave and cancel between two steps, each
+  with its own `Sampling`, seed and budget; `remember` keeps what a chat has read, `compiled`
+  compiles the step;
+- `KVCache`, `RingCache`, `sample`, `next_token_probabilities`, `generate_with_lookup` and
+  `calculate` for those who build their own loop;
+- `nanochat.sandbox.run_python` with `Result` for programs of strangers;
+- `benchmark`, which `python -m nanochat bench` and `benchmarks/inference.py` print: time to the
+  first token, time per token, tokens per second and the share of the bandwidth.
 
 **Pitfalls, all of them met in real projects**
 - A calculator behind a time limit made of signals works in the main thread of a POSIX system
@@ -2274,6 +2535,8 @@ the share of the bandwidth for any depth on your device.
 - Printing each token's own text breaks every character that spans tokens.
 - One random generator for a batch: all rows change when one row is added. Give each row its
   seed.
+- Keys and values that are kept across turns while the weights are trained: old thoughts in a new
+  head. Forget them with the weights (`refresh`).
 - A head padded to a round size has logits for tokens that do not exist. They must not be drawn.
 - Weights kept in float32 and cast in each step are read at four bytes and written at two, for
   every token.
@@ -2285,7 +2548,9 @@ the share of the bandwidth for any depth on your device.
 - Williams, Waterman, Patterson (2009), *Roofline: an insightful visual performance model*.
 - Holtzman et al. (2019), *The Curious Case of Neural Text Degeneration*: why greedy text is
   dull, and top-p.
-- Kwon et al. (2023), *Efficient Memory Management for LLM Serving with PagedAttention*: caches
-  for many users.
+- Yu et al. (2022), *Orca: A Distributed Serving System for Transformer-Based Generative Models*:
+  rows that join and leave; Kwon et al. (2023), *Efficient Memory Management for Large Language
+  Model Serving with PagedAttention*: caches for many users.
+- Leviathan, Kalman, Matias (2023), *Fast Inference from Transformers via Speculative Decoding*.
 - The Linux kernel's documentation of Landlock and of seccomp filters.
 """

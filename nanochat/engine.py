@@ -8,6 +8,7 @@ import copy
 import math
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.common import UserError, synchronize
 from nanochat.model import GPT, GPTConfig, rms_norm
 from nanochat.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
@@ -45,6 +46,8 @@ __all__ = [
     "THOUSANDS",
     "Token",
     "Transcript",
+    "bench",
+    "benchmark",
     "bucket",
     "calculate",
     "choose",
@@ -54,12 +57,16 @@ __all__ = [
     "fast_step",
     "fetch",
     "format_number",
+    "generate_with_lookup",
+    "last_embedding",
+    "look_up",
     "next_group",
     "next_token_probabilities",
     "padded_view",
     "power",
     "prefill",
     "prepared_copy",
+    "read_bandwidth",
     "row_probabilities",
     "sample",
     "step",
@@ -647,6 +654,14 @@ def fast_step(batch: Batch, effort: int) -> Callable[[], None]:
     return graph.replay
 
 
+def last_embedding(model: GPT, id: int) -> Tensor | None:
+    """Return what `smear` needs of the token before the next, (1, 1, C); None without smear."""
+    if not model.config.smear:
+        return None
+    before = torch.tensor([[id]], device=model.device)
+    return rms_norm(model.embedding(before).to(model.compute_dtype))
+
+
 class Prefixes:
     """Keys and values of the last `limit` finished rows, for prompts that begin like them."""
 
@@ -667,10 +682,7 @@ class Prefixes:
             return
         cache.keys[:, :, :, :n] = old.keys[:, :, :, :n]
         cache.values[:, :, :, :n] = old.values[:, :, :, :n]
-        cache.length = n
-        if model.config.smear:
-            before = torch.tensor([[prompt[n - 1]]], device=model.device)
-            cache.last = rms_norm(model.embedding(before).to(model.compute_dtype))
+        cache.length, cache.last = n, last_embedding(model, prompt[n - 1])
 
     @staticmethod
     def usable(ids: list[int], prompt: Sequence[int], config: GPTConfig) -> int:
@@ -791,11 +803,11 @@ def _step(self: Loop) -> None:
     for row in self.rows():
         if row.stop is not None and row.stop.is_set():
             row.finish_reason = row.finish_reason or "cancelled"
-    self.waiting = deque(row for row in self.waiting if not row.finish_reason)
     self.leave()
     free = self.max_batch - sum(row is not None for row in self.table())
     if self.reading is None and self.waiting and free:
-        self.arriving = next_group(self.waiting, free, GROUP_TOKENS)
+        alone = bool(self.prefixes.entries.maxlen)  # each prompt has its own beginning
+        self.arriving = next_group(self.waiting, 1 if alone else free, GROUP_TOKENS)
         self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK)
     if self.reading is not None and (found := next(self.reading)) is not None:
         self.seat(*found)
@@ -808,6 +820,7 @@ def _step(self: Loop) -> None:
 
 def _leave(self: Loop) -> None:
     """Free the seats of rows that have ended; give up the table when it is empty."""
+    self.waiting = deque(row for row in self.waiting if not row.finish_reason)
     for b, row in enumerate(self.table()):
         if row and row.finish_reason:
             self.batch.rows[b] = None
@@ -828,6 +841,8 @@ Loop.step, Loop.leave = _step, _leave
 def _seat(self: Loop, cache: KVCache, logits: Tensor) -> None:
     """Choose the first token of the rows that have been read and give them seats."""
     rows, self.arriving, self.reading = self.arriving, [], None
+    if self.prefixes.entries.maxlen:
+        self.prefixes.keep(rows[0].prompt, cache)
     places = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt) for r in rows))}
     numbers = [places[tuple(row.prompt)] for row in rows]
     logits = logits[torch.tensor(numbers, device=logits.device)]
@@ -902,11 +917,12 @@ class Stream:
     def cancel(self) -> None:
         """End here; tokens that were made ahead of the reader are dropped."""
         row = self.row
-        with self.loop.lock:
+        with self.loop.lock, torch.inference_mode():
             if not row.finish_reason or self.count < len(row.ids):
                 row.finish_reason = "cancelled"
             for made in (row.ids, row.mask, row.logprobs):
                 del made[self.count :]
+            self.loop.leave()
 
     def __del__(self) -> None:
         self.row.finish_reason = self.row.finish_reason or "cancelled"
@@ -1060,3 +1076,102 @@ class Engine(EngineBase):
         for error in (row.error for row in rows if row.error):
             raise error
         return [row.completion() for row in rows]
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Return the bytes per second of summing a large array, the best of six."""
+    data = torch.ones((2**30 if device.type == "cuda" else 2**26) // 4, device=device)
+    seconds = []
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        data.sum()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return data.numel() * 4 / min(seconds)
+
+
+def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str, Any]:
+    """Time `batch` greedy requests of `prompt` tokens, `new` tokens each; return the figures.
+
+    ttft_ms is until every row has its first token, tpot_ms the mean of each later step.
+    """
+    model, loop, device = engine.model, engine.loop, engine.model.device
+    letters = min(256, engine.tokenizer.vocab_size)  # no two prompts are alike
+    prompts = [[(7 * b + i) % letters for i in range(prompt)] for b in range(batch)]
+    rows = [engine.row(ids, new, Sampling(0.0), 0, None, False) for ids in prompts]
+    for row in rows:
+        row.stop_ids = set()
+    synchronize(device)
+    start = time.perf_counter()
+    loop.run(rows, lambda: all(row.ids for row in rows))
+    first, cache = time.perf_counter() - start, loop.batch.cache
+    loop.run([], lambda: all(row.finish_reason for row in rows))
+    synchronize(device)
+    each = (time.perf_counter() - start - first) / (new - 1)
+    params, size, item = model.num_params(), model.config, cache.keys[0].element_size()
+    seen = sum(min(prompt + new / 2, w or math.inf) for w in size.window_sizes())
+    kv = 2 * size.n_kv_head * size.head_dim * seen * batch
+    return {
+        "batch": batch,
+        "ttft_ms": round(first * 1e3, 3),
+        "tpot_ms": round(each * 1e3, 3),
+        "tokens_per_second": round(batch / each, 1),
+        "bytes_per_second": item * (params["matrix"] + params["head"] + kv) / each,
+        "cache_bytes": sum(2 * k.numel() * item for k in cache.keys),
+        "memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    }
+
+
+def bench(
+    engine: EngineBase, batches: Sequence[int], prompt: int, new: int, repeats: int = 3
+) -> dict[str, Any]:
+    """Print a table of `benchmark` over batch sizes (the medians of repeats); return its facts."""
+    device, results = engine.model.device, []
+    bandwidth = read_bandwidth(device)
+    print(f"{'batch':>6} {'first token':>13} {'per token':>10} {'tokens/s':>9} {'bandwidth':>10} "
+          f"{'cache':>9}")  # fmt: skip
+    for batch in batches:
+        benchmark(engine, batch, prompt, min(new, 4))  # warm up
+        runs = [benchmark(engine, batch, prompt, new) for _ in range(repeats)]
+        found = sorted(runs, key=lambda run: run["tpot_ms"])[repeats // 2]
+        found["bandwidth_share"] = round(found.pop("bytes_per_second") / bandwidth, 4)
+        results.append(found)
+        print(f"{batch:6} {found['ttft_ms']:10.1f} ms {found['tpot_ms']:7.2f} ms "
+              f"{found['tokens_per_second']:9,.0f} {found['bandwidth_share']:10.1%} "
+              f"{found['cache_bytes'] / 2**20:6.1f} MB")  # fmt: skip
+    facts = {"prompt": prompt, "new": new, "threads": torch.get_num_threads()}
+    facts |= {"device": str(device), "dtype": str(engine.model.compute_dtype).split(".")[1]}
+    facts |= {"torch": torch.__version__, "read_gb_per_second": round(bandwidth / 1e9, 1)}
+    return {**facts, "results": results}
+
+
+def look_up(ids: list[int], n: int) -> list[int]:
+    """Return up to n ids that followed the last two ids where they last stood before."""
+    for place in range(len(ids) - 3, -1, -1):
+        if ids[place : place + 2] == ids[-2:]:
+            return ids[place + 2 : place + 2 + n]
+    return []
+
+
+@torch.inference_mode()
+def generate_with_lookup(
+    model: GPT, prompt: Sequence[int], n_new: int, draft: int = 8
+) -> tuple[list[int], int]:
+    """Return the greedy continuation, n_new ids, and how many passes of the model it took.
+
+    Each pass checks up to `draft` ids that `look_up` proposes (Saxena 2023, prompt lookup).
+    """
+    total, passes = len(prompt) + n_new, 0
+    cache = KVCache(model.config, 1, total, model.device, model.compute_dtype)
+    ids, new = list(prompt), list(prompt)
+    while len(ids) < total:
+        guess = look_up(ids, min(draft, total - len(ids) - 1))
+        logits = model(torch.tensor([new + guess], device=model.device), kv_cache=cache)
+        best = logits[0, len(new) - 1 :].argmax(dim=-1).tolist()  # after new, and after each guess
+        right = next((i for i, id in enumerate(guess) if id != best[i]), len(guess))
+        ids += best[: right + 1]
+        cache.length -= len(guess) - right  # what was guessed wrongly has never been read
+        cache.last = last_embedding(model, ids[-2])
+        new, passes = ids[-1:], passes + 1
+    return ids[len(prompt) :], passes
