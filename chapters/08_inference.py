@@ -1977,7 +1977,7 @@ child wall itself in before it looks at the program.
 | prints without end | output is cut, the program killed | everywhere |
 | eats memory, CPU, disk | resource limits | Linux, partly macOS |
 | talks to the network | no network: namespace, no sockets: seccomp | Linux |
-| fills the disk, file by file | a private file system of 64 MB | Linux, mostly |
+| fills the disk, file by file | a private file system of 64 MB, 4,096 files | Linux, mostly |
 | reads or changes your files | Landlock: Python and its own folder only | Linux 5.13 or later |
 | fork bombs, signals to others | seccomp refuses those system calls | Linux, x86-64 and ARM |
 
@@ -2006,7 +2006,7 @@ import traceback
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-FILE_MB, FILE_SYSTEM_MB, MAX_PROCESSES, MAX_OPEN_FILES = 16, 64, 64, 64
+FILE_MB, FILE_SYSTEM_MB, MAX_FILES, MAX_PROCESSES, MAX_OPEN_FILES = 16, 64, 4096, 64, 64
 
 
 @dataclass
@@ -2078,7 +2078,7 @@ def enter_namespaces(folder: str) -> list[str]:
     ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
-    options = f"size={FILE_SYSTEM_MB}m,mode=700".encode()
+    options = f"size={FILE_SYSTEM_MB}m,nr_inodes={MAX_FILES},mode=700".encode()
     if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4, options) != 0:  # nosuid, nodev
         return ["network namespace"]
     os.chdir(folder)
