@@ -951,9 +951,9 @@ RingCache.recent, RingCache.put, RingCache.row = _recent, _put, _row
 
 # %% [markdown]
 r"""
-The proof: two rows of lengths 3 and 6 decode in a ring of eight slots, far beyond one round of the
-clock for a layer with a window of two. Then one of them leaves and comes back in another ring. The
-logits are those of the whole text each time.
+The proof: two rows of lengths 3 and 6 decode together, for several rounds of the clock in a layer
+with a window of two. Half way they move to another ring. The logits are those of the whole text
+each time.
 """
 
 
@@ -978,7 +978,7 @@ with torch.no_grad():
     for _step in range(8):
         if _step == 4:  # the first row moves out, and in again
             _cache, _old = _ring.row(0, _n[0]), _ring
-            _ring = RingCache(_config, 2, 12)
+            _ring = RingCache(_config, 2, 15)
             _ring.put(0, _cache, 0, _n[0])
             _ring.put(1, _old.row(1, _n[1]), 0, _n[1])
         _next = torch.stack([_idx[_b, _n[_b]] for _b in (0, 1)])
