@@ -746,10 +746,10 @@ def prefill(
 CHUNK, GROUP_TOKENS, SMALLEST = 512, 16384, 64
 
 
-def bucket(n: int) -> int:
-    """Return the smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least n."""
+def bucket(n: int, coarse: bool = False) -> int:
+    """Return the smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... (coarse: powers of 2) from n on."""
     power = 1 << max(0, n - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= n else power
+    return power * 3 // 4 if not coarse and power >= 4 and power * 3 // 4 >= n else power
 
 
 class Loop:
@@ -830,7 +830,7 @@ def _leave(self: Loop) -> None:
     if self.batch and not any(self.batch.rows):
         self.batch = None
     elif self.batch and not self.waiting and not self.arriving:
-        seats = bucket(len(self.batch.live()))
+        seats = bucket(len(self.batch.live()), self.compiled)
         if seats <= 0.75 * len(self.batch.rows):
             self.move(seats)
 
@@ -861,7 +861,7 @@ def _seat(self: Loop, cache: KVCache, logits: Tensor) -> None:
     seats = sum(row is not None for row in self.table()) + len(going)
     longest = max(row.n_read for row, _ in going)
     if not self.batch or seats > len(self.batch.rows) or longest >= self.batch.cache.size:
-        self.move(max(bucket(seats), len(self.table())), longest)
+        self.move(max(bucket(seats, self.compiled), len(self.table())), longest)
     free = [b for b, row in enumerate(self.batch.rows) if row is None]
     for b, (row, number) in zip(free, going):
         self.batch.put(b, row, cache, number)
@@ -872,7 +872,8 @@ def _move(self: Loop, seats: int, longest: int = 0) -> None:
     old, live = self.batch, self.batch.live() if self.batch else []
     longest = max([longest, *(row.n_read for _, row in live)])
     seats = min(seats, max(self.max_batch, len(live)))
-    size = min(bucket(max(longest + 1, SMALLEST)), self.model.config.seq_len)
+    room = max(longest + 1, 4 * SMALLEST if self.compiled else SMALLEST)
+    size = min(bucket(room, self.compiled), self.model.config.seq_len)
     new = self.kept.get((seats, size)) or Batch(self.model, seats, size, self.known)
     if self.compiled:
         self.kept[seats, size] = new
@@ -1132,7 +1133,7 @@ def bench(
     print(f"{'batch':>6} {'first token':>13} {'per token':>10} {'tokens/s':>9} {'bandwidth':>10} "
           f"{'cache':>9}")  # fmt: skip
     for batch in batches:
-        benchmark(engine, batch, prompt, min(new, 4))  # warm up
+        benchmark(engine, batch, prompt, new)  # to warm up, and to compile what there is
         runs = [benchmark(engine, batch, prompt, new) for _ in range(repeats)]
         found = sorted(runs, key=lambda run: run["tpot_ms"])[repeats // 2]
         found["bandwidth_share"] = round(found.pop("bytes_per_second") / bandwidth, 4)

@@ -55,7 +55,7 @@ requests = st.lists(st.tuples(prompts, st.integers(0, 25), st.integers(0, 30)), 
 
 
 @KINDS
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     requests=requests,
     shared=st.lists(st.integers(0, V - 1), max_size=12),
@@ -104,7 +104,7 @@ settings_of_rows = st.fixed_dictionaries(
 
 
 @KINDS
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(rows=st.lists(st.tuples(prompts, settings_of_rows), min_size=1, max_size=6))
 def test_every_row_has_its_own_settings(kind, rows):
     engine = Engine(MODELS[kind], TOKENIZER, max_batch=4)
@@ -220,7 +220,7 @@ def test_refresh_forgets():
 
 
 @KINDS
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(prompt=prompts, copies=st.integers(1, 2), n=st.integers(0, 25), draft=st.integers(1, 6))
 def test_lookup_changes_nothing_but_the_number_of_passes(kind, prompt, copies, n, draft):
     model, prompt = MODELS[kind], (prompt * copies)[:30]
@@ -308,7 +308,6 @@ def test_a_step_asks_nothing_and_moves_nothing(kind, effort):
 
 @KINDS
 def test_a_compiled_engine_writes_the_same(kind, monkeypatch):
-    monkeypatch.setattr(engine_module, "SMALLEST", 16)
     plain = functools.partial(torch.compile, backend="eager")  # the same capture, no C++ compiler
     monkeypatch.setattr(torch, "compile", plain)
     engine = Engine(MODELS[kind], TOKENIZER, max_batch=2, compiled=True)
@@ -331,6 +330,7 @@ def test_buckets_and_groups():
     assert [bucket(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 17, 33, 65, 97, 128)] == [
         1, 2, 3, 4, 6, 6, 8, 12, 12, 16, 24, 48, 96, 128, 128,
     ]  # fmt: skip
+    assert [bucket(n, coarse=True) for n in (1, 3, 5, 9, 64, 65)] == [1, 4, 8, 16, 64, 128]
     rows = [Row([1] * n, 1, TOKENIZER, Sampling()) for n in (10, 30, 11, 9, 12)]
     waiting = deque(rows)
     assert next_group(waiting, 8, 33) == [rows[0], rows[2], rows[3]]
