@@ -36,7 +36,7 @@ r"""
 2. build a key-value cache and prove that it changes nothing but the time;
 3. shape a distribution with temperature, top-k, top-p and min-p, and repeat any draw by its
    seed;
-4. decode prompts of different lengths in one batch, with the results of one by one;
+4. let requests of different lengths join and leave one batch, with the results of one by one;
 5. let a model call a calculator, token by token, and refuse everything that is not arithmetic;
 6. run a program you do not trust, and say which walls stood around it.
 
@@ -148,16 +148,18 @@ import copy
 import math
 import re
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError
-from nanochat.model import GPT, GPTConfig
+from nanochat.common import UserError, synchronize
+from nanochat.model import GPT, GPTConfig, rms_norm
 from nanochat.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
 
@@ -206,18 +208,6 @@ class KVCache:
     def prepare(self, n_new: int) -> None:
         """Set `positions` and `mask` for the next n_new tokens (None when no row is padded)."""
         self.positions, self.mask = padded_view(self.starts, self.length, n_new)
-
-    def select(self, rows: Tensor, max_len: int | None = None) -> "KVCache":
-        """Return a cache of the chosen rows (int64, repeats allowed), with its own memory."""
-        size = max_len or self.max_len
-        device, dtype = self.keys.device, self.keys.dtype
-        other = KVCache(self.config, len(rows), size, device, dtype)
-        other.length, filled = self.length, slice(0, self.length)
-        other.keys[:, :, :, filled] = self.keys[:, :, :, filled].index_select(1, rows)
-        other.values[:, :, :, filled] = self.values[:, :, :, filled].index_select(1, rows)
-        other.starts = None if self.starts is None else self.starts[rows]
-        other.last = None if self.last is None else self.last[rows]
-        return other
 
 
 # %%
@@ -383,6 +373,10 @@ between the two.
 - **top-p** (nucleus): only the fewest tokens that together hold probability $p$. The number
   adapts to how sure the model is.
 - **min-p**: only tokens at least $p$ times as likely as the likeliest.
+
+A fifth knob is against circles: **frequency penalty** $f$ takes $f$ times the number of its
+appearances so far from a token's logit. (Subtracting is safer than dividing: a softmax does not
+change when a constant is added to all logits, but it does when they are scaled.)
 """
 
 
@@ -396,6 +390,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges, with the value in the sentence."""
@@ -408,33 +403,57 @@ class Sampling:
             wrong = f"top_p is {self.top_p}; use a number above 0 and at most 1"
         elif self.min_p is not None and not 0 <= self.min_p <= 1:
             wrong = f"min_p is {self.min_p}; use a number from 0 to 1"
+        elif not -100 <= self.frequency_penalty <= 100:
+            wrong = (
+                f"frequency_penalty is {self.frequency_penalty}; use a number near 0, such as 0.5"
+            )
         if wrong:
             raise UserError(wrong + ".")
+
+    @property
+    def effort(self) -> int:
+        """0: take the likeliest, 1: draw, 2: filter (which needs a sort) and draw."""
+        filters = self.top_k or self.min_p or (self.top_p or 1) < 1
+        return 0 if self.temperature == 0 else 2 if filters else 1
+
+    def numbers(self) -> list[float]:
+        """Return the five knobs; one that is off has a value that changes nothing."""
+        top_p = 2.0 if self.top_p in (None, 1) else self.top_p
+        cut = [self.top_k or math.inf, top_p, self.min_p or 0.0]
+        return [self.temperature, *cut, self.frequency_penalty]
 
 
 # %%
 #| export engine
-def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Turn logits (..., V) into the float32 probabilities (..., V) from which we draw.
+def row_probabilities(logits: Tensor, knobs: Tensor, filters: bool) -> Tensor:
+    """Turn logits (B, V) into weights (B, V) to draw from, by knobs (B, 5) as in `numbers`.
 
     In this order: divide by the temperature, keep the top_k largest, keep the fewest tokens that
-    hold top_p of the probability (Holtzman et al. 2019), drop those below min_p times the largest.
+    hold top_p of what is left (Holtzman et al. 2019), drop those below min_p times the largest.
+    Weights need not sum to one. Without `filters` only the temperature counts.
     """
+    temperature, top_k, top_p, min_p, _ = knobs[:, :, None].unbind(1)  # (B, 1) each
+    p = (logits / temperature.where(temperature > 0, 1)).softmax(dim=-1)
+    if not filters:
+        return p
+    ordered, where = p.sort(dim=-1, descending=True)
+    ordered = ordered * (torch.arange(p.size(-1), device=p.device) < top_k)
+    before = ordered.cumsum(dim=-1) - ordered  # the mass of the likelier tokens
+    keep = (before < top_p * ordered.sum(dim=-1, keepdim=True)) & (
+        ordered >= min_p * ordered[:, :1]
+    )
+    return torch.zeros_like(p).scatter(-1, where, ordered * keep)
+
+
+def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Turn logits (..., V) into the float32 probabilities (..., V) from which we draw."""
     if sampling.temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, best, 1.0)
-    logits = logits / sampling.temperature
-    if sampling.top_k and sampling.top_k < logits.size(-1):
-        values, where = logits.topk(sampling.top_k, dim=-1)
-        logits = torch.full_like(logits, -math.inf).scatter(-1, where, values)
-    p = logits.softmax(dim=-1)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, where = p.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # the mass of the likelier tokens
-        p = torch.zeros_like(p).scatter(-1, where, ordered * (before < sampling.top_p))
-    if sampling.min_p:
-        p = p * (p >= sampling.min_p * p.amax(dim=-1, keepdim=True))
-    return p / p.sum(dim=-1, keepdim=True)
+    rows = logits.reshape(-1, logits.size(-1))
+    knobs = torch.tensor([sampling.numbers()], device=logits.device).expand(len(rows), -1)
+    p = row_probabilities(rows, knobs, filters=True)
+    return (p / p.sum(dim=-1, keepdim=True)).view_as(logits)
 
 
 # %% [markdown]
@@ -645,8 +664,8 @@ Results look as they do in the training data: 3.5, and 0.3 rather than 0.3000000
 Commas inside quotes survive, thousands commas go. A refusal is `None`: then no output is forced,
 and the model has to cope.
 
-*Try it:* find an expression that you think should be refused, and is not. The tests hold about
-ninety.
+*Try it:* find an expression that you think should be refused, and is not. The tests hold more
+than a hundred.
 
 ## One request on its way
 
@@ -712,7 +731,8 @@ r"""
 A `Row` is one request. It decides, after each token, what follows from it: a stop token ends the
 row, a closed tool call fills the queue of forced tokens, the last token of the budget ends it
 too. The mask remembers which tokens the model chose (1) and which were forced on it (0);
-reinforcement learning must praise and blame the model for the first kind only.
+reinforcement learning must praise and blame the model for the first kind only. All that makes one
+request differ from another lives here: its knobs, its random numbers, its budget, its stop button.
 """
 
 
@@ -722,22 +742,31 @@ class Row:
     """One request on its way: its tokens, its own random numbers, and the calculator's state."""
 
     def __init__(
-        self, prompt: Sequence[int], budget: int, seed: int, tokenizer: Tokenizer, tools: bool
+        self,
+        prompt: Sequence[int],
+        budget: int,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        seed: int = 0,
+        stop: threading.Event | None = None,
+        tools: bool = True,
     ):
-        self.prompt, self.budget, self.tokenizer, self.tools = (
-            list(prompt),
-            budget,
-            tokenizer,
-            tools,
-        )
+        self.prompt, self.budget, self.tokenizer = list(prompt), budget, tokenizer
+        self.sampling, self.stop, self.tools = sampling, stop, tools
         self.ids, self.mask, self.logprobs = [], [], []
         self.queue: deque[int] = deque()  # tokens that must come next, whatever the model wants
         self.expression: list[int] | None = None  # ids since python_start
         self.special = {name.strip("<|>"): tokenizer.special(name) for name in SPECIAL_TOKENS}
         self.stop_ids = {self.special["assistant_end"], self.special["bos"]}
         self.finish_reason: str | None = None if budget else "length"
+        self.error: Exception | None = None
         generator = torch.Generator().manual_seed(seed)
         self.uniforms = torch.rand(max(budget, 1), generator=generator, dtype=torch.float64)
+
+    @property
+    def n_read(self) -> int:
+        """Tokens that the model has read: all but the one chosen last."""
+        return len(self.prompt) + len(self.ids) - 1
 
     def take(self, id: int, logprob: float) -> None:
         """Append the next token and decide what follows from it."""
@@ -756,200 +785,710 @@ class Row:
         elif self.tools and not forced:
             self.watch(id)
 
-    def watch(self, id: int) -> None:
-        """Collect a tool call; when it closes and has a value, queue the tokens of that value."""
-        if id == self.special["python_start"]:
-            self.expression = []
-        elif id == self.special["python_end"] and self.expression is not None:
-            value = calculate(self.tokenizer.decode(self.expression))
-            self.expression = None
-            if value is not None:
-                start, end = self.special["output_start"], self.special["output_end"]
-                self.queue.extend([start, *self.tokenizer.encode(value), end])
-        elif self.expression is not None:
-            self.expression.append(id)
 
-    def completion(self) -> Completion:
-        """Return what the row has become."""
-        transcript = Transcript(self.tokenizer)
-        pieces = [transcript.push(id) for id in self.ids]
-        text = "".join(piece for kind, piece in pieces if kind == "text")
-        return Completion(self.ids, self.mask, text, self.logprobs, self.finish_reason or "length")
+# %%
+#| export engine
+def _watch(self: Row, id: int) -> None:
+    """Collect a tool call; when it closes and has a value, queue the tokens of that value."""
+    if id == self.special["python_start"]:
+        self.expression = []
+    elif id == self.special["python_end"] and self.expression is not None:
+        value = calculate(self.tokenizer.decode(self.expression))
+        self.expression = None
+        if value is not None:
+            start, end = self.special["output_start"], self.special["output_end"]
+            self.queue.extend([start, *self.tokenizer.encode(value), end])
+    elif self.expression is not None:
+        self.expression.append(id)
+
+
+def _completion(self: Row) -> Completion:
+    """Return what the row has become."""
+    transcript = Transcript(self.tokenizer)
+    pieces = [transcript.push(id) for id in self.ids]
+    text = "".join(piece for kind, piece in pieces if kind == "text")
+    return Completion(self.ids, self.mask, text, self.logprobs, self.finish_reason or "length")
+
+
+Row.watch, Row.completion = _watch, _completion
 
 
 # %% [markdown]
 r"""
 ## Many rows at once
 
-A step for sixteen rows fetches the weights once, as a step for one row does. Three details make
-a batch out of requests that have nothing to do with one another.
+A step for sixteen rows fetches the weights once, as a step for one row does. Reading prompts
+together is easy: we push them to the right, so that all rows end in the same slot. The slots
+before a short prompt hold padding. Rotary positions are counted from where the row really begins,
+and a mask hides the padding: `padded_view` above. A padding slot may see itself, since a softmax
+over nothing is 0/0, and a NaN in the cache would spread.
 
-**Different lengths.** We push all prompts to the right, so that all rows write into the same
-slot next. The slots before a short prompt hold padding. Rotary positions are counted from where
-the row really begins, and a mask hides the padding: `padded_view` above. A padding slot may see
-itself, since a softmax over nothing is 0/0, and a NaN in the cache would spread.
+Writing together is harder, because people do not arrive together. One row has written four
+hundred tokens when the next one brings its prompt, and a third one stops. We want rows to **join
+and leave between two steps** (*continuous batching*; Yu et al. 2022), each with its own length,
+and no memory to move.
 
-**Shared prompts.** Sixteen samples of one question need its prefill once; the cache is copied.
+The trick is a clock. All rows write into the same slot: the clock modulo the number of slots, as
+the hand of a clock goes round. A row of length $n$ is, wherever the hand stands, *the last $n$
+slots before it*. So a row that joins is copied to the $n$ slots before the hand; a row that leaves
+is simply forgotten; and a slot is visible to a row if its *age*, the steps since it was written, is
+not more than the row's length.
 
-**Rows that end early** would be carried along for nothing. When a quarter of the batch is idle
-we drop the idle rows from the cache.
+```
+slots      0   1   2   3   4   5   6   7        the hand is at 2: age of slot 1 is 1,
+row A      a6  a7  ^   a1  a2  a3  a4  a5       of slot 7 it is 3, of slot 3 it is 7
+row B      b1  b2  ^   .   .   .   .   .        B has joined with two tokens
+```
+
+A ring pays twice. A layer with a window (chapter 3, section 9) never looks further back than
+`window` tokens: its ring has `window + 1` slots, and the old tokens fall out by themselves.
 """
 
 
 # %%
 #| export engine
-def group_rows(rows: Sequence[Row], seq_len: int, max_batch: int) -> list[list[Row]]:
-    """Split rows into batches that decode together: alike in length, at most max_batch rows.
+class RingCache:
+    """Keys and values of rows that decode together, one token a step, in memory that never moves.
 
-    The longest prompt plus the largest budget of a batch must fit in the window, unless all
-    prompts are equally long.
+    All rows write into slot `clock % slots`; row b is the last `lengths[b]` slots before it. Layers
+    have `size` slots, those with a window at most window + 1. Clock and lengths are tensors, so
+    that a step needs nothing from Python.
     """
-    groups: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: len(row.prompt)):
-        group = groups[-1] if groups else []
-        first = group[0] if group else row  # the shortest prompt has the largest budget
-        same = len(row.prompt) == len(first.prompt)
-        fits = same or len(row.prompt) + first.budget <= seq_len
-        if group and len(group) < max_batch and fits:
-            group.append(row)
-        else:
-            groups.append([row])
-    return groups
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.config, self.size, self.length = config, size, 0
+        self.slots = [size if w is None else min(size, w + 1) for w in config.window_sizes()]
+        shapes = [(batch_size, config.n_kv_head, n, config.head_dim) for n in self.slots]
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.clock = torch.zeros(1, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.last = self.before = None
+        if config.smear:
+            self.before = torch.zeros(batch_size, 1, config.n_embd, device=device, dtype=dtype)
+            self.last = self.before
+        self.positions: Tensor | None = None  # (B, 1)
+        self.mask: Tensor | None = None  # (B, 1, 1, slots) of the layer that has just updated
+
+    def prepare(self) -> None:
+        """Work out where the next token of each row goes and what it may see."""
+        self.positions = self.lengths[:, None].clamp(max=self.config.seq_len - 1)
+        self.hand, self.masks = {}, {}
+        for n in set(self.slots):
+            age = (self.clock - torch.arange(n, device=self.clock.device)) % n  # (slots,)
+            self.hand[n] = self.clock % n
+            self.masks[n] = (age <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, slots)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, n_kv_head, 1, head_dim) of one layer; return all slots of it."""
+        n = self.slots[layer]
+        self.mask = self.masks[n]
+        self.keys[layer].index_copy_(2, self.hand[n], k)
+        self.values[layer].index_copy_(2, self.hand[n], v)
+        return self.keys[layer], self.values[layer]
+
+    def advance(self, n_new: int) -> None:
+        """Let the clock tick; the model calls this once, after its last layer."""
+        self.clock += 1
+        self.lengths += 1
+        if self.before is not None:
+            self.before.copy_(self.last)
+            self.last = self.before
+
+
+# %% [markdown]
+r"""
+Two more moves: a row comes in from a `KVCache`, where its prompt was read, and a row goes out into
+one, to be seated elsewhere or to be kept. A ring that has forgotten old tokens leaves zeros there;
+no window reaches them.
+"""
 
 
 # %%
 #| export engine
-@torch.inference_mode()
-def prefill(model: GPT, rows: Sequence[Row]) -> tuple[KVCache, Tensor]:
-    """Read the prompts of all rows at once; return the cache and the next logits (B, V).
+def _recent(self: RingCache, layer: int, length: int) -> Tensor:
+    """Return the slots of a row's last tokens in one layer, oldest first, int64."""
+    n = min(length, self.slots[layer])
+    back = torch.arange(-n, 0, device=self.clock.device)
+    return (self.clock + back) % self.slots[layer]
 
-    A prompt that several rows share is read once and copied.
+
+def _put(self: RingCache, b: int, cache: KVCache, row: int, length: int) -> None:
+    """Seat the last `length` tokens of a row of a KVCache as row b."""
+    for layer in range(len(self.slots)):
+        where = self.recent(layer, length)
+        part = slice(cache.length - len(where), cache.length)
+        self.keys[layer][b].index_copy_(1, where, cache.keys[layer, row, :, part])
+        self.values[layer][b].index_copy_(1, where, cache.values[layer, row, :, part])
+    self.lengths[b] = length
+    if self.before is not None:
+        self.before[b] = cache.last[row]
+
+
+def _row(self: RingCache, b: int, length: int) -> KVCache:
+    """Return row b, of `length` tokens, as a KVCache of one row."""
+    k = self.keys[0]
+    cache = KVCache(self.config, 1, length, k.device, k.dtype)
+    cache.keys.zero_(), cache.values.zero_()
+    for layer in range(len(self.slots)):
+        where = self.recent(layer, length)
+        cache.keys[layer, 0, :, length - len(where) :] = self.keys[layer][b][:, where]
+        cache.values[layer, 0, :, length - len(where) :] = self.values[layer][b][:, where]
+    cache.length = length
+    cache.last = None if self.before is None else self.before[b : b + 1].clone()
+    return cache
+
+
+RingCache.recent, RingCache.put, RingCache.row = _recent, _put, _row
+
+
+# %% [markdown]
+r"""
+The proof: two rows of lengths 3 and 6 decode together, for several rounds of the clock in a layer
+with a window of two. Half way they move to another ring. The logits are those of the whole text
+each time.
+"""
+
+
+# %%
+#| test
+@dataclass
+class _Narrow(GPTConfig):
+    def window_sizes(self):
+        return [2 if i % 2 == 0 else None for i in range(self.n_layer - 1)] + [None]
+
+
+_config = _Narrow(50, 32, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, smear=True)
+_model, _idx = GPT(_config), torch.arange(40).view(2, 20) % 50
+for _i, _param in enumerate(_model.parameters()):
+    torch.nn.init.normal_(_param, std=0.3, generator=torch.Generator().manual_seed(_i))
+with torch.no_grad():
+    _ring, _n = RingCache(_config, 2, 16), [3, 6]
+    for _b in (0, 1):
+        _cache = KVCache(_config, 1, 6)
+        _model(_idx[_b : _b + 1, : _n[_b]], kv_cache=_cache)
+        _ring.put(_b, _cache, 0, _n[_b])
+    for _step in range(8):
+        if _step == 4:  # the first row moves out, and in again
+            _cache, _old = _ring.row(0, _n[0]), _ring
+            _ring = RingCache(_config, 2, 15)
+            _ring.put(0, _cache, 0, _n[0])
+            _ring.put(1, _old.row(1, _n[1]), 0, _n[1])
+        _next = torch.stack([_idx[_b, _n[_b]] for _b in (0, 1)])
+        _ring.prepare()
+        _out = _model(_next[:, None], kv_cache=_ring)
+        _n = [_n[0] + 1, _n[1] + 1]
+        for _b in (0, 1):
+            _whole = _model(_idx[_b : _b + 1, : _n[_b]])[:, -1]
+            assert torch.allclose(_out[_b], _whole, atol=1e-4)
+
+
+# %% [markdown]
+r"""
+### One step
+
+A batch is what the *device* holds of the rows: their cache, the token each chose last, their knobs
+and random numbers. `advance` reads those tokens, and chooses the next ones. Nothing in it asks a
+tensor for its value, grows or moves anything. That matters on a GPU. Python only *asks* for work
+there, and every look at a result makes it wait until all work is done; and a step that always uses
+the same memory can be recorded once and replayed as a whole.
+
+`choose` gives each row what its own knobs say. Finding the `k` likeliest or the top `p` takes a
+sort, which is slow, so we sort only when a row in the batch asks for it.
+"""
+
+
+# %%
+#| export engine
+def choose(
+    logits: Tensor, knobs: Tensor, uniform: Tensor, counts: Tensor, forced: Tensor, effort: int
+) -> tuple[Tensor, Tensor]:
+    """Choose the next id of every row of logits (B, V); return ids and logprobs, both (B,).
+
+    knobs (B, 5) are `Sampling.numbers` of each row, uniform (B,) its random numbers, counts
+    (B, known) how often it has written each token, forced (B,) an id, or -1 for a free choice.
+    effort 0 serves greedy rows only, 1 draws too, 2 filters too. A head padded beyond the known
+    tokens has logits that stand for nothing; they are not chosen.
+    """
+    shown = logits[:, : counts.size(1)] - knobs[:, 4:] * counts
+    ids = shown.argmax(dim=-1)
+    if effort:
+        drawn = draw(row_probabilities(shown, knobs, filters=effort == 2), uniform)
+        ids = torch.where(knobs[:, 0] == 0, ids, drawn)
+    ids = torch.where(forced >= 0, forced, ids)
+    chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
+    return ids, chosen - logits.logsumexp(dim=-1)
+
+
+# %%
+#| export engine
+class Batch:
+    """What the device holds of rows that decode together. Seats without a row are None."""
+
+    def __init__(self, model: GPT, n_rows: int, size: int, known: int):
+        device, dtype, seq_len = model.device, model.compute_dtype, model.config.seq_len
+        self.model, self.rows = model, [None] * n_rows
+        self.cache = RingCache(model.config, n_rows, size, device, dtype)
+        self.ids = torch.zeros(n_rows, dtype=torch.int64, device=device)  # chosen, not yet read
+        self.made = torch.zeros_like(self.ids)  # tokens chosen so far
+        self.forced = torch.full_like(self.ids, -1)
+        self.logprobs = torch.zeros(n_rows, device=device)
+        self.knobs = torch.zeros(n_rows, 5, device=device)
+        self.counts = torch.zeros(n_rows, known, device=device)
+        self.uniforms = torch.zeros(n_rows, seq_len, dtype=torch.float64, device=device)
+        self.fast: dict[int, Callable[[], None]] = {}  # by effort: see `fast_step`
+
+    def put(self, b: int, row: Row, cache: KVCache, number: int) -> None:
+        """Seat a row that has chosen a token; what it read before is row `number` of the cache."""
+        self.rows[b] = row
+        self.cache.put(b, cache, number, row.n_read)
+        self.ids[b], self.made[b] = row.ids[-1], len(row.ids)
+        self.knobs[b] = torch.tensor(row.sampling.numbers())
+        self.counts[b] = torch.bincount(torch.tensor(row.ids), minlength=self.counts.size(1))
+        self.uniforms[b, : len(row.uniforms)] = row.uniforms.to(self.uniforms.device)
+
+    def advance(self, effort: int) -> None:
+        """Read one token of every row and choose the next, without a word to Python."""
+        self.cache.prepare()
+        logits = self.model(self.ids[:, None], kv_cache=self.cache, last_only=True)[:, -1]
+        place = self.made.clamp(max=self.uniforms.size(1) - 1)[:, None]
+        uniform = self.uniforms.gather(1, place).squeeze(1)
+        ids, logprobs = choose(logits, self.knobs, uniform, self.counts, self.forced, effort)
+        self.ids.copy_(ids)
+        self.logprobs.copy_(logprobs)
+        self.counts.scatter_add_(1, ids[:, None], torch.ones_like(self.counts[:, :1]))
+        self.made += 1
+
+    def live(self) -> list[tuple[int, Row]]:
+        """Return the seats and rows that have not ended."""
+        return [(b, row) for b, row in enumerate(self.rows) if row and not row.finish_reason]
+
+
+# %% [markdown]
+r"""
+Around it stands what Python does once a step: hand over forced tokens, run, fetch ids and
+log-probabilities in one piece, and let every row draw its conclusions.
+"""
+
+
+# %%
+#| export engine
+def fetch(ids: Tensor, logprobs: Tensor) -> list[tuple[int, float]]:
+    """Return (id, logprob) of every row, fetched from the device together."""
+    both = torch.stack((ids.float(), logprobs)).tolist()  # ids below 2^24 are exact in float32
+    return [(int(id), logprob) for id, logprob in zip(*both)]
+
+
+def step(batch: Batch, compiled: bool = False) -> None:
+    """Bring all rows of a batch forward by one token."""
+    live = batch.live()
+    forced = [-1] * len(batch.rows)
+    for b, row in live:
+        forced[b] = row.queue[0] if row.queue else -1
+    if any(row.queue or not row.mask[-1] for _, row in live):  # now, or in the step before
+        batch.forced.copy_(torch.tensor(forced))
+    effort = max(row.sampling.effort for _, row in live)
+    if compiled:
+        if effort not in batch.fast:
+            batch.fast[effort] = fast_step(batch, effort)
+        batch.fast[effort]()
+    else:
+        batch.advance(effort)
+    fetched = fetch(batch.ids, batch.logprobs)
+    for b, row in live:
+        row.take(*fetched[b])
+
+
+# %% [markdown]
+r"""
+`fast_step` is where the care pays off. `torch.compile` merges the many small operations of a step
+into few, and refuses (`fullgraph=True`) if Python had a say in between. On a CUDA GPU the whole
+step, choice included, is then recorded as one *CUDA graph*: a replay is one request in place of
+hundreds. Both need rehearsals, and a rehearsal must leave no trace: the small tensors are put back,
+and what it wrote into the cache lies in the slot that the real step writes next. Compiling takes
+half a minute, so an engine does this only when asked to (`compiled=True`). On one core of a CPU a
+step of our model took 3.0 ms compiled and 3.2 ms as it is: there it is not worth the wait. It is
+for GPUs, where a small step is all overhead.
+"""
+
+
+# %%
+#| export engine
+def fast_step(batch: Batch, effort: int) -> Callable[[], None]:
+    """Return a compiled `batch.advance`, on CUDA as one graph to be replayed."""
+    torch._dynamo.config.recompile_limit = 256  # one for each size of batch and cache
+    compiled = torch.compile(batch.advance, fullgraph=True, dynamic=False)
+    cache = batch.cache
+    state = [batch.ids, batch.made, batch.logprobs, batch.counts, cache.clock, cache.lengths]
+    state += [] if cache.before is None else [cache.before]
+
+    def rehearse() -> None:
+        kept = [tensor.clone() for tensor in state]
+        compiled(effort)
+        for tensor, old in zip(state, kept):
+            tensor.copy_(old)
+
+    rehearse()
+    if batch.ids.device.type != "cuda":
+        return lambda: compiled(effort)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        rehearse()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):  # recorded, not run
+        compiled(effort)
+    return graph.replay
+
+
+# %% [markdown]
+r"""
+### Reading prompts, and remembering them
+
+A prompt is read in chunks, with a step for everybody else between two chunks, so that a long
+prompt does not make the others wait. Prompts of similar length are read together, and one that
+several rows share is read once.
+
+In a chat every turn repeats all turns before it. Their keys and values have just been computed; an
+engine may keep those of its last few rows, and a prompt that begins like one of them starts from
+there. This is right only as long as the weights stay as they are, so it is off unless asked for
+(`remember=8`). One thing a cache of keys and values does not hold is `smear`'s look at the token
+before; we look that token up again. And a layer with a window has forgotten what fell out of its
+ring: such a row can only be continued where it ended.
+"""
+
+
+# %%
+#| export engine
+def last_embedding(model: GPT, id: int) -> Tensor | None:
+    """Return what `smear` needs of the token before the next, (1, 1, C); None without smear."""
+    if not model.config.smear:
+        return None
+    before = torch.tensor([[id]], device=model.device)
+    return rms_norm(model.embedding(before).to(model.compute_dtype))
+
+
+# %%
+#| export engine
+class Prefixes:
+    """Keys and values of the last `limit` finished rows, for prompts that begin like them."""
+
+    def __init__(self, limit: int):
+        self.entries: deque[tuple[list[int], KVCache]] = deque(maxlen=limit)
+
+    def keep(self, ids: list[int], cache: KVCache) -> None:
+        """Remember a cache that holds exactly these ids; it replaces those that it continues."""
+        longer = [e for e in self.entries if e[0] != ids[: len(e[0])]]
+        self.entries.clear()
+        self.entries.extend([*longer, (ids, cache)])
+
+    def start(self, model: GPT, prompt: Sequence[int], cache: KVCache) -> None:
+        """Fill the empty cache of a prompt with as many of its first tokens as are known."""
+        found = [(self.usable(ids, prompt, model.config), old) for ids, old in self.entries]
+        n, old = max(found, key=lambda pair: pair[0], default=(0, None))
+        if n == 0:
+            return
+        cache.keys[:, :, :, :n] = old.keys[:, :, :, :n]
+        cache.values[:, :, :, :n] = old.values[:, :, :, :n]
+        cache.length, cache.last = n, last_embedding(model, prompt[n - 1])
+
+    @staticmethod
+    def usable(ids: list[int], prompt: Sequence[int], config: GPTConfig) -> int:
+        """Return how many first tokens of the prompt are these ids, with all that they saw.
+
+        At least one token of the prompt is left to read. A row longer than a window holds only the
+        last window + 1 tokens of such a layer: it can be cut before its last token, not earlier.
+        """
+        most = min(len(ids), len(prompt) - 1)
+        same = next((i for i in range(most) if ids[i] != prompt[i]), most)
+        forgotten = any(w is not None and len(ids) > w + 1 for w in config.window_sizes())
+        return same if not forgotten or same >= len(ids) - 1 else 0
+
+
+# %%
+#| export engine
+def next_group(waiting: deque[Row], free: int, max_tokens: int) -> list[Row]:
+    """Take rows to be read together: the first that waits, and others about as long.
+
+    At most `free` rows and, beyond the first, `max_tokens` tokens with their padding. The others
+    keep their order.
+    """
+    group, others, first = [], [], len(waiting[0].prompt)
+    longest = first
+    while waiting:
+        row = waiting.popleft()
+        n = len(row.prompt)
+        alike = first <= 2 * n and n <= 2 * first
+        small = not group or max(n, longest) * (len(group) + 1) <= max_tokens
+        if alike and small and len(group) < free:
+            group.append(row)
+            longest = max(longest, n)
+        else:
+            others.append(row)
+    waiting.extend(others)
+    return group
+
+
+# %%
+#| export engine
+def prefill(
+    model: GPT, rows: Sequence[Row], prefixes: Prefixes, chunk: int
+) -> Iterator[tuple[KVCache, Tensor] | None]:
+    """Read the prompts of rows in chunks; yields None after each, at last (cache, logits).
+
+    Row i of the cache and of the logits (B, V) belongs to the i-th different prompt.
     """
     prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
     longest = max(map(len, prompts))
     starts = [longest - len(prompt) for prompt in prompts]
-    budget, shared = max(row.budget for row in rows), len(prompts) < len(rows)
-    size = longest if shared else longest + budget
-    cache = KVCache(model.config, len(prompts), size, model.device, model.compute_dtype, starts)
+    device, dtype = model.device, model.compute_dtype
+    cache = KVCache(model.config, len(prompts), longest, device, dtype, starts)
+    if len(prompts) == 1:
+        prefixes.start(model, prompts[0], cache)
     filled = [[0] * start + list(prompt) for start, prompt in zip(starts, prompts)]
-    cache.prepare(longest)
-    idx = torch.tensor(filled, device=model.device)  # (B, T)
-    logits = model(idx, kv_cache=cache, last_only=True)[:, -1]
-    if shared:
-        number = {prompt: i for i, prompt in enumerate(prompts)}
-        which = [number[tuple(row.prompt)] for row in rows]
-        which = torch.tensor(which, device=model.device)
-        cache, logits = cache.select(which, longest + budget), logits[which]
-    return cache, logits
+    idx = torch.tensor(filled, device=device)  # (B, T)
+    while cache.length < longest:
+        part = idx[:, cache.length : cache.length + chunk]
+        cache.prepare(part.size(1))
+        logits = model(part, kv_cache=cache, last_only=True)[:, -1]
+        yield None
+    yield cache, logits
+
+
+# %% [markdown]
+r"""
+### The loop
+
+Now the waiter of the house. Rows wait at the door (`waiting`). Some of them study the menu
+(`reading`). The others sit at the table (`batch`) and get one token each, a step at a time. Who
+has finished, or has left without a word, frees a seat; when the table is too small, or far too
+large, everybody moves to another one. Sizes come from a short list, 1, 2, 3, 4, 6, 8, 12, 16, ...,
+so that moves are rare; where every size costs a compilation, the list is shorter still.
+"""
 
 
 # %%
 #| export engine
-@torch.inference_mode()
-def choose(
-    logits: Tensor, rows: Sequence[Row], uniform: Tensor, sampling: Sampling
-) -> tuple[Tensor, list, list]:
-    """Choose the next id of every row: forced where a tool has spoken, else sampled.
+CHUNK, GROUP_TOKENS, SMALLEST = 512, 16384, 64
 
-    Returns the ids as a tensor (B,) and, fetched from the device together, ids and logprobs.
+
+def bucket(n: int, coarse: bool = False) -> int:
+    """Return the smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... (coarse: powers of 2) from n on."""
+    power = 1 << max(0, n - 1).bit_length()
+    return power * 3 // 4 if not coarse and power >= 4 and power * 3 // 4 >= n else power
+
+
+class Loop:
+    """One loop for all requests of an engine: rows join and leave between two steps.
+
+    Whoever wants a token calls `run` from any thread; who holds the lock makes a step for all.
     """
-    known = rows[0].tokenizer.vocab_size  # a padded head has logits that stand for no token
-    ids = sample(logits[:, :known], **vars(sampling), uniform=uniform)
-    if any(row.queue for row in rows):
-        forced = torch.tensor([row.queue[0] if row.queue else -1 for row in rows])
-        forced = forced.to(ids.device)
-        ids = torch.where(forced >= 0, forced, ids)
-    chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
-    logprobs = chosen - logits.logsumexp(dim=-1)
-    both = torch.stack((ids.float(), logprobs)).tolist()  # ids below 2^24 are exact in float32
-    return ids, [int(id) for id in both[0]], both[1]
 
+    def __init__(self, model: GPT, known: int, max_batch: int, remember: int, compiled: bool):
+        self.model, self.known, self.max_batch, self.compiled = model, known, max_batch, compiled
+        self.waiting: deque[Row] = deque()
+        self.arriving: list[Row] = []  # being read
+        self.reading: Iterator | None = None
+        self.batch: Batch | None = None
+        self.kept: dict[tuple[int, int], Batch] = {}  # compiled ones, for the next time
+        self.prefixes, self.lock = Prefixes(remember), threading.Lock()
 
-@torch.inference_mode()
-def step(model: GPT, cache: KVCache, ids: Tensor) -> Tensor:
-    """Feed one token per row, ids (B,); return the logits (B, V) of the token after it."""
-    cache.prepare(1)
-    return model(ids[:, None], kv_cache=cache, last_only=True)[:, -1]
+    def run(self, rows: Sequence[Row], done: Callable[[], bool]) -> None:
+        """Make steps until done() is true; `rows` are new ones that join."""
+        with self.lock:
+            self.waiting.extend(rows)
+        while True:
+            with self.lock, torch.inference_mode():
+                if done():
+                    return
+                try:
+                    self.step()
+                except BaseException as error:
+                    self.fail(error)
+                    raise
+
+    def rows(self) -> list[Row]:
+        """Return all rows in the house."""
+        return [*self.waiting, *self.arriving, *(r for r in self.table() if r)]
+
+    def table(self) -> list[Row | None]:
+        """Return the seats of the batch."""
+        return self.batch.rows if self.batch else []
+
+    def fail(self, error: BaseException) -> None:
+        """After an error nobody can go on: end all rows, with the error if it is one."""
+        for row in self.rows():
+            row.error = error if isinstance(error, Exception) else None
+            row.finish_reason = row.finish_reason or "cancelled"
+        self.waiting.clear()
+        self.arriving, self.reading, self.batch = [], None, None
 
 
 # %%
 #| export engine
-def uniform_table(rows: Sequence[Row]) -> Tensor:
-    """Return the random numbers of all rows, float (B, longest budget), zero beyond a budget."""
-    table = torch.zeros(len(rows), max(row.budget for row in rows), dtype=torch.float64)
-    for line, row in zip(table, rows):
-        line[: row.budget] = row.uniforms
-    return table
+def _step(self: Loop) -> None:
+    """Let rows leave and join, read a chunk of a prompt, and give everybody a token."""
+    for row in self.rows():
+        if row.stop is not None and row.stop.is_set():
+            row.finish_reason = row.finish_reason or "cancelled"
+    self.leave()
+    free = self.max_batch - sum(row is not None for row in self.table())
+    if self.reading is None and self.waiting and free:
+        alone = bool(self.prefixes.entries.maxlen)  # each prompt has its own beginning
+        self.arriving = next_group(self.waiting, 1 if alone else free, GROUP_TOKENS)
+        self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK)
+    if self.reading is not None and (found := next(self.reading)) is not None:
+        self.seat(*found)
+    if self.batch and self.batch.live():
+        if max(row.n_read for _, row in self.batch.live()) >= self.batch.cache.size:
+            self.move(len(self.batch.rows))
+        step(self.batch, self.compiled)
+    self.leave()
+
+
+def _leave(self: Loop) -> None:
+    """Free the seats of rows that have ended; give up the table when it is empty."""
+    self.waiting = deque(row for row in self.waiting if not row.finish_reason)
+    for b, row in enumerate(self.table()):
+        if row and row.finish_reason:
+            self.batch.rows[b] = None
+            if row.finish_reason != "cancelled" and self.prefixes.entries.maxlen:
+                ids = row.prompt + row.ids[:-1]
+                self.prefixes.keep(ids, self.batch.cache.row(b, row.n_read))
+    if self.batch and not any(self.batch.rows):
+        self.batch = None
+    elif self.batch and not self.waiting and not self.arriving:
+        seats = bucket(len(self.batch.live()), self.compiled)
+        if seats <= 0.75 * len(self.batch.rows):
+            self.move(seats)
+
+
+Loop.step, Loop.leave = _step, _leave
 
 
 # %%
 #| export engine
-def decode(
-    model: GPT,
-    rows: Sequence[Row],
-    sampling: Sampling,
-    stop: threading.Event | None = None,
-) -> Iterator[None]:
-    """Generate for all rows in lockstep; yields after each token, with the rows brought forward.
-
-    Rows that have ended are dropped from the batch when a quarter of it is idle.
-    """
-    live = [row for row in rows if row.finish_reason is None]
-    if not live:
+def _seat(self: Loop, cache: KVCache, logits: Tensor) -> None:
+    """Choose the first token of the rows that have been read and give them seats."""
+    rows, self.arriving, self.reading = self.arriving, [], None
+    if self.prefixes.entries.maxlen:
+        self.prefixes.keep(rows[0].prompt, cache)
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt) for r in rows))}
+    numbers = [places[tuple(row.prompt)] for row in rows]
+    logits = logits[torch.tensor(numbers, device=logits.device)]
+    knobs = torch.tensor([row.sampling.numbers() for row in rows], device=logits.device)
+    uniform = torch.stack([row.uniforms[0] for row in rows]).to(logits.device)
+    counts, forced = logits.new_zeros(len(rows), self.known), torch.full_like(uniform, -1).long()
+    effort = max(row.sampling.effort for row in rows)
+    for row, (id, logprob) in zip(
+        rows, fetch(*choose(logits, knobs, uniform, counts, forced, effort))
+    ):
+        if not row.finish_reason:
+            row.take(id, logprob)
+    going = [(row, number) for row, number in zip(rows, numbers) if not row.finish_reason]
+    if not going:
         return
-    cache, logits = prefill(model, live)
-    longest = max(row.budget for row in live)
-    uniforms = uniform_table(live).to(model.device)  # (B, longest)
-    for number in range(longest):
-        if stop is not None and stop.is_set():
-            for row in live:
-                row.finish_reason = row.finish_reason or "cancelled"
-            return
-        ids, chosen, logprobs = choose(logits, live, uniforms[:, number], sampling)
-        for row, id, logprob in zip(live, chosen, logprobs):
-            if row.finish_reason is None:
-                row.take(id, logprob)
-        yield
-        going = [i for i, row in enumerate(live) if row.finish_reason is None]
-        if not going:
-            return
-        if len(going) <= 0.75 * len(live):
-            live, keep = [live[i] for i in going], torch.tensor(going, device=ids.device)
-            cache, ids, uniforms = cache.select(keep), ids[keep], uniforms[keep]
-        logits = step(model, cache, ids)
+    seats = sum(row is not None for row in self.table()) + len(going)
+    longest = max(row.n_read for row, _ in going)
+    if not self.batch or seats > len(self.batch.rows) or longest >= self.batch.cache.size:
+        self.move(max(bucket(seats, self.compiled), len(self.table())), longest)
+    free = [b for b, row in enumerate(self.batch.rows) if row is None]
+    for b, (row, number) in zip(free, going):
+        self.batch.put(b, row, cache, number)
+
+
+def _move(self: Loop, seats: int, longest: int = 0) -> None:
+    """Move everybody to a batch of so many seats (and room for `longest` tokens and more)."""
+    old, live = self.batch, self.batch.live() if self.batch else []
+    longest = max([longest, *(row.n_read for _, row in live)])
+    seats = min(seats, max(self.max_batch, len(live)))
+    room = max(longest + 1, 4 * SMALLEST if self.compiled else SMALLEST)
+    size = min(bucket(room, self.compiled), self.model.config.seq_len)
+    new = self.kept.get((seats, size)) or Batch(self.model, seats, size, self.known)
+    if self.compiled:
+        self.kept[seats, size] = new
+    new.rows = [None] * seats
+    for seat, (b, row) in enumerate(live):
+        new.put(seat, row, old.cache.row(b, row.n_read), 0)
+    self.batch = new
+
+
+Loop.seat, Loop.move = _seat, _move
 
 
 # %% [markdown]
 r"""
 ## The engine
 
-What remains is a front: check the request, make its rows, and stream one or return many. The
-engine holds the caller's model, not a copy, so a model that is being trained speaks with its
-newest weights. On a GPU a copy in bfloat16, made once, halves the bytes of every step.
+What remains is a front: check the request, make its rows, and stream one or return many. Streams
+*pull*: whoever asks for a token that is not there yet makes a step for everybody, and the others
+find theirs ready. So requests of several threads, or of a server that serves them in turn, become
+one batch without a thread of their own to run it.
+
+The engine holds the caller's model, not a copy, so a model that is being trained speaks with its
+newest weights. On a GPU a copy in bfloat16, made once, halves the bytes of every step. Eight-bit
+weights would halve them again. On our CPU that pays for large matrices alone: eight of 1,536 x
+6,144 took one row 16.9 ms in float32, 10.4 in bfloat16 and 5.5 in int8, but for eight rows 41.7,
+11.6 and 10.7. Our small model's weights lie in the processor's cache, and we leave it at that.
 """
 
 
 # %%
 #| export engine
 class Stream:
-    """The tokens of one request as they come; afterwards `finish_reason` and `completion()`."""
+    """The tokens of one request as they come; afterwards `finish_reason` and `completion()`.
 
-    def __init__(self, row: Row, steps: Iterator[None]):
-        self.row, self.steps, self.transcript = row, steps, Transcript(row.tokenizer)
+    It joins the loop with its first token. A stream that nobody holds any more leaves the loop.
+    """
+
+    def __init__(self, row: Row, loop: Loop):
+        self.row, self.loop, self.count = row, loop, 0
+        self.new, self.transcript = [row], Transcript(row.tokenizer)
 
     def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> Token:
-        next(self.steps)
-        kind, text = self.transcript.push(self.row.ids[-1])
-        forced = not self.row.mask[-1]
-        return Token(self.row.ids[-1], text, self.row.logprobs[-1], forced, kind)
+        row, new = self.row, self.new
+        if row.stop is not None and row.stop.is_set():
+            self.cancel()
+        self.new = []
+        if not row.finish_reason and self.count == len(row.ids):
+            self.loop.run(new, lambda: len(row.ids) > self.count or row.finish_reason)
+        if row.error is not None:
+            raise row.error
+        if self.count >= len(row.ids):
+            raise StopIteration
+        self.count += 1
+        id, forced = row.ids[self.count - 1], not row.mask[self.count - 1]
+        kind, text = self.transcript.push(id)
+        return Token(id, text, row.logprobs[self.count - 1], forced, kind)
+
+    def cancel(self) -> None:
+        """End here; tokens that were made ahead of the reader are dropped."""
+        row = self.row
+        with self.loop.lock, torch.inference_mode():
+            if not row.finish_reason or self.count < len(row.ids):
+                row.finish_reason = "cancelled"
+            for made in (row.ids, row.mask, row.logprobs):
+                del made[self.count :]
+            self.loop.leave()
+
+    def __del__(self) -> None:
+        self.row.finish_reason = self.row.finish_reason or "cancelled"
 
     @property
     def finish_reason(self) -> str | None:
         """None while running; then "stop", "length" or "cancelled"."""
-        return self.row.finish_reason
+        ended = self.row.finish_reason and self.count >= len(self.row.ids)
+        return self.row.finish_reason if ended else None
 
     def completion(self) -> Completion:
         """Return what has been generated so far."""
@@ -970,23 +1509,32 @@ def prepared_copy(model: GPT, dtype: torch.dtype) -> GPT:
 # %%
 #| export engine
 class EngineBase:
-    """What an Engine holds: the model, its tokenizer, and checks of what it is asked."""
+    """What an Engine holds: the model, its tokenizer, the loop, and checks of what it is asked."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        dtype: torch.dtype | None = None,
+        max_batch: int = 128,
+        remember: int = 0,
+        compiled: bool = False,
+    ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
                 f"{model.config.vocab_size:,}; use the tokenizer that it was trained with."
             )
-        self.source, self.model, self.tokenizer, self.dtype = model, model, tokenizer, dtype
+        self.source, self.tokenizer, self.dtype = model, tokenizer, dtype
+        self.options = (max_batch, remember, compiled)
         self.refresh()
 
     def refresh(self) -> None:
-        """Copy the weights again (only when a dtype was given)."""
-        if self.dtype is not None:
-            self.model = prepared_copy(self.source, self.dtype)
+        """Start anew, with the weights copied again when a dtype was given; forget all prompts."""
+        self.model = self.source if self.dtype is None else prepared_copy(self.source, self.dtype)
+        self.loop = Loop(self.model, self.tokenizer.vocab_size, *self.options)
 
-    def row(self, ids: Sequence[int], max_tokens: int, seed: int, tools: bool) -> Row:
+    def row(self, ids: Sequence[int], max_tokens: int, *options: Any) -> Row:
         """Check one request and return its Row. UserError for a bad prompt."""
         config = self.model.config
         if not len(ids):
@@ -1001,28 +1549,33 @@ class EngineBase:
             raise UserError(f"the prompt has an id outside 0 .. {last}, the tokens there are.")
         if max_tokens < 0:
             raise UserError(f"max_tokens is {max_tokens}; use 0 or more.")
-        budget = min(max_tokens, config.seq_len - len(ids))
-        return Row(ids, budget, seed, self.tokenizer, tools)
+        return Row(ids, min(max_tokens, config.seq_len - len(ids)), self.tokenizer, *options)
 
-    @torch.inference_mode()
-    def token_probabilities(self, ids: Sequence[int], top: int = 5) -> list[dict]:
-        """Tell for each id of a sequence how likely the model found it, and what else it expected.
 
-        One dict per id: id, text, probability (None for the first id, before which nothing was
-        read) and top, the `top` likeliest (text, probability) at that place.
-        """
-        row = self.row(ids, 0, 0, False)
-        idx = torch.tensor([row.prompt], device=self.model.device)
-        p = self.model(idx)[0, :-1].softmax(dim=-1)  # (T - 1, V)
-        known = self.tokenizer.vocab_size
-        values, where = p[:, :known].topk(min(top, known), dim=-1)
-        own = p.gather(-1, idx[0, 1:, None]).squeeze(-1).tolist()
-        texts = [[self.tokenizer.decode([i]) for i in line] for line in where.tolist()]
-        tops = [list(zip(*pair)) for pair in zip(texts, values.tolist())]
-        return [
-            {"id": id, "text": self.tokenizer.decode([id]), "probability": own, "top": tops}
-            for id, own, tops in zip(row.prompt, [None, *own], [[], *tops])
-        ]
+# %%
+#| export engine
+@torch.inference_mode()
+def _token_probabilities(self: EngineBase, ids: Sequence[int], top: int = 5) -> list[dict]:
+    """Tell for each id of a sequence how likely the model found it, and what else it expected.
+
+    One dict per id: id, text, probability (None for the first id, before which nothing was
+    read) and top, the `top` likeliest (text, probability) at that place.
+    """
+    row = self.row(ids, 0, Sampling())
+    idx = torch.tensor([row.prompt], device=self.model.device)
+    p = self.model(idx)[0, :-1].softmax(dim=-1)  # (T - 1, V)
+    known = self.tokenizer.vocab_size
+    values, where = p[:, :known].topk(min(top, known), dim=-1)
+    own = p.gather(-1, idx[0, 1:, None]).squeeze(-1).tolist()
+    texts = [[self.tokenizer.decode([i]) for i in line] for line in where.tolist()]
+    tops = [list(zip(*pair)) for pair in zip(texts, values.tolist())]
+    return [
+        {"id": id, "text": self.tokenizer.decode([id]), "probability": own, "top": tops}
+        for id, own, tops in zip(row.prompt, [None, *own], [[], *tops])
+    ]
+
+
+EngineBase.token_probabilities = _token_probabilities
 
 
 # %%
@@ -1032,7 +1585,9 @@ class Engine(EngineBase):
 
     By default the engine uses the caller's model itself and so sees every change of its weights.
     `dtype` makes a copy of the weights in that dtype instead, prepared once (bfloat16 is best on
-    a GPU); `refresh()` copies them again.
+    a GPU); `refresh()` copies them again. At most `max_batch` rows decode together. `remember`
+    keeps keys and values of so many finished rows for prompts that continue them; use it only
+    with weights that do not change. `compiled` compiles the decoding step: many seconds, once.
     """
 
     def generate(
@@ -1046,15 +1601,16 @@ class Engine(EngineBase):
         seed: int = 0,
         stop: threading.Event | None = None,
         tools: bool = True,
+        frequency_penalty: float = 0.0,
     ) -> Stream:
         """Stream the Tokens that follow the prompt `ids`, the stopping token (text "") included.
 
         Ends at assistant_end or bos ("stop"), after max_tokens or at the end of the context window
         ("length"), or when another thread sets `stop` ("cancelled"). UserError for a bad prompt.
+        Streams of one engine decode together, from one thread or from several.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p)
-        row = self.row(ids, max_tokens, seed, tools)
-        return Stream(row, decode(self.model, [row], sampling, stop))
+        sampling = Sampling(temperature, top_k, top_p, min_p, frequency_penalty)
+        return Stream(self.row(ids, max_tokens, sampling, seed, stop, tools), self.loop)
 
     def generate_batch(
         self,
@@ -1067,26 +1623,116 @@ class Engine(EngineBase):
         seed: int | Sequence[int] = 0,
         stop: threading.Event | None = None,
         tools: bool = True,
-        max_batch: int = 128,
+        frequency_penalty: float = 0.0,
     ) -> list[Completion]:
         """Complete many prompts, of any lengths, together; the results come in their order.
 
         `seed` is one number (row i then draws with seed + 1,000,003 i) or one per prompt. What a
         row becomes does not depend on the other rows, up to rounding.
         """
-        sampling, n = Sampling(temperature, top_k, top_p, min_p), len(prompts)
+        sampling = Sampling(temperature, top_k, top_p, min_p, frequency_penalty)
+        n = len(prompts)
         seeds = [seed + 1_000_003 * i for i in range(n)] if isinstance(seed, int) else list(seed)
         if len(seeds) != n:
             raise UserError(f"there are {n} prompts and {len(seeds)} seeds; give one for each.")
-        rows = [self.row(ids, max_tokens, s, tools) for ids, s in zip(prompts, seeds)]
-        for group in group_rows(rows, self.model.config.seq_len, max_batch):
-            for _ in decode(self.model, group, sampling, stop):
-                pass
+        options = [(max_tokens, sampling, s, stop, tools) for s in seeds]
+        rows = [self.row(ids, *given) for ids, given in zip(prompts, options)]
+        self.loop.run(rows, lambda: all(row.finish_reason for row in rows))
+        for error in (row.error for row in rows if row.error):
+            raise error
         return [row.completion() for row in rows]
+
+
+# %% [markdown]
+r"""
+And a ruler, because a fast engine that nobody measures becomes a slow one. `benchmark` times a
+batch of requests that no token can stop. The share of the bandwidth compares the bytes that a step
+cannot avoid with what the device can read in that time.
+"""
+
+
+# %%
+#| export engine
+def read_bandwidth(device: torch.device) -> float:
+    """Return the bytes per second of summing a large array, the best of six."""
+    data = torch.ones((2**30 if device.type == "cuda" else 2**26) // 4, device=device)
+    seconds = []
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        data.sum()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return data.numel() * 4 / min(seconds)
+
+
+def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str, Any]:
+    """Time `batch` greedy requests of `prompt` tokens, `new` tokens each; return the figures.
+
+    ttft_ms is until every row has its first token, tpot_ms the mean of each later step.
+    """
+    model, loop, device = engine.model, engine.loop, engine.model.device
+    letters = min(256, engine.tokenizer.vocab_size)  # no two prompts are alike
+    prompts = [[(7 * b + i) % letters for i in range(prompt)] for b in range(batch)]
+    rows = [engine.row(ids, new, Sampling(0.0), 0, None, False) for ids in prompts]
+    for row in rows:
+        row.stop_ids = set()
+    synchronize(device)
+    start = time.perf_counter()
+    loop.run(rows, lambda: all(row.ids for row in rows))
+    first, cache = time.perf_counter() - start, loop.batch.cache
+    loop.run([], lambda: all(row.finish_reason for row in rows))
+    synchronize(device)
+    each = (time.perf_counter() - start - first) / (new - 1)
+    params, size, item = model.num_params(), model.config, cache.keys[0].element_size()
+    seen = sum(min(prompt + new / 2, w or math.inf) for w in size.window_sizes())
+    kv = 2 * size.n_kv_head * size.head_dim * seen * batch
+    return {
+        "batch": batch,
+        "ttft_ms": round(first * 1e3, 3),
+        "tpot_ms": round(each * 1e3, 3),
+        "tokens_per_second": round(batch / each, 1),
+        "bytes_per_second": item * (params["matrix"] + params["head"] + kv) / each,
+        "cache_bytes": sum(2 * k.numel() * item for k in cache.keys),
+        "memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    }
+
+
+# %%
+#| export engine
+def bench(
+    engine: EngineBase, batches: Sequence[int], prompt: int, new: int, repeats: int = 3
+) -> dict[str, Any]:
+    """Print a table of `benchmark` over batch sizes (the medians of repeats); return its facts."""
+    device, results = engine.model.device, []
+    bandwidth = read_bandwidth(device)
+    print(f"{'batch':>6} {'first token':>13} {'per token':>10} {'tokens/s':>9} {'bandwidth':>10} "
+          f"{'cache':>9}")  # fmt: skip
+    for batch in batches:
+        benchmark(engine, batch, prompt, new)  # to warm up, and to compile what there is
+        runs = [benchmark(engine, batch, prompt, new) for _ in range(repeats)]
+        found = sorted(runs, key=lambda run: run["tpot_ms"])[repeats // 2]
+        found["bandwidth_share"] = round(found.pop("bytes_per_second") / bandwidth, 4)
+        results.append(found)
+        print(f"{batch:6} {found['ttft_ms']:10.1f} ms {found['tpot_ms']:7.2f} ms "
+              f"{found['tokens_per_second']:9,.0f} {found['bandwidth_share']:10.1%} "
+              f"{found['cache_bytes'] / 2**20:6.1f} MB")  # fmt: skip
+    facts = {"prompt": prompt, "new": new, "threads": torch.get_num_threads()}
+    facts |= {"device": str(device), "dtype": str(engine.model.compute_dtype).split(".")[1]}
+    facts |= {"torch": torch.__version__, "read_gb_per_second": round(bandwidth / 1e9, 1)}
+    return {**facts, "results": results}
 
 
 # %%
 engine = Engine(model, tokenizer)
+measured = bench(engine, (1, 4), prompt=64, new=16, repeats=1)
+
+# %% [markdown]
+r"""
+Now several beginnings at once, drawn at temperature 0.8.
+"""
+
+# %%
 beginnings = ("Mira lives in", "The market of", "Once upon a time there was", "A cat")
 prompts = [tokenizer.encode(text, bos=True) for text in beginnings]
 for number, completion in enumerate(engine.generate_batch(prompts, 24, temperature=0.8, seed=seed)):
@@ -1105,6 +1751,16 @@ for _temperature in (0.0, 1.0):
     for _i, _done in enumerate(_together):
         _alone = _engine.generate(_prompts[_i], 10, _temperature, seed=_i + 1)
         assert [_token.id for _token in _alone] == _done.ids
+
+# %% [markdown]
+r"""
+Greedy writing is where circles show best, and where the penalty helps most.
+"""
+
+# %%
+for penalty in (0.0, 0.7):
+    text = engine.generate_batch([prompt], 40, temperature=0.0, frequency_penalty=penalty)[0].text
+    print(f"penalty {penalty}: ...{text!r}")
 
 # %% [markdown]
 r"""
@@ -1138,6 +1794,94 @@ plt.show()
 
 # %% [markdown]
 r"""
+### What joining and leaving buys
+
+Sixteen requests, a table with four seats. The budgets differ widely, as answers do. With *fixed*
+batches, four sit down together, and the seats of those who finish stay empty until the slowest has
+finished. In the loop the next one sits down at once. Below, every line is a request.
+"""
+
+
+# %%
+def serve(engine, requests, before=0):
+    """Run requests to their ends; the steps (after `before`) at which each began and ended."""
+    rows = [engine.row(p, n, Sampling(0.0), 0, None, False) for p, n in requests]
+    written = []  # tokens of each row after each step
+
+    def watch():
+        written.append([len(row.ids) for row in rows])
+        return all(row.finish_reason for row in rows)
+
+    engine.loop.run(rows, watch)
+    columns = list(zip(*written))
+    spans = [(sum(n == 0 for n in c) - 1, sum(n < c[-1] for n in c)) for c in columns]
+    return [(before + first, before + last) for first, last in spans]
+
+
+lengths = [4, 6, 8, 60, 5, 40, 7, 9, 50, 4, 6, 8, 10, 5, 30, 6]
+requests = [([*prompt, 300 + i], n) for i, n in enumerate(lengths)]
+seated = {}
+four = Engine(model, tokenizer, max_batch=4)
+start = time.perf_counter()
+seated["fixed"] = []
+for first in range(0, 16, 4):
+    steps = max((last for _, last in seated["fixed"]), default=0)
+    seated["fixed"] += serve(four, requests[first : first + 4], steps)
+middle = time.perf_counter()
+seated["joining and leaving"] = serve(four, requests)
+seconds = {"fixed": middle - start, "joining and leaving": time.perf_counter() - middle}
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(8, 2.6), sharex=True, layout="constrained", dpi=110)
+for ax, (name, spans), color in zip(axes, seated.items(), COLORS):
+    ax.barh(range(16), [b - a for a, b in spans], left=[a for a, _ in spans], color=color)
+    steps = max(last for _, last in spans)
+    ax.set_title(f"{name}: {steps} steps, {seconds[name]:.2f} s", fontsize=9, loc="left")
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)
+axes[0].set_ylabel("request", fontsize=9)
+fig.supxlabel("step", fontsize=9)
+fig.set_label("Bars of 16 requests over steps; fixed batches leave gaps, the loop leaves none.")
+plt.show()
+
+# %% [markdown]
+r"""
+The tokens are the same in both, and would be the same alone: no row looks at another.
+
+### What remembering buys
+
+A chat of six turns. Without memory the engine reads the whole conversation for every answer; with
+`remember` it reads the new question.
+"""
+
+# %%
+engines = {"read it all again": engine, "remember": Engine(model, tokenizer, remember=2)}
+first_token, written = {name: [] for name in engines}, {}
+for name, one in engines.items():
+    history = list(prompt)
+    for turn in range(6):
+        history += tokenizer.encode(document(world, 40 + turn))[:60]  # somebody says something
+        stream = one.generate(history, 12, temperature=0.0, tools=False)
+        start = time.perf_counter()
+        next(stream)
+        first_token[name].append((time.perf_counter() - start) * 1e3)
+        history += [stream.row.ids[0], *(token.id for token in stream)]
+    written[name] = history
+assert written["remember"] == written["read it all again"]
+
+# %%
+fig, ax = figure(
+    "With memory, a turn costs what is new in it", "turn", "ms to the first token", size=(5, 2.2),
+    alt="Milliseconds to the first token over turns: rising without memory, flat with it.",
+)  # fmt: skip
+for (name, milliseconds), color in zip(first_token.items(), COLORS[1::-1]):
+    ax.plot(range(1, 7), milliseconds, "o-", label=name, color=color)
+ax.set(ylim=(0, None))
+ax.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+r"""
 ## Streaming and stopping
 
 A puppet helps us look at the machinery: a "model" whose next token is written in a script. First
@@ -1155,9 +1899,10 @@ class Puppet(torch.nn.Module):
         self.script, self.device, self.compute_dtype = script, torch.device("cpu"), torch.float32
 
     def forward(self, idx, kv_cache, last_only):
+        place = 0 if kv_cache.positions is None else int(kv_cache.positions)  # of the newest token
         kv_cache.advance(idx.size(1))
         logits = torch.zeros(len(idx), 1, tokenizer.vocab_size)
-        logits[:, :, self.script[min(kv_cache.length, len(self.script)) - 1]] = 30.0
+        logits[:, :, self.script[min(place, len(self.script) - 1)]] = 30.0
         return logits
 
 
@@ -1240,13 +1985,13 @@ child wall itself in before it looks at the program.
 | prints without end | output is cut, the program killed | everywhere |
 | eats memory, CPU, disk | resource limits | Linux, partly macOS |
 | talks to the network | no network: namespace, no sockets: seccomp | Linux |
-| fills the disk, file by file | a private file system of 64 MB | Linux, mostly |
+| fills the disk, file by file | a private file system of 64 MB, 4,096 files | Linux, mostly |
 | reads or changes your files | Landlock: Python and its own folder only | Linux 5.13 or later |
 | fork bombs, signals to others | seccomp refuses those system calls | Linux, x86-64 and ARM |
 
 On macOS and Windows the lower half of the table is missing. There, run only programs that you
 would run yourself, or use a container. `Result.protections` says what was there; we never
-promise more.
+promise more. `tests/test_attacks.py` holds more than a hundred attacks, each of which must fail.
 
 The limits first. They are one-way doors: a process can lower them and never raise them again.
 """
@@ -1269,7 +2014,7 @@ import traceback
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-FILE_MB, FILE_SYSTEM_MB, MAX_PROCESSES, MAX_OPEN_FILES = 16, 64, 64, 64
+FILE_MB, FILE_SYSTEM_MB, MAX_FILES, MAX_PROCESSES, MAX_OPEN_FILES = 16, 64, 4096, 64, 64
 
 
 @dataclass
@@ -1341,7 +2086,7 @@ def enter_namespaces(folder: str) -> list[str]:
     ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
-    options = f"size={FILE_SYSTEM_MB}m,mode=700".encode()
+    options = f"size={FILE_SYSTEM_MB}m,nr_inodes={MAX_FILES},mode=700".encode()
     if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4, options) != 0:  # nosuid, nodev
         return ["network namespace"]
     os.chdir(folder)
@@ -1671,6 +2416,65 @@ assert "ZeroDivisionError" in run_python("1/0").stderr
 
 # %% [markdown]
 r"""
+## Guessing ahead (optional)
+
+A step for nine tokens costs little more than a step for one, as long as memory is the limit. So if
+we could *guess* the next eight tokens, one pass would tell how many of them the model would have
+written, and we would keep those (*speculative decoding*; Leviathan et al. 2023). A small second
+model may guess. There is a guesser without a model, too: text repeats itself. We look for the last
+place where the last two tokens stood together, and propose what followed them there
+(*prompt lookup*). Wrong guesses cost a little time and never a token: a pass always yields one
+token that is the model's own.
+"""
+
+
+# %%
+#| export engine
+def look_up(ids: list[int], n: int) -> list[int]:
+    """Return up to n ids that followed the last two ids where they last stood before."""
+    for place in range(len(ids) - 3, -1, -1):
+        if ids[place : place + 2] == ids[-2:]:
+            return ids[place + 2 : place + 2 + n]
+    return []
+
+
+@torch.inference_mode()
+def generate_with_lookup(
+    model: GPT, prompt: Sequence[int], n_new: int, draft: int = 8
+) -> tuple[list[int], int]:
+    """Return the greedy continuation, n_new ids, and how many passes of the model it took.
+
+    Each pass checks up to `draft` ids that `look_up` proposes (Saxena 2023, prompt lookup).
+    """
+    total, passes = len(prompt) + n_new, 0
+    cache = KVCache(model.config, 1, total, model.device, model.compute_dtype)
+    ids, new = list(prompt), list(prompt)
+    while len(ids) < total:
+        guess = look_up(ids, min(draft, total - len(ids) - 1))
+        logits = model(torch.tensor([new + guess], device=model.device), kv_cache=cache)
+        best = logits[0, len(new) - 1 :].argmax(dim=-1).tolist()  # after new, and after each guess
+        right = next((i for i, id in enumerate(guess) if id != best[i]), len(guess))
+        ids += best[: right + 1]
+        cache.length -= len(guess) - right  # what was guessed wrongly has never been read
+        cache.last = last_embedding(model, ids[-2])
+        new, passes = ids[-1:], passes + 1
+    return ids[len(prompt) :], passes
+
+
+# %%
+start = time.perf_counter()
+guessed, passes = generate_with_lookup(model, prompt, naive_tokens)
+seconds = time.perf_counter() - start
+assert guessed == naive_ids[len(prompt) :]
+print(f"{naive_tokens} tokens in {passes} passes, {seconds:.2f} s; one by one "
+      f"{cached_seconds[-1]:.2f} s; the same tokens")  # fmt: skip
+
+# %% [markdown]
+r"""
+Our model walks in circles, so the guesser has an easy life here. With ordinary prose it is right
+rarely, and with code, quotations and tool results often. Sampled text needs a rule for accepting
+guesses that keeps the distribution; greedy text needs only equality.
+
 ## The signature result
 
 Eight prompts of different lengths, 40 tokens each, greedy. The same model, the same machine,
@@ -1722,12 +2526,14 @@ r"""
 `nanochat` can write now:
 - `Engine(model, tokenizer)` with `generate` (a `Stream` of `Token`), `generate_batch` (a list of
   `Completion`) and `token_probabilities`; `Sampling` holds the knobs;
-- `KVCache`, `sample`, `next_token_probabilities` and `calculate` for those who build their own
-  loop;
-- `nanochat.sandbox.run_python` with `Result` for programs of strangers.
-
-`benchmarks/inference.py` measures time to the first token, time per token, tokens per second and
-the share of the bandwidth for any depth on your device.
+- streams of one engine share its `Loop`: they join, leave and cancel between two steps, each
+  with its own `Sampling`, seed and budget; `remember` keeps what a chat has read, `compiled`
+  compiles the step;
+- `KVCache`, `RingCache`, `sample`, `next_token_probabilities`, `generate_with_lookup` and
+  `calculate` for those who build their own loop;
+- `nanochat.sandbox.run_python` with `Result` for programs of strangers;
+- `benchmark`, which `python -m nanochat bench` and `benchmarks/inference.py` print: time to the
+  first token, time per token, tokens per second and the share of the bandwidth.
 
 **Pitfalls, all of them met in real projects**
 - A calculator behind a time limit made of signals works in the main thread of a POSIX system
@@ -1737,6 +2543,8 @@ the share of the bandwidth for any depth on your device.
 - Printing each token's own text breaks every character that spans tokens.
 - One random generator for a batch: all rows change when one row is added. Give each row its
   seed.
+- Keys and values that are kept across turns while the weights are trained: old thoughts in a new
+  head. Forget them with the weights (`refresh`).
 - A head padded to a round size has logits for tokens that do not exist. They must not be drawn.
 - Weights kept in float32 and cast in each step are read at four bytes and written at two, for
   every token.
@@ -1748,7 +2556,9 @@ the share of the bandwidth for any depth on your device.
 - Williams, Waterman, Patterson (2009), *Roofline: an insightful visual performance model*.
 - Holtzman et al. (2019), *The Curious Case of Neural Text Degeneration*: why greedy text is
   dull, and top-p.
-- Kwon et al. (2023), *Efficient Memory Management for LLM Serving with PagedAttention*: caches
-  for many users.
+- Yu et al. (2022), *Orca: A Distributed Serving System for Transformer-Based Generative Models*:
+  rows that join and leave; Kwon et al. (2023), *Efficient Memory Management for Large Language
+  Model Serving with PagedAttention*: caches for many users.
+- Leviathan, Kalman, Matias (2023), *Fast Inference from Transformers via Speculative Decoding*.
 - The Linux kernel's documentation of Landlock and of seccomp filters.
 """

@@ -2149,6 +2149,7 @@ that starts work may make a folder; one that only looks (`chat`, `report`) may n
 #| export cli
 import argparse
 import errno
+import json
 import os
 import re
 import sys
@@ -2170,7 +2171,7 @@ from nanochat.core import (
     run_core,
 )
 from nanochat.distributed import LaunchError, setup
-from nanochat.engine import Engine
+from nanochat.engine import Engine, bench
 from nanochat.evaluation import bootstrap_interval, centered, core_table, tinyworld_core
 from nanochat.recipe import (
     MODELS,
@@ -2481,6 +2482,22 @@ def do_eval(args: argparse.Namespace) -> None:
         print(f"{name:24s} {value:.4f}" if isinstance(value, float) else f"{name:24s} {value}")
 
 
+def do_bench(args: argparse.Namespace) -> None:
+    """Measure how fast a stage's model writes; the last line is JSON."""
+    run = open_run(args)
+    loaded = run.engine(args.stage or newest_model(run))
+    most = loaded.model.config.seq_len
+    if args.prompt < 1 or args.new < 2 or args.prompt + args.new > most:
+        raise UserError(
+            f"--prompt {args.prompt} and --new {args.new} do not fit: at least 1 and 2 tokens, "
+            f"together at most the model's context window of {most}."
+        )
+    if min(args.batch) < 1 or args.repeats < 1:
+        raise UserError("--batch and --repeats must be 1 or more.")
+    engine = Engine(loaded.model, loaded.tokenizer, max_batch=max(args.batch))
+    print(json.dumps(bench(engine, args.batch, args.prompt, args.new, args.repeats)))
+
+
 def do_report(args: argparse.Namespace) -> None:
     """Write the report card of a run."""
     for path in write_report(open_run(args)):
@@ -2550,6 +2567,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("eval", "judge a model", do_eval),
         ("chat", "chat in the terminal", do_chat),
         ("serve", "serve a web chat and an OpenAI-compatible endpoint", do_serve),
+        ("bench", "measure how fast a model writes", do_bench),
     ):
         command = with_run(add(name, about, action))
         command.add_argument("--stage", choices=MODELS, help="default: the last one trained")
@@ -2568,6 +2586,11 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("-p", "--prompt", help="answer this and leave")
             command.add_argument("-t", "--temperature", type=float, default=0.0)
             command.add_argument("--max-tokens", type=int, default=128)
+        if name == "bench":
+            command.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+            command.add_argument("--prompt", type=int, default=64, help="tokens in each prompt")
+            command.add_argument("--new", type=int, default=32, help="tokens to write")
+            command.add_argument("--repeats", type=int, default=3)
         if name == "serve":
             command.add_argument("--host", default="127.0.0.1")
             command.add_argument("--port", type=int, default=8000)

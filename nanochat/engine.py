@@ -8,51 +8,68 @@ import copy
 import math
 import re
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError
-from nanochat.model import GPT, GPTConfig
+from nanochat.common import UserError, synchronize
+from nanochat.model import GPT, GPTConfig, rms_norm
 from nanochat.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
 __all__ = [
+    "Batch",
+    "CHUNK",
     "Completion",
     "Engine",
     "EngineBase",
+    "GROUP_TOKENS",
     "KVCache",
+    "Loop",
     "MAX_DEPTH",
     "MAX_EXPONENT",
     "MAX_LENGTH",
     "MAX_VALUE",
     "OPERATORS",
+    "Prefixes",
     "QUOTED",
+    "RingCache",
     "Row",
+    "SMALLEST",
     "Sampling",
     "Stream",
     "THOUSANDS",
     "Token",
     "Transcript",
+    "bench",
+    "benchmark",
+    "bucket",
     "calculate",
     "choose",
     "count_call",
-    "decode",
     "draw",
     "evaluate",
+    "fast_step",
+    "fetch",
     "format_number",
-    "group_rows",
+    "generate_with_lookup",
+    "last_embedding",
+    "look_up",
+    "next_group",
     "next_token_probabilities",
     "padded_view",
     "power",
     "prefill",
     "prepared_copy",
+    "read_bandwidth",
+    "row_probabilities",
     "sample",
     "step",
-    "uniform_table",
 ]
 
 
@@ -100,18 +117,6 @@ class KVCache:
         """Set `positions` and `mask` for the next n_new tokens (None when no row is padded)."""
         self.positions, self.mask = padded_view(self.starts, self.length, n_new)
 
-    def select(self, rows: Tensor, max_len: int | None = None) -> "KVCache":
-        """Return a cache of the chosen rows (int64, repeats allowed), with its own memory."""
-        size = max_len or self.max_len
-        device, dtype = self.keys.device, self.keys.dtype
-        other = KVCache(self.config, len(rows), size, device, dtype)
-        other.length, filled = self.length, slice(0, self.length)
-        other.keys[:, :, :, filled] = self.keys[:, :, :, filled].index_select(1, rows)
-        other.values[:, :, :, filled] = self.values[:, :, :, filled].index_select(1, rows)
-        other.starts = None if self.starts is None else self.starts[rows]
-        other.last = None if self.last is None else self.last[rows]
-        return other
-
 
 def padded_view(
     starts: Tensor | None, length: int, n_new: int
@@ -138,6 +143,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges, with the value in the sentence."""
@@ -150,31 +156,55 @@ class Sampling:
             wrong = f"top_p is {self.top_p}; use a number above 0 and at most 1"
         elif self.min_p is not None and not 0 <= self.min_p <= 1:
             wrong = f"min_p is {self.min_p}; use a number from 0 to 1"
+        elif not -100 <= self.frequency_penalty <= 100:
+            wrong = (
+                f"frequency_penalty is {self.frequency_penalty}; use a number near 0, such as 0.5"
+            )
         if wrong:
             raise UserError(wrong + ".")
 
+    @property
+    def effort(self) -> int:
+        """0: take the likeliest, 1: draw, 2: filter (which needs a sort) and draw."""
+        filters = self.top_k or self.min_p or (self.top_p or 1) < 1
+        return 0 if self.temperature == 0 else 2 if filters else 1
 
-def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Turn logits (..., V) into the float32 probabilities (..., V) from which we draw.
+    def numbers(self) -> list[float]:
+        """Return the five knobs; one that is off has a value that changes nothing."""
+        top_p = 2.0 if self.top_p in (None, 1) else self.top_p
+        cut = [self.top_k or math.inf, top_p, self.min_p or 0.0]
+        return [self.temperature, *cut, self.frequency_penalty]
+
+
+def row_probabilities(logits: Tensor, knobs: Tensor, filters: bool) -> Tensor:
+    """Turn logits (B, V) into weights (B, V) to draw from, by knobs (B, 5) as in `numbers`.
 
     In this order: divide by the temperature, keep the top_k largest, keep the fewest tokens that
-    hold top_p of the probability (Holtzman et al. 2019), drop those below min_p times the largest.
+    hold top_p of what is left (Holtzman et al. 2019), drop those below min_p times the largest.
+    Weights need not sum to one. Without `filters` only the temperature counts.
     """
+    temperature, top_k, top_p, min_p, _ = knobs[:, :, None].unbind(1)  # (B, 1) each
+    p = (logits / temperature.where(temperature > 0, 1)).softmax(dim=-1)
+    if not filters:
+        return p
+    ordered, where = p.sort(dim=-1, descending=True)
+    ordered = ordered * (torch.arange(p.size(-1), device=p.device) < top_k)
+    before = ordered.cumsum(dim=-1) - ordered  # the mass of the likelier tokens
+    keep = (before < top_p * ordered.sum(dim=-1, keepdim=True)) & (
+        ordered >= min_p * ordered[:, :1]
+    )
+    return torch.zeros_like(p).scatter(-1, where, ordered * keep)
+
+
+def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Turn logits (..., V) into the float32 probabilities (..., V) from which we draw."""
     if sampling.temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, best, 1.0)
-    logits = logits / sampling.temperature
-    if sampling.top_k and sampling.top_k < logits.size(-1):
-        values, where = logits.topk(sampling.top_k, dim=-1)
-        logits = torch.full_like(logits, -math.inf).scatter(-1, where, values)
-    p = logits.softmax(dim=-1)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, where = p.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # the mass of the likelier tokens
-        p = torch.zeros_like(p).scatter(-1, where, ordered * (before < sampling.top_p))
-    if sampling.min_p:
-        p = p * (p >= sampling.min_p * p.amax(dim=-1, keepdim=True))
-    return p / p.sum(dim=-1, keepdim=True)
+    rows = logits.reshape(-1, logits.size(-1))
+    knobs = torch.tensor([sampling.numbers()], device=logits.device).expand(len(rows), -1)
+    p = row_probabilities(rows, knobs, filters=True)
+    return (p / p.sum(dim=-1, keepdim=True)).view_as(logits)
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
@@ -348,22 +378,31 @@ class Row:
     """One request on its way: its tokens, its own random numbers, and the calculator's state."""
 
     def __init__(
-        self, prompt: Sequence[int], budget: int, seed: int, tokenizer: Tokenizer, tools: bool
+        self,
+        prompt: Sequence[int],
+        budget: int,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        seed: int = 0,
+        stop: threading.Event | None = None,
+        tools: bool = True,
     ):
-        self.prompt, self.budget, self.tokenizer, self.tools = (
-            list(prompt),
-            budget,
-            tokenizer,
-            tools,
-        )
+        self.prompt, self.budget, self.tokenizer = list(prompt), budget, tokenizer
+        self.sampling, self.stop, self.tools = sampling, stop, tools
         self.ids, self.mask, self.logprobs = [], [], []
         self.queue: deque[int] = deque()  # tokens that must come next, whatever the model wants
         self.expression: list[int] | None = None  # ids since python_start
         self.special = {name.strip("<|>"): tokenizer.special(name) for name in SPECIAL_TOKENS}
         self.stop_ids = {self.special["assistant_end"], self.special["bos"]}
         self.finish_reason: str | None = None if budget else "length"
+        self.error: Exception | None = None
         generator = torch.Generator().manual_seed(seed)
         self.uniforms = torch.rand(max(budget, 1), generator=generator, dtype=torch.float64)
+
+    @property
+    def n_read(self) -> int:
+        """Tokens that the model has read: all but the one chosen last."""
+        return len(self.prompt) + len(self.ids) - 1
 
     def take(self, id: int, logprob: float) -> None:
         """Append the next token and decide what follows from it."""
@@ -382,159 +421,518 @@ class Row:
         elif self.tools and not forced:
             self.watch(id)
 
-    def watch(self, id: int) -> None:
-        """Collect a tool call; when it closes and has a value, queue the tokens of that value."""
-        if id == self.special["python_start"]:
-            self.expression = []
-        elif id == self.special["python_end"] and self.expression is not None:
-            value = calculate(self.tokenizer.decode(self.expression))
-            self.expression = None
-            if value is not None:
-                start, end = self.special["output_start"], self.special["output_end"]
-                self.queue.extend([start, *self.tokenizer.encode(value), end])
-        elif self.expression is not None:
-            self.expression.append(id)
 
-    def completion(self) -> Completion:
-        """Return what the row has become."""
-        transcript = Transcript(self.tokenizer)
-        pieces = [transcript.push(id) for id in self.ids]
-        text = "".join(piece for kind, piece in pieces if kind == "text")
-        return Completion(self.ids, self.mask, text, self.logprobs, self.finish_reason or "length")
+def _watch(self: Row, id: int) -> None:
+    """Collect a tool call; when it closes and has a value, queue the tokens of that value."""
+    if id == self.special["python_start"]:
+        self.expression = []
+    elif id == self.special["python_end"] and self.expression is not None:
+        value = calculate(self.tokenizer.decode(self.expression))
+        self.expression = None
+        if value is not None:
+            start, end = self.special["output_start"], self.special["output_end"]
+            self.queue.extend([start, *self.tokenizer.encode(value), end])
+    elif self.expression is not None:
+        self.expression.append(id)
 
 
-def group_rows(rows: Sequence[Row], seq_len: int, max_batch: int) -> list[list[Row]]:
-    """Split rows into batches that decode together: alike in length, at most max_batch rows.
+def _completion(self: Row) -> Completion:
+    """Return what the row has become."""
+    transcript = Transcript(self.tokenizer)
+    pieces = [transcript.push(id) for id in self.ids]
+    text = "".join(piece for kind, piece in pieces if kind == "text")
+    return Completion(self.ids, self.mask, text, self.logprobs, self.finish_reason or "length")
 
-    The longest prompt plus the largest budget of a batch must fit in the window, unless all
-    prompts are equally long.
+
+Row.watch, Row.completion = _watch, _completion
+
+
+class RingCache:
+    """Keys and values of rows that decode together, one token a step, in memory that never moves.
+
+    All rows write into slot `clock % slots`; row b is the last `lengths[b]` slots before it. Layers
+    have `size` slots, those with a window at most window + 1. Clock and lengths are tensors, so
+    that a step needs nothing from Python.
     """
-    groups: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: len(row.prompt)):
-        group = groups[-1] if groups else []
-        first = group[0] if group else row  # the shortest prompt has the largest budget
-        same = len(row.prompt) == len(first.prompt)
-        fits = same or len(row.prompt) + first.budget <= seq_len
-        if group and len(group) < max_batch and fits:
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.config, self.size, self.length = config, size, 0
+        self.slots = [size if w is None else min(size, w + 1) for w in config.window_sizes()]
+        shapes = [(batch_size, config.n_kv_head, n, config.head_dim) for n in self.slots]
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.clock = torch.zeros(1, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.last = self.before = None
+        if config.smear:
+            self.before = torch.zeros(batch_size, 1, config.n_embd, device=device, dtype=dtype)
+            self.last = self.before
+        self.positions: Tensor | None = None  # (B, 1)
+        self.mask: Tensor | None = None  # (B, 1, 1, slots) of the layer that has just updated
+
+    def prepare(self) -> None:
+        """Work out where the next token of each row goes and what it may see."""
+        self.positions = self.lengths[:, None].clamp(max=self.config.seq_len - 1)
+        self.hand, self.masks = {}, {}
+        for n in set(self.slots):
+            age = (self.clock - torch.arange(n, device=self.clock.device)) % n  # (slots,)
+            self.hand[n] = self.clock % n
+            self.masks[n] = (age <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, slots)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, n_kv_head, 1, head_dim) of one layer; return all slots of it."""
+        n = self.slots[layer]
+        self.mask = self.masks[n]
+        self.keys[layer].index_copy_(2, self.hand[n], k)
+        self.values[layer].index_copy_(2, self.hand[n], v)
+        return self.keys[layer], self.values[layer]
+
+    def advance(self, n_new: int) -> None:
+        """Let the clock tick; the model calls this once, after its last layer."""
+        self.clock += 1
+        self.lengths += 1
+        if self.before is not None:
+            self.before.copy_(self.last)
+            self.last = self.before
+
+
+def _recent(self: RingCache, layer: int, length: int) -> Tensor:
+    """Return the slots of a row's last tokens in one layer, oldest first, int64."""
+    n = min(length, self.slots[layer])
+    back = torch.arange(-n, 0, device=self.clock.device)
+    return (self.clock + back) % self.slots[layer]
+
+
+def _put(self: RingCache, b: int, cache: KVCache, row: int, length: int) -> None:
+    """Seat the last `length` tokens of a row of a KVCache as row b."""
+    for layer in range(len(self.slots)):
+        where = self.recent(layer, length)
+        part = slice(cache.length - len(where), cache.length)
+        self.keys[layer][b].index_copy_(1, where, cache.keys[layer, row, :, part])
+        self.values[layer][b].index_copy_(1, where, cache.values[layer, row, :, part])
+    self.lengths[b] = length
+    if self.before is not None:
+        self.before[b] = cache.last[row]
+
+
+def _row(self: RingCache, b: int, length: int) -> KVCache:
+    """Return row b, of `length` tokens, as a KVCache of one row."""
+    k = self.keys[0]
+    cache = KVCache(self.config, 1, length, k.device, k.dtype)
+    cache.keys.zero_(), cache.values.zero_()
+    for layer in range(len(self.slots)):
+        where = self.recent(layer, length)
+        cache.keys[layer, 0, :, length - len(where) :] = self.keys[layer][b][:, where]
+        cache.values[layer, 0, :, length - len(where) :] = self.values[layer][b][:, where]
+    cache.length = length
+    cache.last = None if self.before is None else self.before[b : b + 1].clone()
+    return cache
+
+
+RingCache.recent, RingCache.put, RingCache.row = _recent, _put, _row
+
+
+def choose(
+    logits: Tensor, knobs: Tensor, uniform: Tensor, counts: Tensor, forced: Tensor, effort: int
+) -> tuple[Tensor, Tensor]:
+    """Choose the next id of every row of logits (B, V); return ids and logprobs, both (B,).
+
+    knobs (B, 5) are `Sampling.numbers` of each row, uniform (B,) its random numbers, counts
+    (B, known) how often it has written each token, forced (B,) an id, or -1 for a free choice.
+    effort 0 serves greedy rows only, 1 draws too, 2 filters too. A head padded beyond the known
+    tokens has logits that stand for nothing; they are not chosen.
+    """
+    shown = logits[:, : counts.size(1)] - knobs[:, 4:] * counts
+    ids = shown.argmax(dim=-1)
+    if effort:
+        drawn = draw(row_probabilities(shown, knobs, filters=effort == 2), uniform)
+        ids = torch.where(knobs[:, 0] == 0, ids, drawn)
+    ids = torch.where(forced >= 0, forced, ids)
+    chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
+    return ids, chosen - logits.logsumexp(dim=-1)
+
+
+class Batch:
+    """What the device holds of rows that decode together. Seats without a row are None."""
+
+    def __init__(self, model: GPT, n_rows: int, size: int, known: int):
+        device, dtype, seq_len = model.device, model.compute_dtype, model.config.seq_len
+        self.model, self.rows = model, [None] * n_rows
+        self.cache = RingCache(model.config, n_rows, size, device, dtype)
+        self.ids = torch.zeros(n_rows, dtype=torch.int64, device=device)  # chosen, not yet read
+        self.made = torch.zeros_like(self.ids)  # tokens chosen so far
+        self.forced = torch.full_like(self.ids, -1)
+        self.logprobs = torch.zeros(n_rows, device=device)
+        self.knobs = torch.zeros(n_rows, 5, device=device)
+        self.counts = torch.zeros(n_rows, known, device=device)
+        self.uniforms = torch.zeros(n_rows, seq_len, dtype=torch.float64, device=device)
+        self.fast: dict[int, Callable[[], None]] = {}  # by effort: see `fast_step`
+
+    def put(self, b: int, row: Row, cache: KVCache, number: int) -> None:
+        """Seat a row that has chosen a token; what it read before is row `number` of the cache."""
+        self.rows[b] = row
+        self.cache.put(b, cache, number, row.n_read)
+        self.ids[b], self.made[b] = row.ids[-1], len(row.ids)
+        self.knobs[b] = torch.tensor(row.sampling.numbers())
+        self.counts[b] = torch.bincount(torch.tensor(row.ids), minlength=self.counts.size(1))
+        self.uniforms[b, : len(row.uniforms)] = row.uniforms.to(self.uniforms.device)
+
+    def advance(self, effort: int) -> None:
+        """Read one token of every row and choose the next, without a word to Python."""
+        self.cache.prepare()
+        logits = self.model(self.ids[:, None], kv_cache=self.cache, last_only=True)[:, -1]
+        place = self.made.clamp(max=self.uniforms.size(1) - 1)[:, None]
+        uniform = self.uniforms.gather(1, place).squeeze(1)
+        ids, logprobs = choose(logits, self.knobs, uniform, self.counts, self.forced, effort)
+        self.ids.copy_(ids)
+        self.logprobs.copy_(logprobs)
+        self.counts.scatter_add_(1, ids[:, None], torch.ones_like(self.counts[:, :1]))
+        self.made += 1
+
+    def live(self) -> list[tuple[int, Row]]:
+        """Return the seats and rows that have not ended."""
+        return [(b, row) for b, row in enumerate(self.rows) if row and not row.finish_reason]
+
+
+def fetch(ids: Tensor, logprobs: Tensor) -> list[tuple[int, float]]:
+    """Return (id, logprob) of every row, fetched from the device together."""
+    both = torch.stack((ids.float(), logprobs)).tolist()  # ids below 2^24 are exact in float32
+    return [(int(id), logprob) for id, logprob in zip(*both)]
+
+
+def step(batch: Batch, compiled: bool = False) -> None:
+    """Bring all rows of a batch forward by one token."""
+    live = batch.live()
+    forced = [-1] * len(batch.rows)
+    for b, row in live:
+        forced[b] = row.queue[0] if row.queue else -1
+    if any(row.queue or not row.mask[-1] for _, row in live):  # now, or in the step before
+        batch.forced.copy_(torch.tensor(forced))
+    effort = max(row.sampling.effort for _, row in live)
+    if compiled:
+        if effort not in batch.fast:
+            batch.fast[effort] = fast_step(batch, effort)
+        batch.fast[effort]()
+    else:
+        batch.advance(effort)
+    fetched = fetch(batch.ids, batch.logprobs)
+    for b, row in live:
+        row.take(*fetched[b])
+
+
+def fast_step(batch: Batch, effort: int) -> Callable[[], None]:
+    """Return a compiled `batch.advance`, on CUDA as one graph to be replayed."""
+    torch._dynamo.config.recompile_limit = 256  # one for each size of batch and cache
+    compiled = torch.compile(batch.advance, fullgraph=True, dynamic=False)
+    cache = batch.cache
+    state = [batch.ids, batch.made, batch.logprobs, batch.counts, cache.clock, cache.lengths]
+    state += [] if cache.before is None else [cache.before]
+
+    def rehearse() -> None:
+        kept = [tensor.clone() for tensor in state]
+        compiled(effort)
+        for tensor, old in zip(state, kept):
+            tensor.copy_(old)
+
+    rehearse()
+    if batch.ids.device.type != "cuda":
+        return lambda: compiled(effort)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        rehearse()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):  # recorded, not run
+        compiled(effort)
+    return graph.replay
+
+
+def last_embedding(model: GPT, id: int) -> Tensor | None:
+    """Return what `smear` needs of the token before the next, (1, 1, C); None without smear."""
+    if not model.config.smear:
+        return None
+    before = torch.tensor([[id]], device=model.device)
+    return rms_norm(model.embedding(before).to(model.compute_dtype))
+
+
+class Prefixes:
+    """Keys and values of the last `limit` finished rows, for prompts that begin like them."""
+
+    def __init__(self, limit: int):
+        self.entries: deque[tuple[list[int], KVCache]] = deque(maxlen=limit)
+
+    def keep(self, ids: list[int], cache: KVCache) -> None:
+        """Remember a cache that holds exactly these ids; it replaces those that it continues."""
+        longer = [e for e in self.entries if e[0] != ids[: len(e[0])]]
+        self.entries.clear()
+        self.entries.extend([*longer, (ids, cache)])
+
+    def start(self, model: GPT, prompt: Sequence[int], cache: KVCache) -> None:
+        """Fill the empty cache of a prompt with as many of its first tokens as are known."""
+        found = [(self.usable(ids, prompt, model.config), old) for ids, old in self.entries]
+        n, old = max(found, key=lambda pair: pair[0], default=(0, None))
+        if n == 0:
+            return
+        cache.keys[:, :, :, :n] = old.keys[:, :, :, :n]
+        cache.values[:, :, :, :n] = old.values[:, :, :, :n]
+        cache.length, cache.last = n, last_embedding(model, prompt[n - 1])
+
+    @staticmethod
+    def usable(ids: list[int], prompt: Sequence[int], config: GPTConfig) -> int:
+        """Return how many first tokens of the prompt are these ids, with all that they saw.
+
+        At least one token of the prompt is left to read. A row longer than a window holds only the
+        last window + 1 tokens of such a layer: it can be cut before its last token, not earlier.
+        """
+        most = min(len(ids), len(prompt) - 1)
+        same = next((i for i in range(most) if ids[i] != prompt[i]), most)
+        forgotten = any(w is not None and len(ids) > w + 1 for w in config.window_sizes())
+        return same if not forgotten or same >= len(ids) - 1 else 0
+
+
+def next_group(waiting: deque[Row], free: int, max_tokens: int) -> list[Row]:
+    """Take rows to be read together: the first that waits, and others about as long.
+
+    At most `free` rows and, beyond the first, `max_tokens` tokens with their padding. The others
+    keep their order.
+    """
+    group, others, first = [], [], len(waiting[0].prompt)
+    longest = first
+    while waiting:
+        row = waiting.popleft()
+        n = len(row.prompt)
+        alike = first <= 2 * n and n <= 2 * first
+        small = not group or max(n, longest) * (len(group) + 1) <= max_tokens
+        if alike and small and len(group) < free:
             group.append(row)
+            longest = max(longest, n)
         else:
-            groups.append([row])
-    return groups
+            others.append(row)
+    waiting.extend(others)
+    return group
 
 
-@torch.inference_mode()
-def prefill(model: GPT, rows: Sequence[Row]) -> tuple[KVCache, Tensor]:
-    """Read the prompts of all rows at once; return the cache and the next logits (B, V).
+def prefill(
+    model: GPT, rows: Sequence[Row], prefixes: Prefixes, chunk: int
+) -> Iterator[tuple[KVCache, Tensor] | None]:
+    """Read the prompts of rows in chunks; yields None after each, at last (cache, logits).
 
-    A prompt that several rows share is read once and copied.
+    Row i of the cache and of the logits (B, V) belongs to the i-th different prompt.
     """
     prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
     longest = max(map(len, prompts))
     starts = [longest - len(prompt) for prompt in prompts]
-    budget, shared = max(row.budget for row in rows), len(prompts) < len(rows)
-    size = longest if shared else longest + budget
-    cache = KVCache(model.config, len(prompts), size, model.device, model.compute_dtype, starts)
+    device, dtype = model.device, model.compute_dtype
+    cache = KVCache(model.config, len(prompts), longest, device, dtype, starts)
+    if len(prompts) == 1:
+        prefixes.start(model, prompts[0], cache)
     filled = [[0] * start + list(prompt) for start, prompt in zip(starts, prompts)]
-    cache.prepare(longest)
-    idx = torch.tensor(filled, device=model.device)  # (B, T)
-    logits = model(idx, kv_cache=cache, last_only=True)[:, -1]
-    if shared:
-        number = {prompt: i for i, prompt in enumerate(prompts)}
-        which = [number[tuple(row.prompt)] for row in rows]
-        which = torch.tensor(which, device=model.device)
-        cache, logits = cache.select(which, longest + budget), logits[which]
-    return cache, logits
+    idx = torch.tensor(filled, device=device)  # (B, T)
+    while cache.length < longest:
+        part = idx[:, cache.length : cache.length + chunk]
+        cache.prepare(part.size(1))
+        logits = model(part, kv_cache=cache, last_only=True)[:, -1]
+        yield None
+    yield cache, logits
 
 
-@torch.inference_mode()
-def choose(
-    logits: Tensor, rows: Sequence[Row], uniform: Tensor, sampling: Sampling
-) -> tuple[Tensor, list, list]:
-    """Choose the next id of every row: forced where a tool has spoken, else sampled.
+CHUNK, GROUP_TOKENS, SMALLEST = 512, 16384, 64
 
-    Returns the ids as a tensor (B,) and, fetched from the device together, ids and logprobs.
+
+def bucket(n: int, coarse: bool = False) -> int:
+    """Return the smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... (coarse: powers of 2) from n on."""
+    power = 1 << max(0, n - 1).bit_length()
+    return power * 3 // 4 if not coarse and power >= 4 and power * 3 // 4 >= n else power
+
+
+class Loop:
+    """One loop for all requests of an engine: rows join and leave between two steps.
+
+    Whoever wants a token calls `run` from any thread; who holds the lock makes a step for all.
     """
-    known = rows[0].tokenizer.vocab_size  # a padded head has logits that stand for no token
-    ids = sample(logits[:, :known], **vars(sampling), uniform=uniform)
-    if any(row.queue for row in rows):
-        forced = torch.tensor([row.queue[0] if row.queue else -1 for row in rows])
-        forced = forced.to(ids.device)
-        ids = torch.where(forced >= 0, forced, ids)
-    chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
-    logprobs = chosen - logits.logsumexp(dim=-1)
-    both = torch.stack((ids.float(), logprobs)).tolist()  # ids below 2^24 are exact in float32
-    return ids, [int(id) for id in both[0]], both[1]
+
+    def __init__(self, model: GPT, known: int, max_batch: int, remember: int, compiled: bool):
+        self.model, self.known, self.max_batch, self.compiled = model, known, max_batch, compiled
+        self.waiting: deque[Row] = deque()
+        self.arriving: list[Row] = []  # being read
+        self.reading: Iterator | None = None
+        self.batch: Batch | None = None
+        self.kept: dict[tuple[int, int], Batch] = {}  # compiled ones, for the next time
+        self.prefixes, self.lock = Prefixes(remember), threading.Lock()
+
+    def run(self, rows: Sequence[Row], done: Callable[[], bool]) -> None:
+        """Make steps until done() is true; `rows` are new ones that join."""
+        with self.lock:
+            self.waiting.extend(rows)
+        while True:
+            with self.lock, torch.inference_mode():
+                if done():
+                    return
+                try:
+                    self.step()
+                except BaseException as error:
+                    self.fail(error)
+                    raise
+
+    def rows(self) -> list[Row]:
+        """Return all rows in the house."""
+        return [*self.waiting, *self.arriving, *(r for r in self.table() if r)]
+
+    def table(self) -> list[Row | None]:
+        """Return the seats of the batch."""
+        return self.batch.rows if self.batch else []
+
+    def fail(self, error: BaseException) -> None:
+        """After an error nobody can go on: end all rows, with the error if it is one."""
+        for row in self.rows():
+            row.error = error if isinstance(error, Exception) else None
+            row.finish_reason = row.finish_reason or "cancelled"
+        self.waiting.clear()
+        self.arriving, self.reading, self.batch = [], None, None
 
 
-@torch.inference_mode()
-def step(model: GPT, cache: KVCache, ids: Tensor) -> Tensor:
-    """Feed one token per row, ids (B,); return the logits (B, V) of the token after it."""
-    cache.prepare(1)
-    return model(ids[:, None], kv_cache=cache, last_only=True)[:, -1]
+def _step(self: Loop) -> None:
+    """Let rows leave and join, read a chunk of a prompt, and give everybody a token."""
+    for row in self.rows():
+        if row.stop is not None and row.stop.is_set():
+            row.finish_reason = row.finish_reason or "cancelled"
+    self.leave()
+    free = self.max_batch - sum(row is not None for row in self.table())
+    if self.reading is None and self.waiting and free:
+        alone = bool(self.prefixes.entries.maxlen)  # each prompt has its own beginning
+        self.arriving = next_group(self.waiting, 1 if alone else free, GROUP_TOKENS)
+        self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK)
+    if self.reading is not None and (found := next(self.reading)) is not None:
+        self.seat(*found)
+    if self.batch and self.batch.live():
+        if max(row.n_read for _, row in self.batch.live()) >= self.batch.cache.size:
+            self.move(len(self.batch.rows))
+        step(self.batch, self.compiled)
+    self.leave()
 
 
-def uniform_table(rows: Sequence[Row]) -> Tensor:
-    """Return the random numbers of all rows, float (B, longest budget), zero beyond a budget."""
-    table = torch.zeros(len(rows), max(row.budget for row in rows), dtype=torch.float64)
-    for line, row in zip(table, rows):
-        line[: row.budget] = row.uniforms
-    return table
+def _leave(self: Loop) -> None:
+    """Free the seats of rows that have ended; give up the table when it is empty."""
+    self.waiting = deque(row for row in self.waiting if not row.finish_reason)
+    for b, row in enumerate(self.table()):
+        if row and row.finish_reason:
+            self.batch.rows[b] = None
+            if row.finish_reason != "cancelled" and self.prefixes.entries.maxlen:
+                ids = row.prompt + row.ids[:-1]
+                self.prefixes.keep(ids, self.batch.cache.row(b, row.n_read))
+    if self.batch and not any(self.batch.rows):
+        self.batch = None
+    elif self.batch and not self.waiting and not self.arriving:
+        seats = bucket(len(self.batch.live()), self.compiled)
+        if seats <= 0.75 * len(self.batch.rows):
+            self.move(seats)
 
 
-def decode(
-    model: GPT,
-    rows: Sequence[Row],
-    sampling: Sampling,
-    stop: threading.Event | None = None,
-) -> Iterator[None]:
-    """Generate for all rows in lockstep; yields after each token, with the rows brought forward.
+Loop.step, Loop.leave = _step, _leave
 
-    Rows that have ended are dropped from the batch when a quarter of it is idle.
-    """
-    live = [row for row in rows if row.finish_reason is None]
-    if not live:
+
+def _seat(self: Loop, cache: KVCache, logits: Tensor) -> None:
+    """Choose the first token of the rows that have been read and give them seats."""
+    rows, self.arriving, self.reading = self.arriving, [], None
+    if self.prefixes.entries.maxlen:
+        self.prefixes.keep(rows[0].prompt, cache)
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt) for r in rows))}
+    numbers = [places[tuple(row.prompt)] for row in rows]
+    logits = logits[torch.tensor(numbers, device=logits.device)]
+    knobs = torch.tensor([row.sampling.numbers() for row in rows], device=logits.device)
+    uniform = torch.stack([row.uniforms[0] for row in rows]).to(logits.device)
+    counts, forced = logits.new_zeros(len(rows), self.known), torch.full_like(uniform, -1).long()
+    effort = max(row.sampling.effort for row in rows)
+    for row, (id, logprob) in zip(
+        rows, fetch(*choose(logits, knobs, uniform, counts, forced, effort))
+    ):
+        if not row.finish_reason:
+            row.take(id, logprob)
+    going = [(row, number) for row, number in zip(rows, numbers) if not row.finish_reason]
+    if not going:
         return
-    cache, logits = prefill(model, live)
-    longest = max(row.budget for row in live)
-    uniforms = uniform_table(live).to(model.device)  # (B, longest)
-    for number in range(longest):
-        if stop is not None and stop.is_set():
-            for row in live:
-                row.finish_reason = row.finish_reason or "cancelled"
-            return
-        ids, chosen, logprobs = choose(logits, live, uniforms[:, number], sampling)
-        for row, id, logprob in zip(live, chosen, logprobs):
-            if row.finish_reason is None:
-                row.take(id, logprob)
-        yield
-        going = [i for i, row in enumerate(live) if row.finish_reason is None]
-        if not going:
-            return
-        if len(going) <= 0.75 * len(live):
-            live, keep = [live[i] for i in going], torch.tensor(going, device=ids.device)
-            cache, ids, uniforms = cache.select(keep), ids[keep], uniforms[keep]
-        logits = step(model, cache, ids)
+    seats = sum(row is not None for row in self.table()) + len(going)
+    longest = max(row.n_read for row, _ in going)
+    if not self.batch or seats > len(self.batch.rows) or longest >= self.batch.cache.size:
+        self.move(max(bucket(seats, self.compiled), len(self.table())), longest)
+    free = [b for b, row in enumerate(self.batch.rows) if row is None]
+    for b, (row, number) in zip(free, going):
+        self.batch.put(b, row, cache, number)
+
+
+def _move(self: Loop, seats: int, longest: int = 0) -> None:
+    """Move everybody to a batch of so many seats (and room for `longest` tokens and more)."""
+    old, live = self.batch, self.batch.live() if self.batch else []
+    longest = max([longest, *(row.n_read for _, row in live)])
+    seats = min(seats, max(self.max_batch, len(live)))
+    room = max(longest + 1, 4 * SMALLEST if self.compiled else SMALLEST)
+    size = min(bucket(room, self.compiled), self.model.config.seq_len)
+    new = self.kept.get((seats, size)) or Batch(self.model, seats, size, self.known)
+    if self.compiled:
+        self.kept[seats, size] = new
+    new.rows = [None] * seats
+    for seat, (b, row) in enumerate(live):
+        new.put(seat, row, old.cache.row(b, row.n_read), 0)
+    self.batch = new
+
+
+Loop.seat, Loop.move = _seat, _move
 
 
 class Stream:
-    """The tokens of one request as they come; afterwards `finish_reason` and `completion()`."""
+    """The tokens of one request as they come; afterwards `finish_reason` and `completion()`.
 
-    def __init__(self, row: Row, steps: Iterator[None]):
-        self.row, self.steps, self.transcript = row, steps, Transcript(row.tokenizer)
+    It joins the loop with its first token. A stream that nobody holds any more leaves the loop.
+    """
+
+    def __init__(self, row: Row, loop: Loop):
+        self.row, self.loop, self.count = row, loop, 0
+        self.new, self.transcript = [row], Transcript(row.tokenizer)
 
     def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> Token:
-        next(self.steps)
-        kind, text = self.transcript.push(self.row.ids[-1])
-        forced = not self.row.mask[-1]
-        return Token(self.row.ids[-1], text, self.row.logprobs[-1], forced, kind)
+        row, new = self.row, self.new
+        if row.stop is not None and row.stop.is_set():
+            self.cancel()
+        self.new = []
+        if not row.finish_reason and self.count == len(row.ids):
+            self.loop.run(new, lambda: len(row.ids) > self.count or row.finish_reason)
+        if row.error is not None:
+            raise row.error
+        if self.count >= len(row.ids):
+            raise StopIteration
+        self.count += 1
+        id, forced = row.ids[self.count - 1], not row.mask[self.count - 1]
+        kind, text = self.transcript.push(id)
+        return Token(id, text, row.logprobs[self.count - 1], forced, kind)
+
+    def cancel(self) -> None:
+        """End here; tokens that were made ahead of the reader are dropped."""
+        row = self.row
+        with self.loop.lock, torch.inference_mode():
+            if not row.finish_reason or self.count < len(row.ids):
+                row.finish_reason = "cancelled"
+            for made in (row.ids, row.mask, row.logprobs):
+                del made[self.count :]
+            self.loop.leave()
+
+    def __del__(self) -> None:
+        self.row.finish_reason = self.row.finish_reason or "cancelled"
 
     @property
     def finish_reason(self) -> str | None:
         """None while running; then "stop", "length" or "cancelled"."""
-        return self.row.finish_reason
+        ended = self.row.finish_reason and self.count >= len(self.row.ids)
+        return self.row.finish_reason if ended else None
 
     def completion(self) -> Completion:
         """Return what has been generated so far."""
@@ -551,23 +949,32 @@ def prepared_copy(model: GPT, dtype: torch.dtype) -> GPT:
 
 
 class EngineBase:
-    """What an Engine holds: the model, its tokenizer, and checks of what it is asked."""
+    """What an Engine holds: the model, its tokenizer, the loop, and checks of what it is asked."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        dtype: torch.dtype | None = None,
+        max_batch: int = 128,
+        remember: int = 0,
+        compiled: bool = False,
+    ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
                 f"{model.config.vocab_size:,}; use the tokenizer that it was trained with."
             )
-        self.source, self.model, self.tokenizer, self.dtype = model, model, tokenizer, dtype
+        self.source, self.tokenizer, self.dtype = model, tokenizer, dtype
+        self.options = (max_batch, remember, compiled)
         self.refresh()
 
     def refresh(self) -> None:
-        """Copy the weights again (only when a dtype was given)."""
-        if self.dtype is not None:
-            self.model = prepared_copy(self.source, self.dtype)
+        """Start anew, with the weights copied again when a dtype was given; forget all prompts."""
+        self.model = self.source if self.dtype is None else prepared_copy(self.source, self.dtype)
+        self.loop = Loop(self.model, self.tokenizer.vocab_size, *self.options)
 
-    def row(self, ids: Sequence[int], max_tokens: int, seed: int, tools: bool) -> Row:
+    def row(self, ids: Sequence[int], max_tokens: int, *options: Any) -> Row:
         """Check one request and return its Row. UserError for a bad prompt."""
         config = self.model.config
         if not len(ids):
@@ -582,28 +989,31 @@ class EngineBase:
             raise UserError(f"the prompt has an id outside 0 .. {last}, the tokens there are.")
         if max_tokens < 0:
             raise UserError(f"max_tokens is {max_tokens}; use 0 or more.")
-        budget = min(max_tokens, config.seq_len - len(ids))
-        return Row(ids, budget, seed, self.tokenizer, tools)
+        return Row(ids, min(max_tokens, config.seq_len - len(ids)), self.tokenizer, *options)
 
-    @torch.inference_mode()
-    def token_probabilities(self, ids: Sequence[int], top: int = 5) -> list[dict]:
-        """Tell for each id of a sequence how likely the model found it, and what else it expected.
 
-        One dict per id: id, text, probability (None for the first id, before which nothing was
-        read) and top, the `top` likeliest (text, probability) at that place.
-        """
-        row = self.row(ids, 0, 0, False)
-        idx = torch.tensor([row.prompt], device=self.model.device)
-        p = self.model(idx)[0, :-1].softmax(dim=-1)  # (T - 1, V)
-        known = self.tokenizer.vocab_size
-        values, where = p[:, :known].topk(min(top, known), dim=-1)
-        own = p.gather(-1, idx[0, 1:, None]).squeeze(-1).tolist()
-        texts = [[self.tokenizer.decode([i]) for i in line] for line in where.tolist()]
-        tops = [list(zip(*pair)) for pair in zip(texts, values.tolist())]
-        return [
-            {"id": id, "text": self.tokenizer.decode([id]), "probability": own, "top": tops}
-            for id, own, tops in zip(row.prompt, [None, *own], [[], *tops])
-        ]
+@torch.inference_mode()
+def _token_probabilities(self: EngineBase, ids: Sequence[int], top: int = 5) -> list[dict]:
+    """Tell for each id of a sequence how likely the model found it, and what else it expected.
+
+    One dict per id: id, text, probability (None for the first id, before which nothing was
+    read) and top, the `top` likeliest (text, probability) at that place.
+    """
+    row = self.row(ids, 0, Sampling())
+    idx = torch.tensor([row.prompt], device=self.model.device)
+    p = self.model(idx)[0, :-1].softmax(dim=-1)  # (T - 1, V)
+    known = self.tokenizer.vocab_size
+    values, where = p[:, :known].topk(min(top, known), dim=-1)
+    own = p.gather(-1, idx[0, 1:, None]).squeeze(-1).tolist()
+    texts = [[self.tokenizer.decode([i]) for i in line] for line in where.tolist()]
+    tops = [list(zip(*pair)) for pair in zip(texts, values.tolist())]
+    return [
+        {"id": id, "text": self.tokenizer.decode([id]), "probability": own, "top": tops}
+        for id, own, tops in zip(row.prompt, [None, *own], [[], *tops])
+    ]
+
+
+EngineBase.token_probabilities = _token_probabilities
 
 
 class Engine(EngineBase):
@@ -611,7 +1021,9 @@ class Engine(EngineBase):
 
     By default the engine uses the caller's model itself and so sees every change of its weights.
     `dtype` makes a copy of the weights in that dtype instead, prepared once (bfloat16 is best on
-    a GPU); `refresh()` copies them again.
+    a GPU); `refresh()` copies them again. At most `max_batch` rows decode together. `remember`
+    keeps keys and values of so many finished rows for prompts that continue them; use it only
+    with weights that do not change. `compiled` compiles the decoding step: many seconds, once.
     """
 
     def generate(
@@ -625,15 +1037,16 @@ class Engine(EngineBase):
         seed: int = 0,
         stop: threading.Event | None = None,
         tools: bool = True,
+        frequency_penalty: float = 0.0,
     ) -> Stream:
         """Stream the Tokens that follow the prompt `ids`, the stopping token (text "") included.
 
         Ends at assistant_end or bos ("stop"), after max_tokens or at the end of the context window
         ("length"), or when another thread sets `stop` ("cancelled"). UserError for a bad prompt.
+        Streams of one engine decode together, from one thread or from several.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p)
-        row = self.row(ids, max_tokens, seed, tools)
-        return Stream(row, decode(self.model, [row], sampling, stop))
+        sampling = Sampling(temperature, top_k, top_p, min_p, frequency_penalty)
+        return Stream(self.row(ids, max_tokens, sampling, seed, stop, tools), self.loop)
 
     def generate_batch(
         self,
@@ -646,19 +1059,120 @@ class Engine(EngineBase):
         seed: int | Sequence[int] = 0,
         stop: threading.Event | None = None,
         tools: bool = True,
-        max_batch: int = 128,
+        frequency_penalty: float = 0.0,
     ) -> list[Completion]:
         """Complete many prompts, of any lengths, together; the results come in their order.
 
         `seed` is one number (row i then draws with seed + 1,000,003 i) or one per prompt. What a
         row becomes does not depend on the other rows, up to rounding.
         """
-        sampling, n = Sampling(temperature, top_k, top_p, min_p), len(prompts)
+        sampling = Sampling(temperature, top_k, top_p, min_p, frequency_penalty)
+        n = len(prompts)
         seeds = [seed + 1_000_003 * i for i in range(n)] if isinstance(seed, int) else list(seed)
         if len(seeds) != n:
             raise UserError(f"there are {n} prompts and {len(seeds)} seeds; give one for each.")
-        rows = [self.row(ids, max_tokens, s, tools) for ids, s in zip(prompts, seeds)]
-        for group in group_rows(rows, self.model.config.seq_len, max_batch):
-            for _ in decode(self.model, group, sampling, stop):
-                pass
+        options = [(max_tokens, sampling, s, stop, tools) for s in seeds]
+        rows = [self.row(ids, *given) for ids, given in zip(prompts, options)]
+        self.loop.run(rows, lambda: all(row.finish_reason for row in rows))
+        for error in (row.error for row in rows if row.error):
+            raise error
         return [row.completion() for row in rows]
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Return the bytes per second of summing a large array, the best of six."""
+    data = torch.ones((2**30 if device.type == "cuda" else 2**26) // 4, device=device)
+    seconds = []
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        data.sum()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return data.numel() * 4 / min(seconds)
+
+
+def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str, Any]:
+    """Time `batch` greedy requests of `prompt` tokens, `new` tokens each; return the figures.
+
+    ttft_ms is until every row has its first token, tpot_ms the mean of each later step.
+    """
+    model, loop, device = engine.model, engine.loop, engine.model.device
+    letters = min(256, engine.tokenizer.vocab_size)  # no two prompts are alike
+    prompts = [[(7 * b + i) % letters for i in range(prompt)] for b in range(batch)]
+    rows = [engine.row(ids, new, Sampling(0.0), 0, None, False) for ids in prompts]
+    for row in rows:
+        row.stop_ids = set()
+    synchronize(device)
+    start = time.perf_counter()
+    loop.run(rows, lambda: all(row.ids for row in rows))
+    first, cache = time.perf_counter() - start, loop.batch.cache
+    loop.run([], lambda: all(row.finish_reason for row in rows))
+    synchronize(device)
+    each = (time.perf_counter() - start - first) / (new - 1)
+    params, size, item = model.num_params(), model.config, cache.keys[0].element_size()
+    seen = sum(min(prompt + new / 2, w or math.inf) for w in size.window_sizes())
+    kv = 2 * size.n_kv_head * size.head_dim * seen * batch
+    return {
+        "batch": batch,
+        "ttft_ms": round(first * 1e3, 3),
+        "tpot_ms": round(each * 1e3, 3),
+        "tokens_per_second": round(batch / each, 1),
+        "bytes_per_second": item * (params["matrix"] + params["head"] + kv) / each,
+        "cache_bytes": sum(2 * k.numel() * item for k in cache.keys),
+        "memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    }
+
+
+def bench(
+    engine: EngineBase, batches: Sequence[int], prompt: int, new: int, repeats: int = 3
+) -> dict[str, Any]:
+    """Print a table of `benchmark` over batch sizes (the medians of repeats); return its facts."""
+    device, results = engine.model.device, []
+    bandwidth = read_bandwidth(device)
+    print(f"{'batch':>6} {'first token':>13} {'per token':>10} {'tokens/s':>9} {'bandwidth':>10} "
+          f"{'cache':>9}")  # fmt: skip
+    for batch in batches:
+        benchmark(engine, batch, prompt, new)  # to warm up, and to compile what there is
+        runs = [benchmark(engine, batch, prompt, new) for _ in range(repeats)]
+        found = sorted(runs, key=lambda run: run["tpot_ms"])[repeats // 2]
+        found["bandwidth_share"] = round(found.pop("bytes_per_second") / bandwidth, 4)
+        results.append(found)
+        print(f"{batch:6} {found['ttft_ms']:10.1f} ms {found['tpot_ms']:7.2f} ms "
+              f"{found['tokens_per_second']:9,.0f} {found['bandwidth_share']:10.1%} "
+              f"{found['cache_bytes'] / 2**20:6.1f} MB")  # fmt: skip
+    facts = {"prompt": prompt, "new": new, "threads": torch.get_num_threads()}
+    facts |= {"device": str(device), "dtype": str(engine.model.compute_dtype).split(".")[1]}
+    facts |= {"torch": torch.__version__, "read_gb_per_second": round(bandwidth / 1e9, 1)}
+    return {**facts, "results": results}
+
+
+def look_up(ids: list[int], n: int) -> list[int]:
+    """Return up to n ids that followed the last two ids where they last stood before."""
+    for place in range(len(ids) - 3, -1, -1):
+        if ids[place : place + 2] == ids[-2:]:
+            return ids[place + 2 : place + 2 + n]
+    return []
+
+
+@torch.inference_mode()
+def generate_with_lookup(
+    model: GPT, prompt: Sequence[int], n_new: int, draft: int = 8
+) -> tuple[list[int], int]:
+    """Return the greedy continuation, n_new ids, and how many passes of the model it took.
+
+    Each pass checks up to `draft` ids that `look_up` proposes (Saxena 2023, prompt lookup).
+    """
+    total, passes = len(prompt) + n_new, 0
+    cache = KVCache(model.config, 1, total, model.device, model.compute_dtype)
+    ids, new = list(prompt), list(prompt)
+    while len(ids) < total:
+        guess = look_up(ids, min(draft, total - len(ids) - 1))
+        logits = model(torch.tensor([new + guess], device=model.device), kv_cache=cache)
+        best = logits[0, len(new) - 1 :].argmax(dim=-1).tolist()  # after new, and after each guess
+        right = next((i for i, id in enumerate(guess) if id != best[i]), len(guess))
+        ids += best[: right + 1]
+        cache.length -= len(guess) - right  # what was guessed wrongly has never been read
+        cache.last = last_embedding(model, ids[-2])
+        new, passes = ids[-1:], passes + 1
+    return ids[len(prompt) :], passes

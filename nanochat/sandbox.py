@@ -23,6 +23,7 @@ __all__ = [
     "Capture",
     "FILE_MB",
     "FILE_SYSTEM_MB",
+    "MAX_FILES",
     "MAX_OPEN_FILES",
     "MAX_PROCESSES",
     "Result",
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 
-FILE_MB, FILE_SYSTEM_MB, MAX_PROCESSES, MAX_OPEN_FILES = 16, 64, 64, 64
+FILE_MB, FILE_SYSTEM_MB, MAX_FILES, MAX_PROCESSES, MAX_OPEN_FILES = 16, 64, 4096, 64, 64
 
 
 @dataclass
@@ -103,7 +104,7 @@ def enter_namespaces(folder: str) -> list[str]:
     ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
-    options = f"size={FILE_SYSTEM_MB}m,mode=700".encode()
+    options = f"size={FILE_SYSTEM_MB}m,nr_inodes={MAX_FILES},mode=700".encode()
     if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4, options) != 0:  # nosuid, nodev
         return ["network namespace"]
     os.chdir(folder)

@@ -1,6 +1,7 @@
 """nanochat.cli: every command is listed, and every mistake is one sentence and exit code 2."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from nanochat.recipe import STAGES, Run
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("tokenizer", "data", "pretrain", "midtrain", "sft", "rl", "capstone"),
-    *("eval", "chat", "serve", "report", "estimate", "doctor"),
+    *("eval", "chat", "serve", "bench", "report", "estimate", "doctor"),
 )
 TINY_SET = [part for k, v in TINY.items() for part in ("--set", f"{k}={v}")]
 
@@ -98,7 +99,7 @@ def test_looking_for_a_run_does_not_make_one(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("command", ["chat", "eval", "serve"])
+@pytest.mark.parametrize("command", ["chat", "eval", "serve", "bench"])
 def test_a_run_without_models_says_how_to_train_one(command, tmp_path, capsys):
     run = Run.open(tiny_recipe(), tmp_path / "new")
     said = sentence(capsys, command, "--folder", run.directory)
@@ -195,6 +196,17 @@ def test_chat_and_report_of_a_finished_run(tmp_path, capsys):
     assert capsys.readouterr().out.strip()
     assert main(["report", "--folder", str(run.directory)]) == 0
     assert [Path(line).is_file() for line in capsys.readouterr().out.splitlines()] == [True, True]
+
+
+def test_bench_ends_with_json(capsys):
+    folder = str(finished_run().directory)
+    small = ["--batch", "1", "3", "--prompt", "8", "--new", "4", "--repeats", "1"]
+    assert main(["bench", "--folder", folder, *small]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [result["batch"] for result in facts["results"]] == [1, 3]
+    assert all(result["tokens_per_second"] > 0 for result in facts["results"])
+    assert "context window of 128" in sentence(capsys, "bench", "--folder", folder, "--new", 100)
+    assert "1 or more" in sentence(capsys, "bench", "--folder", folder, "--batch", 0)
 
 
 def test_serve_offers_the_newest_stage_first(tmp_path, monkeypatch):

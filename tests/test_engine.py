@@ -4,6 +4,7 @@ import math
 import random
 import threading
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -30,9 +31,19 @@ V = TOKENIZER.vocab_size
 SP = TOKENIZER.special
 
 
-def random_model(seed=0, seq_len=48, n_kv_head=2, scale=0.3, **additions) -> GPT:
-    sizes = dict(n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=32)
-    model = GPT(GPTConfig(V, seq_len, **sizes, **additions))
+@dataclass
+class Narrow(GPTConfig):
+    """A configuration whose windows are as narrow as a test wants them."""
+
+    widths: tuple = ()
+
+    def window_sizes(self):
+        return list(self.widths) if self.widths else [None] * self.n_layer
+
+
+def random_model(seed=0, seq_len=48, n_kv_head=2, scale=0.3, n_layer=2, **additions) -> GPT:
+    sizes = dict(n_layer=n_layer, n_head=4, n_kv_head=n_kv_head, n_embd=32)
+    model = GPT(Narrow(V, seq_len, **sizes, **additions))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():
@@ -48,19 +59,22 @@ class Script(torch.nn.Module):
         self.config = GPTConfig(V, seq_len, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
         self.script, self.device, self.compute_dtype = script, torch.device("cpu"), torch.float32
 
-    def forward(self, idx, kv_cache=None, last_only=False):
-        start = 0 if kv_cache is None else kv_cache.length
-        logits = torch.zeros(*idx.shape, V)
-        for t in range(idx.size(1)):
-            logits[:, t, self.script[min(start + t, len(self.script) - 1)]] = 30.0
-        if kv_cache is not None:
-            kv_cache.advance(idx.size(1))
-        return logits[:, -1:] if last_only else logits
+    def forward(self, idx, kv_cache, last_only=True):
+        places = torch.arange(idx.size(1)) + kv_cache.length
+        places = places[None] if kv_cache.positions is None else kv_cache.positions  # (B, T)
+        logits = torch.zeros(len(idx), 1, V)
+        for row, place in zip(logits, places[:, -1].expand(len(idx)).tolist()):
+            row[0, self.script[min(place, len(self.script) - 1)]] = 30.0
+        kv_cache.advance(idx.size(1))
+        return logits
 
 
-MODEL, MODERN_MODEL = random_model(), random_model(**MODERN)
-MODERN_MODEL.blocks[0].attention.window = 4
-MODELS = {"classic": MODEL, "modern": MODERN_MODEL}
+MODEL = random_model()
+MODELS = {
+    "classic": MODEL,
+    "modern": random_model(n_layer=3, widths=(4, 7, None), **MODERN),
+    "all narrow": random_model(seed=3, n_kv_head=1, widths=(1, 5), smear=True),
+}
 ENGINES = {name: Engine(model, TOKENIZER) for name, model in MODELS.items()}
 ENGINE = ENGINES["classic"]
 
@@ -118,17 +132,10 @@ def test_padded_rows_equal_single_rows(model, prompts, n_new):
             torch.testing.assert_close(new[row : row + 1], alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_cache_select_and_overflow(model):
-    cache = KVCache(model.config, 3, 6)
-    with torch.no_grad():
-        model(torch.arange(12).view(3, 4), kv_cache=cache)
-        copy = cache.select(torch.tensor([2, 0, 2]), 9)
-        a = model(torch.tensor([[1], [2], [3]]), kv_cache=copy)
-        b = model(torch.tensor([[2], [0], [1]]), kv_cache=cache)
-        assert torch.allclose(a[0], b[2], atol=1e-6) and torch.allclose(a[1], b[0], atol=1e-6)
-        with pytest.raises(ValueError, match="do not fit"):
-            model(torch.zeros(3, 2, dtype=torch.long), kv_cache=cache)
+def test_a_full_cache_says_so():
+    cache = KVCache(MODEL.config, 3, 6)
+    with torch.no_grad(), pytest.raises(ValueError, match="do not fit"):
+        MODEL(torch.zeros(3, 7, dtype=torch.long), kv_cache=cache)
 
 
 # ---------------------------------------------------------------- greedy equality
@@ -138,8 +145,8 @@ def test_cache_select_and_overflow(model):
 @settings(max_examples=20, deadline=None)
 @given(prompts=prompts_strategy, n=st.integers(1, 25), max_batch=st.sampled_from([1, 2, 3, 128]))
 def test_batch_equals_naive_greedy(kind, prompts, n, max_batch):
-    engine = ENGINES[kind]
-    done = engine.generate_batch(prompts, n, temperature=0.0, tools=False, max_batch=max_batch)
+    engine = Engine(MODELS[kind], TOKENIZER, max_batch=max_batch)
+    done = engine.generate_batch(prompts, n, temperature=0.0, tools=False)
     for prompt, completion in zip(prompts, done):
         assert completion.ids == naive_greedy(MODELS[kind], prompt, n)
         stream = engine.generate(prompt, n, temperature=0.0, tools=False)
