@@ -215,7 +215,7 @@ def adam(w, grad, state, lr=0.25):
     adamw_update(w, grad, state, dict(lr=lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0))
 
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), dpi=100, layout="constrained")
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.6), dpi=85, layout="constrained")
 fig.set_label(
     "Left: contours of a valley with three paths. Right: their heights fall, descent last."
 )
@@ -295,7 +295,7 @@ G = torch.tensor([[2.0, 1.2], [0.3, 0.9]])
 u, s, vh = torch.linalg.svd(G)
 angle = torch.linspace(0, 2 * torch.pi, 100)
 circle = torch.stack([angle.cos(), angle.sin()])
-fig, axes = plt.subplots(1, 3, figsize=(7, 2.5), dpi=110, layout="constrained")
+fig, axes = plt.subplots(1, 3, figsize=(7, 2.4), dpi=85, layout="constrained")
 fig.set_label("An ellipse, a flatter ellipse and a circle, each with two marked arrows.")
 for ax, (name, step) in zip(axes, {"G": G, "sign(G)": G.sign(), "UV^T": u @ vh}.items()):
     ax.plot(*circle, color="#bbbbbb", linewidth=0.8)
@@ -427,7 +427,7 @@ def five_steps(x, triples):
 
 
 x, share = torch.logspace(-4, 0, 300), values / values.norm() / 1.01
-fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.8), dpi=100, layout="constrained")
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.6), dpi=85, layout="constrained")
 fig.set_label(
     "Left: three curves that rise to 1, Polar Express first. Right: a falling line, levelled."
 )
