@@ -231,7 +231,7 @@ MODERN = dict(
 # %%
 for depth in (2, 4, 12, 20):
     size = GPTConfig.for_depth(depth, vocab_size=32768, seq_len=2048)
-    print(f"depth {depth:2d}: width {size.n_embd:4d}, {size.n_head:2d} heads of {size.head_dim}")
+    print(f"depth {depth:2d}: width {size.n_embd:4d}, heads {size.n_head:2d} of {size.head_dim}")
 
 # %% [markdown]
 r"""

@@ -223,6 +223,8 @@ fig.suptitle(
     "Descent bounces between the walls; momentum and Adam get along the floor", fontsize=10
 )
 x, y = torch.meshgrid(torch.linspace(-1, 4.3, 60), torch.linspace(-1.1, 1.3, 40), indexing="xy")
+for ax in (left, right):
+    ax.set_prop_cycle(color=COLORS)
 left.contour(x, y, (x**2 + 50 * y**2) / 2, levels=[0.3, 2, 8, 20], colors="#bbbbbb", linewidths=0.8)
 for rule in (sgd, heavy_ball, adam):
     path = descend(rule)
@@ -296,7 +298,7 @@ u, s, vh = torch.linalg.svd(G)
 angle = torch.linspace(0, 2 * torch.pi, 100)
 circle = torch.stack([angle.cos(), angle.sin()])
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.4), dpi=85, layout="constrained")
-fig.set_label("An ellipse, a flatter ellipse and a circle, each with two marked arrows.")
+fig.set_label("An ellipse, a line and a circle, each with two marked arrows.")
 for ax, (name, step) in zip(axes, {"G": G, "sign(G)": G.sign(), "UV^T": u @ vh}.items()):
     ax.plot(*circle, color="#bbbbbb", linewidth=0.8)
     ax.plot(*(step @ circle), color=COLORS[0])
@@ -314,8 +316,18 @@ r"""
 Each panel shows where a step sends the grey circle of inputs, and what it gains when scaled to a
 largest stretch of one. The gradient spends most of its step on one direction. The sign matrix,
 here, even forgets the other one and maps the circle to a line. $UV^\top$ turns the circle and keeps
-it a circle. Its gain is the sum of the singular values, and no step of that stretch gains more.
+it a circle. Its gain is the sum of the singular values, and no step of that stretch gains more. We
+try.
+"""
 
+# %%
+others = torch.randn(10_000, 2, 2, generator=torch.Generator().manual_seed(0))
+others /= torch.linalg.svdvals(others)[:, :1, None]  # largest stretch 1
+best_other = (G * others).sum((1, 2)).max()
+print(f"the best of 10,000 random steps gains {best_other:.2f}, UV^T {s.sum():.2f}")
+
+# %% [markdown]
+r"""
 Now look at the gradient of a matrix in a model that has begun to train.
 """
 
@@ -432,6 +444,8 @@ fig.set_label(
     "Left: three curves that rise to 1, Polar Express first. Right: a falling line, levelled."
 )
 fig.suptitle("Five steps of Polar Express lift even two thousandths to about one", fontsize=10)
+for ax in (left, right):
+    ax.set_prop_cycle(color=COLORS)
 right.semilogy(share, color="#444444", linestyle="--", label="before")
 for name, triples in schemes.items():
     left.semilogx(x, five_steps(x, triples), label=name)
@@ -458,8 +472,9 @@ r"""
 
 Muon in its first form is short: Nesterov momentum on the raw gradient, so that the noise of single
 batches averages out *before* the singular values are levelled, and then the orthogonal matrix in
-place of the gradient. A tall matrix ($m>n$) gets its rate multiplied by $\sqrt{m/n}$: it has more
-outputs to move with the same length of input.
+place of the gradient. An orthogonal map keeps the length of its input. When it spreads that length
+over more outputs than there are inputs, each of them moves less; so a tall matrix ($m>n$) gets its
+rate multiplied by $\sqrt{m/n}$.
 """
 
 
@@ -566,7 +581,29 @@ for part in ("attention.q", "attention.v", "mlp.up"):
 # %% [markdown]
 r"""
 Fewer directions are left behind, the norm is what it should be, and no row of a layer learns many
-times faster than the others. Now the whole rule. All matrices of one shape are stacked, so that
+times faster than the others. The fourth shows in one dimension. The loss $\frac12(w-1)^2$ pulls a
+weight up to 1 while decay pulls it down to 0.
+"""
+
+
+# %%
+def pulled(cautious, w=0.2, decay=0.5):
+    """Where a weight ends that the loss (w - 1)^2 / 2 pulls up and decay pulls down."""
+    for _ in range(200):
+        update = w - 1
+        acts = update * w >= 0 or not cautious
+        w -= 0.1 * (update + decay * w * acts)
+    return w
+
+
+print(f"plain decay ends at {pulled(False):.2f}, cautious decay at {pulled(True):.2f}")
+
+# %% [markdown]
+r"""
+Plain decay settles on a compromise that neither wanted. Cautious decay lets the loss have its way
+and shrinks only what has gone too far.
+
+Now the whole rule. All matrices of one shape are stacked, so that
 each product is one batched call for all of them.
 """
 
@@ -817,8 +854,10 @@ print("three steps with 0-d tensors:   ", count_programs(torch.tensor), "program
 
 # %% [markdown]
 r"""
-A real compilation takes seconds for each shape of matrix, and on a CPU our matrices are too small
-to win them back. So `build_optimizer(model, compiled=True)` is for GPUs, and off by default.
+A real compilation takes seconds for each shape of matrix. On a CPU the compiled step of a model of
+depth 2 took three quarters of the time of the plain one, after half a minute of the compiler's
+(`benchmarks/optimizer.py`): our runs are too short to win that back. So
+`build_optimizer(model, compiled=True)` is for GPUs, and off by default.
 
 ## 6. Schedules
 
@@ -957,7 +996,8 @@ for name in ("AdamW", "AdamW by groups"):
 # %% [markdown]
 r"""
 Had we left out the third row, Muon would get the credit for the embedding's rate. What is left to
-Muon is smaller and real. And the refinements of section 3? We switch the first three off.
+Muon is smaller: 0.07 nats here, and 0.03 and 0.02 with two other seeds, each time to its favour.
+And the refinements of section 3? We switch the first three off.
 """
 
 # %%
@@ -971,12 +1011,14 @@ print(f"without the three refinements {plain:.3f}, with them {best['Muon + AdamW
 
 # %% [markdown]
 r"""
-That is less than what another seed changes here (about 0.05). nanochat's author found the same at
-depth 12 and 24: rows and norm are worth "very little", evening out a little, and cautious decay,
-which needs long runs to act, is solid. They cost next to nothing, so they stay. What the figure
-shows is the kind of evidence to ask for: the best of each, a control, one difference at a time. At
-two layers and fifty steps it is no more than that; chapter A2 and the reference runs measure where
-it matters.
+That is less than what another seed changes here (about 0.05). nanochat's author found much the
+same: a very slight gain from rows and norm at depth 12 and 24, a very small one from evening out,
+and a solid one from cautious decay, which needs long runs to act. They cost next to nothing, so
+they stay.
+
+What the figure shows is the kind of evidence to ask for: the best of each, a control, one
+difference at a time. At two layers and fifty steps it is no more than that; chapter A2 and the
+reference runs measure where it matters.
 
 > **Play.** Which rate matters most? In `by_groups`, put the embedding or the head at the rate of
 > the matrices and run it again.
