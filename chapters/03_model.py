@@ -1184,7 +1184,7 @@ for name, fields in added.items():
 
 # %%
 fig, ax = figure(
-    "In a run this short the residual scalars help and the others do not yet",
+    "In a run this short only the residual scalars help",
     "validation loss gained over the classic model (nats per token)",
     size=(6, 2.6),
     alt="Bars of the loss gained: residual scalars and all together much, the others about none.",
@@ -1202,9 +1202,9 @@ r"""
 The grey band is what a change of the seed brings here (play with `seeds` to see it). The residual
 scalars lie far outside of it: they help from the first step on, and they carry the model that has
 everything. The others do not help yet, and that is no verdict on them. A value embedding is worth
-something once its token has come by many times; until then it is one more table to learn. Smear
-starts at zero and has hardly moved in so few steps. Windows are there for speed: it is good news
-that they lose nothing. This is the usual state of affairs: an improvement of one percent is worth
+something once its token has come by many times; until then it is one more table to learn, and here
+it costs a little. Smear starts at zero and has hardly moved in so few steps. Windows are there for
+speed: it is good news that they lose nothing. This is the usual state of affairs: an improvement of one percent is worth
 having, ten of them make a better model, and each alone takes many seeds or a large run to see.
 
 `benchmarks/ablation.py` is the large run: the classic model, the modern one, each addition put into
