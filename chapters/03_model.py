@@ -49,7 +49,7 @@ Reading takes an hour, running under a minute on two CPU cores. No GPU is needed
 
 # %% tags=["parameters"]
 profile = "quick"
-steps = 120  # training steps per variant in section 8; a third of that in section 9
+steps = 110  # training steps per variant in section 8; a third of that in section 9
 seeds = 1  # more seeds give error bars, and take as much longer
 
 # %%
@@ -231,7 +231,7 @@ MODERN = dict(
 # %%
 for depth in (2, 4, 12, 20):
     size = GPTConfig.for_depth(depth, vocab_size=32768, seq_len=2048)
-    print(f"depth {depth:2d}: width {size.n_embd:4d}, {size.n_head:2d} heads of {size.head_dim}")
+    print(f"depth {depth:2d}: width {size.n_embd:4d}, heads {size.n_head:2d} of {size.head_dim}")
 
 # %% [markdown]
 r"""
@@ -311,7 +311,9 @@ r"""
 The second form does all positions at once. The mask puts $-\infty$ where a query would look
 ahead, which the softmax turns into a weight of zero. It still builds the $T\times T$ matrix of
 scores. The third form is PyTorch's `scaled_dot_product_attention`, which computes the same
-numbers block by block and never stores that matrix. That one we keep.
+numbers block by block and never stores that matrix. On a GPU it chooses among several kernels; on
+NVIDIA's Hopper it takes the fastest, cuDNN's, by itself (appendix A3 measures them). That one we
+keep.
 
 Two details make `attend` ready for real use. With **grouped queries**, several query heads share
 one key and value head, which shrinks the cache of chapter 8. And when there are more keys than
@@ -840,11 +842,18 @@ from nanochat.tokenizer import Tokenizer
 torch.set_num_threads(1)  # matrices as small as these gain nothing from a second thread
 world = World()
 texts = [document(world, i) for i in range(3000)]
-tokenizer = Tokenizer.train(texts[:400], vocab_size=1024)
+tokenizer = Tokenizer.train(texts[:400], vocab_size=512)
 stream = torch.tensor([t for text in texts for t in tokenizer.encode(text, bos=True)])
-n_val = 16 * 129
-train_rows = stream[n_val:][: (len(stream) - n_val) // 129 * 129].view(-1, 129)
-val_rows = stream[:n_val].view(-1, 129)
+
+
+def rows_of(seq_len, n_val=2400):
+    """Cut the stream into rows of seq_len + 1 tokens: (for training, for validation)."""
+    rows = stream[: len(stream) // (seq_len + 1) * (seq_len + 1)].view(-1, seq_len + 1)
+    held_out = n_val // (seq_len + 1)
+    return rows[held_out:], rows[:held_out]
+
+
+train_rows, val_rows = rows_of(96)
 print(f"{train_rows.numel():,} training tokens, {val_rows.numel():,} for validation")
 
 # %%
@@ -869,31 +878,42 @@ def change(model, variant):
 
 
 # %%
-def train_variant(variant, seed, steps=steps, **additions):
-    """Train a variant for some steps; return its validation loss in nats per token."""
-    size = GPTConfig.for_depth(2, tokenizer.vocab_size, 128, head_dim=32, **additions)
-    model = change(package.GPT(size, seed=seed), variant)
+def parameter_groups(model):
+    """Rates for AdamW until chapter 4: high for tables and single numbers, low for matrices."""
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    rest = [p for p in model.parameters() if p.requires_grad and not any(p is t for t in tables)]
-    groups = [{"params": tables, "lr": 0.2}, {"params": rest, "lr": 0.01}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))  # until chapter 4
+    scalars = [p for p in model.parameters() if p.ndim == 1]
+    taken = {id(p) for p in tables + scalars}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    return [
+        {"params": tables, "lr": 0.2},
+        {"params": scalars, "lr": 0.1, "eps": 1e-6},  # why such an eps: see the pitfalls
+        {"params": rest, "lr": 0.01},
+    ]
+
+
+def train_variant(variant, seed, size, steps, batch):
+    """Train a variant for some steps; return its validation loss in nats per token."""
+    rows, held_out = rows_of(size.seq_len)
+    model = change(package.GPT(size, seed=seed), variant)
+    optimizer = torch.optim.AdamW(parameter_groups(model), betas=(0.9, 0.95))
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     order = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        rows = train_rows[torch.randint(0, len(train_rows), (8,), generator=order)]
+        chosen = rows[torch.randint(0, len(rows), (batch,), generator=order)]
         if variant == "control: shuffled":
-            rows = rows[:, torch.randperm(129, generator=order)]
-        model(rows[:, :-1], rows[:, 1:]).backward()
+            chosen = chosen[:, torch.randperm(size.seq_len + 1, generator=order)]
+        model(chosen[:, :-1], chosen[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
     with torch.no_grad():
-        return model(val_rows[:, :-1], val_rows[:, 1:]).item()
+        return model(held_out[:, :-1], held_out[:, 1:]).item()
 
 
 # %%
 variants = ["full model", "no positions", "no attention", "control: shuffled"]
-losses = {variant: [train_variant(variant, seed) for seed in range(seeds)] for variant in variants}
+size = GPTConfig.for_depth(2, tokenizer.vocab_size, 96, aspect=48, head_dim=32)
+losses = {v: [train_variant(v, seed, size, steps, 12) for seed in range(seeds)] for v in variants}
 counts = torch.ones(tokenizer.vocab_size, tokenizer.vocab_size) * 0.01  # bigrams, smoothed
 counts.index_put_(
     (train_rows[:, :-1].flatten(), train_rows[:, 1:].flatten()), torch.tensor(1.0), True
@@ -951,6 +971,14 @@ layer (and always the last) sees everything.
 A mask would give the right numbers, but it would build the whole $T\times T$ matrix to throw most
 of it away. So we treat the first $W$ queries as always and cut the rest into blocks of $W/4$. A
 block needs its own keys and the $W$ before it, and one small mask that is the same for every block.
+
+PyTorch has another way, FlexAttention: one writes the rule as a function of two positions, and a
+compiler makes a GPU kernel that skips the blocks where the rule says no. Ours needs no compiler and
+runs everywhere, gradients included (FlexAttention has none on a CPU). But with a mask PyTorch may
+not use its fastest kernels, so on a GPU the blocks do less work at a lower speed;
+`benchmarks/windows.py` times all three side by side. The same tool could hide the *other documents*
+of a row from a token. nanochat tried that and found no gain (0.8543 against 0.8541 bits per byte),
+so our rows stay whole.
 """
 
 
@@ -1058,9 +1086,9 @@ way up. What the early layers wrote for the later ones to read need not reach th
 **Padded vocabulary.** Matrix units like sizes that divide by 64, so both tables get a few rows
 that no token uses, and the logits of those rows are cut off.
 
-The last two are numbers: queries and keys are scaled by 1.2 after their norm, which lets a softmax
-grow sharper, and the rotary base is 100,000. Everything that does not live inside a block goes
-into one small module. Each of its methods does nothing when its addition is off.
+The last two are single numbers: queries and keys are scaled by 1.2 after their norm, which lets a
+softmax grow sharper, and the rotary base is 100,000. Everything that does not live inside a block
+goes into one small module. Each of its methods does nothing when its addition is off.
 """
 
 
@@ -1131,10 +1159,9 @@ class Additions(NoAdditions):
 r"""
 ### What each addition is worth
 
-The same small model, the same steps, the same rows, and one addition at a time. Windows are left
-out, because our rows are as short as a window; what they bring is speed, which we measure on long
-rows below. Backout is left out too: with two layers, half way up is the top, and the norm undoes
-whatever is subtracted there.
+The same small model, the same steps, the same rows, and one addition at a time. The model has three
+layers, so that there is a layer half way up to back out, and its rows are 256 tokens long, so that
+a window of 128 hides something. A padded vocabulary is left out: 512 divides by 64 already.
 """
 
 # %%
@@ -1143,42 +1170,50 @@ added = {
     "value embeddings": dict(value_embeddings=True),
     "residual scalars": dict(residual_scalars=True),
     "smear": dict(smear=True),
-    "all of them": {**MODERN, "windows": "L"},
+    "backout": dict(backout=True),
+    "windows": dict(windows="SL"),
+    "scale 1.2, base 100,000": dict(qk_scale=1.2, rope_base=100000.0),
+    "all of them": {**MODERN, "windows": "SL"},
 }
 worth = {}
 for name, fields in added.items():
-    worth[name] = [train_variant(name, seed, steps // 3, **fields) for seed in range(seeds)]
+    size = GPTConfig.for_depth(3, tokenizer.vocab_size, 256, aspect=32, head_dim=32, **fields)
+    worth[name] = [train_variant(name, seed, size, steps // 3, 3) for seed in range(seeds)]
     gain = sum(worth["classic"]) / seeds - sum(worth[name]) / seeds
-    print(f"{name:17s} {sum(worth[name]) / seeds:.3f} nats per token, {gain:+.3f} gained")
+    print(f"{name:23s} {sum(worth[name]) / seeds:.3f} nats per token, {gain:+.3f} gained")
 
 # %%
 fig, ax = figure(
-    "In a run this short the residual scalars help and the others do not yet",
+    "In a run this short only the residual scalars help",
     "validation loss gained over the classic model (nats per token)",
-    size=(6, 2.4),
-    alt="Bars of the loss gained: residual scalars most, all together less, the others about none.",
+    size=(6, 2.6),
+    alt="Bars of the loss gained: residual scalars and all together much, the others about none.",
 )
 names = [name for name in added if name != "classic"][::-1]
 gains = [(sum(worth["classic"]) - sum(worth[name])) / seeds for name in names]
 ax.barh(names, gains, color=[COLORS[0] if n == "all of them" else "#9ecae1" for n in names])
 ax.axvline(0, color="#444444", linewidth=0.8)
-ax.axvspan(-0.03, 0.03, color="#dddddd", zorder=0, label="what another seed changes")
-ax.legend(fontsize=7, loc="upper right")
+ax.axvspan(-0.05, 0.05, color="#dddddd", zorder=0, label="what another seed changes")
+ax.legend(fontsize=7, loc="center right")
 plt.show()
 
 # %% [markdown]
 r"""
 The grey band is what a change of the seed brings here (play with `seeds` to see it). The residual
-scalars lie far outside of it: they help from the first step on. The others do not, and that is no
-verdict on them. A value embedding is worth something once its token has come by many times; until
-then it is one more table to learn, which also holds back the model with all of them. Smear starts
-at zero and has hardly moved in so few steps. This is the usual state of affairs: an improvement of
-one percent is worth having, ten of them make a better model, and each alone takes many seeds or a
-large run to see. The log of nanochat's author has the larger runs. At depth 12 the residual scalars
-were worth 0.008 bits per byte, value embeddings were a large gain, smear and backout had failed in
-January and helped in March, after the rates had been tuned again.
+scalars lie far outside of it: they help from the first step on, and they carry the model that has
+everything. The others do not help yet, and that is no verdict on them. A value embedding is worth
+something once its token has come by many times; until then it is one more table to learn, and here
+it costs a little. Smear starts at zero and has hardly moved in so few steps. Windows are there for
+speed: it is good news that they lose nothing. This is the usual state of affairs: an improvement of one percent is worth
+having, ten of them make a better model, and each alone takes many seeds or a large run to see.
 
-And the windows: the same attention over 4,096 positions, with and without.
+`benchmarks/ablation.py` is the large run: the classic model, the modern one, each addition put into
+the first and taken out of the second, over several seeds, with error bars. The log of nanochat's
+author has more. At depth 12 the residual scalars were worth 0.008 bits per byte, value embeddings
+were a large gain, smear and backout had failed in January and helped in March, after the rates had
+been tuned again.
+
+And the speed of windows: the same attention over 4,096 positions, with and without.
 """
 
 # %%
@@ -1198,7 +1233,7 @@ r"""
 At depth 12 the modern model holds more than twice the parameters of the classic one and costs
 *less* per token: the new ones are only looked up, and the windows save more than the gates cost.
 
-> **Play.** Train three times as long (`steps = 360`) with `seeds = 3`, over a coffee. Which of the
+> **Play.** Train three times as long (`steps = 330`) with `seeds = 3`, over a coffee. Which of the
 > additions leave the grey band now?
 
 ## Recap

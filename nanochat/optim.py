@@ -3,7 +3,9 @@
 Exported from chapters/04_optimizer.py (chapter 04, The optimizer); edit there, not here.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,35 +15,85 @@ from nanochat.model import GPT
 
 __all__ = [
     "MuonAdamW",
+    "PLAIN",
     "POLAR_EXPRESS",
-    "SCALAR_RATES",
+    "SCALARS",
+    "TUNED",
+    "adamw_rule",
     "adamw_update",
     "build_optimizer",
+    "compiled",
+    "decay_multiplier",
+    "equilibrate",
     "even_out",
     "lr_multiplier",
     "muon_momentum",
+    "muon_rule",
     "muon_update",
     "orthogonalize",
     "param_groups",
+    "run_rule",
+    "set_norm",
 ]
 
 
+def adamw_rule(
+    param: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Change param and its two running means, all of one shape, by AdamW's step number `step`.
+
+    The numbers may be 0-d tensors. Loshchilov and Hutter (2019).
+    """
+    grad = grad.float()
+    m = mean.float().lerp(grad, 1 - beta1)
+    v = square.float().lerp(grad.square(), 1 - beta2)
+    root = (v / (1 - beta2**step)).sqrt()
+    shrunk = param.float() * (1 - lr * weight_decay)
+    param.copy_(shrunk - lr * (m / (1 - beta1**step)) / (root + eps))
+    mean.copy_(m)
+    square.copy_(v)
+
+
+@functools.cache
+def compiled(rule: Callable[..., None]) -> Callable[..., None]:
+    """Return a rule as torch.compile makes it, one for the whole process (section 5)."""
+    return torch.compile(rule, dynamic=False)
+
+
+def run_rule(
+    rule: Callable[..., None],
+    tensors: list[Tensor],
+    numbers: list[float],
+    group: dict[str, Any],
+    *constants: Any,
+) -> None:
+    """Call a rule on tensors, numbers and constants, compiled if the group says so."""
+    if group.get("compiled"):
+        rule, numbers = compiled(rule), [torch.tensor(float(x)) for x in numbers]
+    rule(*tensors, *numbers, *constants)
+
+
 def adamw_update(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """One AdamW step on one parameter, in place. Loshchilov and Hutter (2019).
+    """One AdamW step on one parameter, in place.
 
     `state` holds `step`, `mean` and `square` (shaped like param); `group` holds lr, betas, eps and
     weight_decay.
     """
     if not state:
         state.update(step=0, mean=torch.zeros_like(param), square=torch.zeros_like(param))
-    beta1, beta2 = group["betas"]
     state["step"] += 1
-    state["mean"].lerp_(grad, 1 - beta1)
-    state["square"].lerp_(grad.square(), 1 - beta2)
-    mean = state["mean"] / (1 - beta1 ** state["step"])
-    root = (state["square"] / (1 - beta2 ** state["step"])).sqrt()
-    param.mul_(1 - group["lr"] * group["weight_decay"])
-    param.sub_(group["lr"] * mean / (root + group["eps"]))
+    tensors = [param, grad, state["mean"], state["square"]]
+    numbers = [state["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
+    run_rule(adamw_rule, tensors, numbers, group)
 
 
 POLAR_EXPRESS = (
@@ -69,6 +121,21 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (x.mT if tall else x).to(matrix.dtype)
 
 
+def equilibrate(matrix: Tensor) -> Tensor:
+    """Scale every row of (..., m, n) to the root mean square of the row norms; zero rows stay zero.
+
+    MuonEq, Chang et al. (2026).
+    """
+    rows = matrix.norm(dim=-1, keepdim=True)
+    return matrix * (rows.square().mean(-2, keepdim=True).sqrt() / rows.clamp(min=1e-10))
+
+
+def set_norm(update: Tensor) -> Tensor:
+    """Scale (..., m, n) to the norm sqrt(min(m, n)) of an orthogonal matrix; zeros stay. Muon+."""
+    norm = update.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10)
+    return update * (math.sqrt(min(update.shape[-2:])) / norm)
+
+
 def even_out(update: Tensor, square: Tensor, beta: float) -> Tensor:
     """Give the rows (or columns, in a wide matrix) of update (k, m, n) the same running size.
 
@@ -82,46 +149,68 @@ def even_out(update: Tensor, square: Tensor, beta: float) -> Tensor:
     return scaled * (before / after.clamp(min=1e-10))
 
 
+def muon_rule(
+    param: Tensor,
+    grad: Tensor,
+    momentum: Tensor,
+    square: Tensor,
+    lr: float,
+    beta: float,
+    beta2: float,
+    weight_decay: float,
+    dtype: torch.dtype,
+) -> None:
+    """Change stacked matrices (k, m, n), momentum alike and square as in `even_out` by one step.
+
+    Nesterov momentum, rows levelled, orthogonalised in `dtype`, norm set, evened out, times
+    lr * sqrt(max(1, m / n)); weight decay only where it pulls the way the step does (cautious
+    decay, Chen et al. 2025). All tensors float32; the numbers may be 0-d tensors. Jordan et al.
+    (2024), with the refinements of nanochat's recipe of July 2026.
+    """
+    momentum.lerp_(grad, 1 - beta)
+    update = equilibrate(grad.lerp(momentum, beta))
+    update = even_out(set_norm(orthogonalize(update, dtype)), square, beta2)
+    decay = weight_decay * param * (update * param >= 0)
+    param.sub_(lr * math.sqrt(max(1.0, param.size(-2) / param.size(-1))) * (update + decay))
+
+
 def muon_update(
     params: list[Tensor],
     grads: list[Tensor],
     states: list[dict[str, Any]],
     group: dict[str, Any],
 ) -> None:
-    """One Muon step on k matrices of one shape (m, n), in place. Jordan et al. (2024).
+    """One Muon step on k matrices of one shape (m, n), in place.
 
-    Nesterov momentum, orthogonalised, evened out, times lr * sqrt(max(1, m / n)); weight decay
-    only where it pulls the way the step does (cautious decay, Chen et al. 2025).
+    A state holds `momentum` (m, n) and `square`; `group` holds lr, momentum, beta2, weight_decay
+    and the dtype to orthogonalise in.
     """
     m, n = params[0].shape
     for param, state in zip(params, states):
         if not state:
             shape = (m, 1) if m >= n else (1, n)
             state.update(momentum=torch.zeros_like(param), square=param.new_zeros(shape))
-    momentum, grad = torch.stack([s["momentum"] for s in states]), torch.stack(grads)  # (k, m, n)
-    momentum.lerp_(grad, 1 - group["momentum"])
-    update = orthogonalize(grad.lerp(momentum, group["momentum"]), group["dtype"])
-    square = torch.stack([s["square"] for s in states])
-    update = even_out(update, square, group["beta2"])
-    lr = group["lr"] * math.sqrt(max(1.0, m / n))
-    for i, (param, state) in enumerate(zip(params, states)):
-        state["momentum"].copy_(momentum[i])
-        state["square"].copy_(square[i])
-        decay = param * (update[i] * param >= 0) * group["weight_decay"]
-        param.sub_(lr * (update[i] + decay))
+    momenta, squares = ([state[key] for state in states] for key in ("momentum", "square"))
+    stacks = [torch.stack(tensors).float() for tensors in (params, grads, momenta, squares)]
+    numbers = [group["lr"], group["momentum"], group["beta2"], group["weight_decay"]]
+    run_rule(muon_rule, stacks, numbers, group, group["dtype"])
+    for tensors, stack in zip((params, momenta, squares), (stacks[0], *stacks[2:])):
+        torch._foreach_copy_(tensors, list(stack))
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for matrices and AdamW for the rest, told apart by each group's `kind`.
 
     A group of kind "muon" holds matrices of one shape with lr, momentum, beta2, weight_decay and
-    the dtype to orthogonalise in; one of kind "adamw" holds lr, betas, eps and weight_decay.
+    the dtype to orthogonalise in; one of kind "adamw" holds lr, betas, eps and weight_decay. With
+    `compiled=True` in a group its update is compiled.
     """
 
     def __init__(self, param_groups: list[dict[str, Any]]):
         super().__init__(param_groups, defaults={})
         for group in self.param_groups:
             group.setdefault("initial_lr", group["lr"])
+            group.setdefault("initial_decay", group["weight_decay"])
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -155,20 +244,27 @@ class MuonAdamW(torch.optim.Optimizer):
                 value = int(tensor) if key == "step" else tensor.to(params[owner].device).clone()
                 self.state[params[owner]][key] = value
 
-    def set_schedule(self, lr: float, momentum: float) -> None:
-        """Scale every group's initial rate by `lr`; set Muon's momentum."""
+    def set_schedule(self, lr: float, momentum: float, decay: float = 1.0) -> None:
+        """Scale every group's initial rate by `lr`; set Muon's momentum, scale Muon's decay."""
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * lr
             if group["kind"] == "muon":
                 group["momentum"] = momentum
+                group["weight_decay"] = group["initial_decay"] * decay
 
 
-SCALAR_RATES = {
-    "stream_scale": 0.005,
-    "start_scale": 0.5,
-    "smear_gate.weight": 0.2,
-    "smear_scale": 0.2,
-    "backout_scale": 0.2,
+PLAIN = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)
+TUNED = {
+    "head": dict(betas=(0.8, 0.96), weight_decay=0.01),
+    "embedding": dict(betas=(0.8, 0.995), weight_decay=0.001),
+    "values": dict(betas=(0.8, 0.995), weight_decay=0.01),
+}
+SCALARS = {
+    "stream_scale": dict(lr=0.005, weight_decay=0.05),
+    "start_scale": dict(lr=0.5, betas=(0.96, 0.95)),
+    "smear_gate.weight": dict(lr=0.2),
+    "smear_scale": dict(lr=0.2),
+    "backout_scale": dict(lr=0.2),
 }
 
 
@@ -178,30 +274,32 @@ def param_groups(
     embedding_lr: float = 0.3,
     head_lr: float = 0.008,
     weight_decay: float = 0.0,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters: block matrices by shape to Muon, all the rest to AdamW.
 
     AdamW's rates are given at width 768 and scaled by (width / 768)^-0.5 (nanochat's rule).
+    `weight_decay` is Muon's. `compiled` compiles the updates, which pays on a GPU.
     """
     width_rule = (model.config.n_embd / 768) ** -0.5
-    dtype = torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32
-    adamw = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)
-    groups = [
-        dict(params=[model.head.weight], lr=head_lr * width_rule, **adamw),
-        dict(params=[model.embedding.weight], lr=embedding_lr * width_rule, **adamw),
-    ]
-    tables = list(model.additions.values.parameters())
-    if tables:
-        groups.append(dict(params=tables, lr=embedding_lr / 2 * width_rule, **adamw))
+    parts = {"head": (model.head, head_lr), "embedding": (model.embedding, embedding_lr)}
+    if model.additions.values:
+        parts["values"] = (model.additions.values, embedding_lr / 2)
+    groups = []
+    for name, (part, lr) in parts.items():
+        tuned = TUNED[name] if model.config.additions() else {}
+        group = dict(params=list(part.parameters()), lr=lr * width_rule)
+        groups.append({**PLAIN, **tuned, **group})
     for name, param in model.additions.named_parameters():
-        if name in SCALAR_RATES:
-            groups.append({**adamw, "params": [param], "lr": SCALAR_RATES[name], "eps": 1e-6})
+        if name in SCALARS:
+            groups.append({**PLAIN, "params": [param], "eps": 1e-6, **SCALARS[name]})
     by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for param in model.blocks.parameters():
         by_shape.setdefault(tuple(param.shape), []).append(param)
+    dtype = torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32
     muon = dict(kind="muon", momentum=0.95, beta2=0.9, weight_decay=weight_decay, dtype=dtype)
     groups += [dict(params=params, lr=matrix_lr, **muon) for params in by_shape.values()]
-    return groups
+    return [{**group, "compiled": compiled} for group in groups]
 
 
 def build_optimizer(model: GPT, **rates: float) -> MuonAdamW:
@@ -221,6 +319,11 @@ def lr_multiplier(
         return (step + 1) / (warmup * n_steps + 1)
     left = max(n_steps - step, 0) / max(warmdown * n_steps, 1e-9)
     return final + (1 - final) * min(1.0, left)
+
+
+def decay_multiplier(step: int, n_steps: int) -> float:
+    """Return the factor on Muon's weight decay: half a cosine from 1 to 0, where it stays."""
+    return 0.5 + 0.5 * math.cos(math.pi * min(step / n_steps, 1.0))
 
 
 def muon_momentum(step: int, ramp: int = 300) -> float:

@@ -388,6 +388,22 @@ def test_a_window_equals_a_mask(n_new, window, groups):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [1, 5, 16])
+def test_a_window_equals_flex_attention(window):
+    """An independent implementation of the same rule, from PyTorch (forward only on a CPU)."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k, v = torch.randn(3, 2, 2, 50, 8, generator=torch.Generator().manual_seed(window))
+
+    def near(batch, head, query, key):
+        return (key <= query) & (query - key <= window)
+
+    mask = create_block_mask(near, None, None, 50, 50, device="cpu")
+    expected = flex_attention(q, k, v, block_mask=mask)
+    torch.testing.assert_close(attend_window(q, k, v, None, window), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_windows_follow_the_pattern_and_the_last_layer_sees_all():
     config = GPTConfig.modern(6, 32768, 2048)
     assert config.window_sizes() == [512, 512, 512, None, 512, None]
