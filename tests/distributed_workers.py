@@ -8,17 +8,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from nanochat.checkpoint import load_checkpoint
 from nanochat.distributed import (
     ProcessGroup,
-    ShardedMuonAdamW,
     build_sharded_optimizer,
     save_together,
     setup,
+    shard_model,
 )
 from nanochat.model import GPT, MODERN, GPTConfig
-from nanochat.optim import MuonAdamW, build_optimizer, param_groups
+from nanochat.optim import MuonAdamW, build_optimizer
 
 CONFIG = GPTConfig(vocab_size=53, seq_len=16, n_layer=3, n_head=2, n_kv_head=1, n_embd=20)
 MODERN_CONFIG = replace(CONFIG, **MODERN)  # every kind of parameter there is
@@ -30,70 +31,107 @@ def global_batch(step, rows=12):
     return ids[:, :-1], ids[:, 1:]
 
 
-def train(optimizer_of, world, steps, first=0, model=None, share=True, average=True):
-    """Train on each step's global batch, or on this rank's rows of it; returns model, optimizer."""
+def train(build, world, steps, first=0, model=None, share=True, passes=1, rows=12):
+    """Train on each step's global batch, or on this rank's rows of it; returns model, optimizer.
+
+    `build(model)` returns the optimizer, and may cut the model before. A step is `passes` backward
+    passes over parts of the rows.
+    """
     model = (model or GPT(CONFIG)).to(world.device)
-    optimizer = optimizer_of(model)
+    optimizer = build(model)
     for step in range(first, steps):
-        inputs, targets = (x.to(world.device) for x in global_batch(step))
+        inputs, targets = (x.to(world.device) for x in global_batch(step, rows))
+        counted = targets.numel()
         if share:
             inputs, targets = (x[world.rank :: world.world_size] for x in (inputs, targets))
-        loss = model(inputs, targets, reduction="sum") * (world.world_size if share else 1)
-        (loss / global_batch(step)[1].numel()).backward()
-        if share and average:
+        for part, wanted in zip(inputs.tensor_split(passes), targets.tensor_split(passes)):
+            loss = model(part, wanted, reduction="sum") * (world.world_size if share else 1)
+            (loss / counted).backward()
+        if share:
             world.average_gradients(model)
         optimizer.step()
         optimizer.zero_grad()
     return model, optimizer
 
 
-def assert_close(model, reference, tolerance=2e-4):
-    for (name, a), b in zip(model.named_parameters(), reference.parameters()):
-        assert (a - b).abs().max() < tolerance, (name, float((a - b).abs().max()))
-
-
-def assert_same_on_all_ranks(model, world):
-    for param in model.parameters():
-        everyone = [torch.empty_like(param) for _ in range(world.world_size)]
-        dist.all_gather(everyone, param.detach())
-        assert all(torch.equal(param, other) for other in everyone)
-
-
-def training(world, directory):
-    """Every way to share out gives the parameters and the state of one process."""
-    reference, whole = train(build_optimizer, world, 6, share=False)
-    for gradients in ("averaged", "local"):
-
-        def sharded(model, gradients=gradients):
-            return ShardedMuonAdamW(param_groups(model), world, gradients)
-
-        model, optimizer = train(sharded, world, 6, average=gradients == "averaged")
-        assert_close(model, reference)
-        assert_same_on_all_ranks(model, world)
-        own, total = count(optimizer), count(whole)
-        largest = max(p.numel() for p in model.blocks.parameters())
-        assert abs(own - total / world.world_size) <= 2 * largest, (own, total)
-        state = optimizer.named_state(model)
-        expected = whole.named_state(reference) if world.is_main else {}
-        assert state.keys() == expected.keys()
-        for name, value in state.items():
-            assert value.shape == expected[name].shape and value.dtype == expected[name].dtype
-            other = torch.as_tensor(expected[name]).cpu()
-            assert torch.allclose(value.cpu(), other, atol=1e-4, rtol=1e-3), name
-    model, _ = train(sharded, world, 2, model=GPT(MODERN_CONFIG), average=False)
-    whole, _ = train(build_optimizer, world, 2, model=GPT(MODERN_CONFIG), share=False)
-    assert_close(model, whole, tolerance=5e-3)  # a residual scalar moves by 0.5 a step
-    unsharded, _ = train(build_optimizer, world, 6)
-    assert_close(unsharded, reference)
-    checkpoints(world, reference, Path(directory))
-
-
-def checkpoints(world, reference, directory):
-    """A run saved after 3 steps by all ranks resumes on all ranks, and on one."""
+def ways_to_share(world):
+    """Return the ways to share out the work, by name: build(model) -> optimizer."""
 
     def sharded(model):
         return build_sharded_optimizer(model, world)
 
+    def overlapped(model, passes=1):
+        optimizer = sharded(model)
+        optimizer.overlap(passes)
+        return optimizer
+
+    def cut(model, recompute=False):
+        shard_model(model, world, recompute)
+        return sharded(model)
+
+    return {"plain": build_optimizer, "sharded": sharded, "overlapped": overlapped, "cut": cut}
+
+
+def whole(param):
+    """Return a parameter with all its rows; a collective for one that is cut."""
+    return param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()
+
+
+def assert_close(model, reference, tolerance=2e-4):
+    for (name, a), b in zip(model.named_parameters(), reference.parameters()):
+        gap = float((whole(a) - b).abs().max())
+        assert gap < tolerance, (name, gap)
+
+
+def assert_same_on_all_ranks(model, world):
+    for param in map(whole, model.parameters()):
+        everyone = [torch.empty_like(param) for _ in range(world.world_size)]
+        dist.all_gather(everyone, param.contiguous())
+        assert all(torch.equal(param, other) for other in everyone)
+
+
+def training(world, directory):
+    """Every way to share out gives the parameters and the state of one process, after 20 steps."""
+    reference, alone = train(build_optimizer, world, 20, share=False)
+    expected = alone.named_state(reference) if world.is_main else {}
+    for way, build in ways_to_share(world).items():
+        model, optimizer = train(build, world, 20)
+        assert_close(model, reference)
+        assert_same_on_all_ranks(model, world)
+        if way == "plain":
+            continue
+        own, total = count(optimizer), count(alone)
+        largest = max(p.numel() for p in reference.parameters())
+        assert abs(own - total / world.world_size) <= 2 * largest, (way, own, total)
+        state = optimizer.named_state(model)
+        assert state.keys() == expected.keys()
+        for name, value in state.items():
+            other = torch.as_tensor(expected[name]).cpu()
+            assert value.shape == other.shape and value.dtype == other.dtype
+            assert torch.allclose(value.cpu(), other, atol=1e-4, rtol=1e-3), (way, name)
+
+
+def modern(world, directory):
+    """The same with every kind of parameter there is, several passes and recomputed blocks."""
+    reference, _ = train(build_optimizer, world, 3, model=GPT(MODERN_CONFIG), share=False)
+    ways = ways_to_share(world)
+    ways["plain passes"] = ways["plain"]
+    ways["overlapped passes"] = lambda model: ways["overlapped"](model, passes=3)
+    ways["recomputed passes"] = lambda model: ways["cut"](model, recompute=True)
+    for way, build in ways.items():
+        passes = 3 if "passes" in way else 1
+        model, _ = train(build, world, 3, model=GPT(MODERN_CONFIG), passes=passes)
+        assert_close(model, reference, tolerance=5e-3)  # a residual scalar moves by 0.5 a step
+
+
+def checkpoints(world, directory):
+    """A run saved after 3 steps by all ranks resumes on all ranks, cut or not, and on one."""
+    directory = Path(directory)
+
+    def sharded(model):
+        return build_sharded_optimizer(model, world)
+
+    reference, _ = train(build_optimizer, world, 6, share=False)
     model, optimizer = train(sharded, world, 3)
     save_together(world, directory, 3, model, optimizer, {"note": "three"})
     checkpoint = load_checkpoint(directory)
