@@ -11,7 +11,8 @@ r"""
 # 6. Many processes
 
 By the end of this chapter you have shown that two processes, each with half of the batch and half
-of the optimizer's state, train the same model as one process with all of it.
+of the optimizer's state, train the same model as one process with all of it, and that they still do
+when one of them is killed on the way.
 
 We begin with the finished thing. One call starts two processes, lets them find each other, checks
 that they can add numbers up correctly, and measures how fast they talk. On a laptop the two are
@@ -32,16 +33,18 @@ r"""
 1. say what a rank, a collective and a process group are, and predict the result of each collective;
 2. count the bytes that a collective moves, and measure its bandwidth;
 3. make several processes compute the gradient of one large batch, and prove that they did;
-4. say what the optimizer's state costs in memory and split it over the ranks;
-5. start a job from a notebook or a shell, on one machine or several, and read the error of a rank.
+4. say what the optimizer's state costs in memory and split it over the ranks, and after it the
+   gradients and the weights;
+5. start a job from a notebook or a shell, on one machine or several, and read the error of a rank;
+6. make a job survive the death of a rank, and predict what more GPUs will bring.
 
-**Before this:** chapter 4 (the optimizer) and chapter 5 (the training loop). **Reading:** 25
-minutes. **Running:** about 30 seconds on two CPU cores. A GPU is not needed.
+**Before this:** chapter 4 (the optimizer) and chapter 5 (the training loop). **Reading:** 35
+minutes. **Running:** about 40 seconds on two CPU cores. A GPU is not needed.
 """
 
 # %% tags=["parameters"]
 profile = "quick"
-n_steps = 20  # training steps of each of the four runs we compare
+n_steps = 20  # training steps of each of the runs we compare
 depth = 2  # layers of the model that we train
 batch_size = 8  # rows of the global batch, shared out over the ranks
 
@@ -470,6 +473,9 @@ def setup(device: str = "auto", timeout: float = 600.0) -> Any:
         torch.cuda.set_device(place)
     limit = timedelta(seconds=timeout)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        store = dist.PrefixStore(f"attempt {attempt}", store)
     compare_ranks(exchange(store, "facts", rank, world_size, own_facts(place)))
     cuda = dict(backend="nccl", device_id=place) if place.type == "cuda" else dict(backend="gloo")
     dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=limit, **cuda)
@@ -523,6 +529,7 @@ def launch_environment(nproc: int) -> dict[str, str]:
     package = Path(sys.modules["nanochat"].__file__).parents[1]  # import the same nanochat there
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), env.get("PYTHONPATH", "")]))
     env.update(OMP_NUM_THREADS=str(max(1, cores // nproc)), PYTHONUNBUFFERED="1")
+    env.update(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # a fresh store after each restart
     env.update(NANOCHAT_LAUNCHED="1", TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[rank ${rank}]:")
     env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if sys.platform != "win32":  # one machine: talk through the loopback, whatever its host name
@@ -643,21 +650,15 @@ torchrun --standalone --nproc-per-node=8 -m nanochat pretrain --profile speedrun
 ```
 
 `--standalone` says that there is no other machine; `--nproc-per-node` how many ranks to start here.
-On four machines, run this on each of them, with the name of one of them as the meeting point:
-
-```
-torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=node0:29500 \
-         --rdzv-id=run1 -m nanochat pretrain --profile speedrun
-```
-
-`--rdzv-id` is any word that the four agree on, so that two jobs on one cluster do not mix. torchrun
-numbers the 32 ranks and sets their environment; our code does not change.
+Section 6.11 does it on several machines.
 
 ## 6.4 How fast do ranks talk?
 
 Before we spend money on a long run we ask two questions of a new machine: do all ranks have the
 same software, and is the wire as fast as we were promised? `python -m nanochat.distributed
---check` answers them, alone or under torchrun. It also adds up numbers whose sum is known.
+--check` answers them, alone or under torchrun. It also adds up numbers whose sum is known, and
+`--at-least 100` makes it fail below 100 GB/s, so that a script stops before the bill grows;
+`--folder runs` asks whether all ranks see the folder where the checkpoints will be.
 """
 
 
@@ -702,11 +703,31 @@ def measure(world: Any, sizes: list[int], repeats: int = 5) -> Iterator[dict[str
 
 # %%
 #| export
-def check(world: Any, sizes: list[int], at_least: float = 0.0) -> Iterator[dict[str, Any]]:
+def compare_folders(world: Any, folder: str) -> None:
+    """Raise UserError unless all ranks see the same folder; it is made if it is not there."""
+    mark = Path(folder) / f".seen-{os.getpid()}"
+    if world.is_main:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    if world.world_size > 1:
+        mark = Path(world.exchange(str(mark))[0])  # also waits until rank 0 has written it
+    blind = int(world.sum(torch.tensor(int(not mark.exists()))))
+    if world.is_main:
+        mark.unlink()
+    if blind:
+        raise UserError(
+            f"{blind} of {world.world_size} ranks do not see {folder} of rank 0; put it on a file "
+            f"system that all nodes share (NANOCHAT_RUNS says where runs are)."
+        )
+
+
+def check(
+    world: Any, sizes: list[int], at_least: float = 0.0, folder: str = ""
+) -> Iterator[dict[str, Any]]:
     """Yield what a job should know before it starts: each rank's facts, a sum, and speeds.
 
-    Raises UserError when a sum is wrong, or when the largest all-reduce moves fewer than
-    `at_least` GB/s of bus bandwidth.
+    Raises UserError when a sum is wrong, when not all ranks see `folder`, or when the largest
+    all-reduce moves fewer than `at_least` GB/s of bus bandwidth.
     """
     here = dict(what="rank", rank=world.rank, threads=torch.get_num_threads())
     here.update(own_facts(world.device))
@@ -714,6 +735,8 @@ def check(world: Any, sizes: list[int], at_least: float = 0.0) -> Iterator[dict[
     total = int(world.sum(torch.tensor(world.rank + 1)))
     if total != world.world_size * (world.world_size + 1) // 2:
         raise UserError(f"the ranks 1 to {world.world_size} add up to {total}; the wire is broken.")
+    if folder:
+        compare_folders(world, folder)
     speed = 0.0
     for line in measure(world, sizes):
         yield line
@@ -736,9 +759,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**k for k in (3, 4, 5, 6, 7)])
     parser.add_argument("--at-least", type=float, default=0.0, help="GB/s, or it is an error")
+    parser.add_argument("--folder", default="", help="a folder that all ranks must see")
     options = parser.parse_args(argv)
     world = setup(options.device)
-    for line in check(world, sorted(options.sizes), options.at_least):
+    for line in check(world, sorted(options.sizes), options.at_least, options.folder):
         if world.is_main:
             print(json.dumps(line), flush=True)
     if isinstance(world, ProcessGroup):
@@ -789,55 +813,71 @@ So let each rank hold the whole model, take half of the rows, run forward and ba
 average the gradients. If the ranks start from the same weights and apply the same update, they
 stay equal for ever, without sending a single weight.
 
-We write the program that each rank runs into a file. It knows four ways to train, which we compare.
+We write the program that each rank runs into a file. It knows several ways to train, which we
+compare.
 """
 
 # %%
 worker = r"""
 import json, sys, torch
-from nanochat.distributed import ShardedMuonAdamW, setup
+from nanochat.distributed import build_sharded_optimizer, gather_model, setup, shard_model
 from nanochat.model import GPT, GPTConfig
-from nanochat.optim import MuonAdamW, param_groups
+from nanochat.optim import build_optimizer
 
 n_steps, depth, batch_size = map(int, sys.argv[1:4])
-world = setup("cpu")
+config = GPTConfig.for_depth(depth, vocab_size=257, seq_len=32, head_dim=64)
 torch.set_num_threads(1)
 
-def train(ways):
-    config = GPTConfig.for_depth(depth, vocab_size=257, seq_len=32, head_dim=64)
+def batch(step, world, uneven=False):
+    generator = torch.Generator().manual_seed(step)  # the same batch on all ranks ...
+    jumps = torch.randint(1, 4, (batch_size, 33), generator=generator)
+    rows = jumps.cumsum(1) % 257  # a walk: the next token is one of three
+    if uneven:  # rank 0 gets one row, the last rank the rest
+        cut = [0, 1, *range(batch_size - world.world_size + 2, batch_size + 1)]
+        return rows[cut[world.rank] : cut[world.rank + 1]]
+    return rows[world.rank :: world.world_size]  # ... of which each takes its rows
+
+def train(way, world):
     model, losses = GPT(config), []
-    groups = param_groups(model)
-    sharded = ways in ("sharded", "alone")
-    optimizer = ShardedMuonAdamW(groups, world) if sharded else MuonAdamW(groups)
+    if way == "cut":
+        shard_model(model, world)
+    alike = way in ("averaged", "no exchange", "uneven")
+    optimizer = build_optimizer(model) if alike else build_sharded_optimizer(model, world)
+    if way == "overlapped":
+        optimizer.overlap()
     for step in range(n_steps):
-        generator = torch.Generator().manual_seed(step)  # the same batch on all ranks ...
-        jumps = torch.randint(1, 4, (batch_size, 33), generator=generator)
-        rows = jumps.cumsum(1) % 257  # a walk: the next token is one of three
-        if ways == "uneven":  # rank 0 gets one row, the last rank the rest
-            cut = [1, *range(batch_size - world.world_size + 2, batch_size + 1)]
-            rows = rows[([0] + cut)[world.rank] : cut[world.rank]]
-        else:
-            rows = rows[world.rank :: world.world_size]  # ... of which each takes its rows
+        rows = batch(step, world, way == "uneven")
         loss = model(rows[:, :-1], rows[:, 1:])
         loss.backward()
-        if ways != "no exchange":
+        if way != "no exchange":
             world.average_gradients(model)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(world.sum(loss.detach())) / world.world_size)
+    return model, optimizer, losses
+"""
+report = r"""
+def report(way, world):
+    model, optimizer, losses = train(way, world)
     state = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    gap = float((weights - world.sum(weights) / world.world_size).abs().max())
-    return dict(ways=ways, rank=world.rank, losses=losses, gap=gap,
-                state=sum(v.nbytes for v in state), sample=weights[:: len(weights) // 500].tolist())
+    kept = sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters())
+    weights = [w.flatten() for w in gather_model(model).state_dict().values()]
+    weights = torch.cat(weights) if weights else torch.zeros(0)  # of a cut model rank 0 has all
+    mean = weights if way == "cut" else world.sum(weights) / world.world_size
+    gap = (weights - mean).abs().max() if len(weights) else 0
+    return dict(way=way, rank=world.rank, losses=losses, gap=float(gap),
+                state=sum(v.nbytes for v in state), weights=kept, sample=weights[::500].tolist())
 
-for ways in sys.argv[4:]:
-    print(json.dumps(train(ways)), flush=True)
+if __name__ == "__main__":
+    world = setup("cpu")
+    for way in sys.argv[4:]:
+        print(json.dumps(report(way, world)), flush=True)
 """
 
 # %% [markdown]
 r"""
-Before we can run it we need the last of the four ways, the sharded optimizer.
+Before we can run it we need three of the ways: a sharded optimizer, one that sends gradients while
+they are computed, and a model that is cut itself.
 
 ## 6.6 The optimizer is the thing to shard
 
@@ -857,8 +897,10 @@ mean is not stored n times either, and the wire carries less.
 | | reduce-scatter | all-gather | bytes on the wire, in parameters |
 |---|---|---|---|
 | plain data parallel | of gradients | of gradients | 2 |
-| sharded, gradients averaged before (`"averaged"`) | of gradients | of gradients + weights | 3 |
-| sharded, reduces its own part (`"local"`) | of gradients | of weights | 2 |
+| stage 1, gradients averaged before | of gradients | of gradients + weights | 3 |
+| stage 2, which we build | of gradients | of weights | 2 |
+
+So it is not only smaller but costs nothing on the wire.
 
 How to share out? AdamW treats every number by itself, so we can cut a tensor anywhere, and all
 ranks get equally much. Muon needs whole matrices; we deal them out, the largest first, to the
@@ -1261,8 +1303,8 @@ rank stores `1 / n` of the rows of every matrix, and collects the rest just befo
 PyTorch calls this **FSDP** (fully sharded data parallel); it is stage 3 of ZeRO.
 `fully_shard(block)` hooks into a module: before its forward and its backward pass an all-gather
 brings the rows of all ranks together, afterwards they are freed again, and its gradients leave by a
-reduce-scatter. Only one block is whole at a time. While it computes, the next one is on its way. The
-price is traffic: the weights travel twice in each micro-batch, and not once in each step.
+reduce-scatter. Only one block is whole at a time. While it computes, the next is on its way. The
+price is traffic: the weights travel twice a micro-batch, not once a step.
 
 The other thing that fills a GPU is activations, which the backward pass needs again. We can drop
 them and compute each block's forward pass a second time: a third more work, and of each block only
@@ -1389,26 +1431,29 @@ class FullyShardedMuonAdamW(ShardedMuonAdamW):
 
 # %% [markdown]
 r"""
-## 6.7 The proof
+## 6.9 The proof
 
-Four ways to train on the same global batches, each in two processes: gradients averaged;
-the same with the sharded optimizer; no exchange at all, as a control; and uneven halves, a
-mistake that we come to below. And once more in one process, here in the notebook, with the whole
-batch: the baseline.
+Six ways to train on the same global batches, each in two processes: gradients averaged; the sharded
+optimizer; the same, overlapped with the backward pass; the model cut; and two controls, no exchange
+at all, and uneven halves, a mistake that we come to below. And once more in one process, here in
+the notebook, with the whole batch: the baseline.
 """
 
 # %%
 folder = tempfile.TemporaryDirectory()
 file = Path(folder.name) / "worker.py"
-file.write_text(worker)
+file.write_text(worker + report)
 numbers = [str(n_steps), str(depth), str(batch_size)]
+ways = ["averaged", "sharded", "overlapped", "cut", "no exchange", "uneven"]
 runs = []
-launch(
-    str(file),
-    [*numbers, "averaged", "sharded", "no exchange", "uneven"],
-    nproc=2,
-    on_line=lambda line: runs.append(json.loads(line.removeprefix("[rank 1] "))),
-)
+
+
+def keep(line):
+    if "{" in line:  # the rest are warnings, such as that gloo has no all-to-all of its own
+        runs.append(json.loads(line.removeprefix("[rank 1] ")))
+
+
+launch(str(file), [*numbers, *ways], nproc=2, on_line=keep)
 captured = io.StringIO()
 argv, sys.argv = sys.argv, [str(file), *numbers, "alone"]
 with contextlib.redirect_stdout(captured):
@@ -1418,26 +1463,26 @@ alone = json.loads(captured.getvalue())
 print(len(runs), "records from two ranks, and one from one process")
 
 # %%
-by_way = {run["ways"]: run for run in runs if run["rank"] == 0}
-print(f"{'':13}  last loss   off one process   off other rank   state a rank (MB)")
+by_way = {run["way"]: run for run in runs if run["rank"] == 0}
+print(f"{'':12} last loss  off one process  off other rank   state a rank (MB)  weights kept (MB)")
 for way, run in {"one process": alone, **by_way}.items():
     error = max(abs(a - b) for a, b in zip(run["sample"], alone["sample"]))
-    state = [f"{r['state'] / 1e6:.2f}" for r in [*runs, alone] if r["ways"] == run["ways"]]
-    row = f"{way:13}{run['losses'][-1]:11.4f}{error:18.1e}{2 * run['gap']:17.1e}"
-    print(row, "  ", " and ".join(state))
+    both = [r for r in [*runs, alone] if r["way"] == run["way"]]
+    state, kept = (" and ".join(f"{r[k] / 1e6:.2f}" for r in both) for k in ("state", "weights"))
+    row = f"{way:12}{run['losses'][-1]:10.4f}{error:17.1e}{2 * run['gap']:16.1e}"
+    print(f"{row}{state:>20}{kept:>19}")
 
 # %%
 fig, ax = figure(
     "Two processes train as one does; without exchange they drift apart",
     "step",
     "loss (nats a token)",
-    alt="Loss against step: the curves of one process, two "
-    "averaged and two sharded coincide; the one without exchange differs.",
+    alt="Loss against step: the curves of one process and of two processes averaged, "
+    "overlapped and cut coincide; the one without exchange differs.",
 )
 ax.plot(alone["losses"], color=COLORS[6], linewidth=5, alpha=0.3, label="one process, whole batch")
-for color, (way, style) in zip(
-    COLORS, [("averaged", "-"), ("sharded", ":"), ("no exchange", "--")]
-):
+styles = {"averaged": "-", "overlapped": ":", "cut": "-.", "no exchange": "--"}
+for color, (way, style) in zip(COLORS, styles.items()):
     ax.plot(by_way[way]["losses"], color=color, linestyle=style, label=f"two processes, {way}")
 ax.legend(fontsize=7)
 plt.show()
@@ -1448,16 +1493,18 @@ def distance(way):
     return max(abs(a - b) for a, b in zip(by_way[way]["sample"], alone["sample"]))
 
 
-assert distance("averaged") < 1e-3 and distance("sharded") < 1e-3
-assert by_way["averaged"]["gap"] == 0 and by_way["sharded"]["gap"] == 0
+for way in ("averaged", "sharded", "overlapped", "cut"):
+    assert distance(way) < 1e-3 and by_way[way]["gap"] == 0
 assert by_way["no exchange"]["gap"] > 1e-2 and distance("uneven") > 1e-2
 
 # %% [markdown]
 r"""
-The first two rows carry the promise of this chapter. The differences to one process are rounding: a
-sum in another order. Between the ranks there is no difference at all, not in the last bit, because
-both apply the same numbers. And the sharded optimizer holds half of the state on each rank. The
-control shows that the agreement is not free: without exchange the weights part at once.
+The first four rows below the baseline carry the promise of this chapter. The differences to one
+process are rounding: a sum in another order. Between the ranks there is no difference at all, not
+in the last bit, because both apply the same numbers (the weights of the cut model exist only once,
+so there is nothing to compare). The sharded optimizer holds half of the state on each rank, and the
+cut model half of the weights, too. The controls show that the agreement is not free: without
+exchange the weights part at once.
 
 ### How much memory is that?
 
@@ -1474,7 +1521,7 @@ def state_bytes(depth, n_ranks, vocab_size=32768, head_dim=128):
     return (8 * tables + 4 * matrices) / n_ranks
 
 
-measured = [run["state"] for run in runs if run["ways"] == "sharded"]
+measured = [run["state"] for run in runs if run["way"] == "sharded"]
 formula = state_bytes(depth, 2, vocab_size=257, head_dim=64)
 print(
     f"formula {formula / 1e6:.2f} MB, measured",
@@ -1513,7 +1560,7 @@ for n_ranks in (1, 4, 16):
 
 # %% [markdown]
 r"""
-## 6.8 What goes wrong
+## 6.10 What goes wrong
 
 **Uneven batches.** In the row "uneven" above, rank 0 had one row of the batch and rank 1 the
 others. Each took the mean over its own rows, and then we took the mean of the two means. So the
@@ -1523,48 +1570,257 @@ batch of even size, where the number of *trained tokens* differs. The cure stand
 sum the loss, and divide by the number of tokens of the *global* batch, which costs one all-reduce
 of one number.
 
-**A rank that dies.** Its partners wait in their next collective for a message that never comes;
-with NCCL's default, for ten minutes. torchrun notices the dead process and ends the others, and
-`launch` brings the reason home:
+**A straggler, and ranks that disagree.** The next program shows both. First rank 1 is late by 0
+and then by 50 milliseconds, and each rank reports how long it stood in a collective. Then one rank
+has a longer batch than the other, and calls `all_reduce` with another shape.
 """
 
 # %%
-broken = Path(folder.name) / "broken.py"
-broken.write_text("""
+wrong = Path(folder.name) / "wrong.py"
+wrong.write_text("""
+import time, torch, torch.distributed as dist
 from nanochat.distributed import setup
 
 world = setup("cpu")
-rows = {0: "a good row", 1: "17 tokens"}[world.rank]
-if "tokens" in rows:
-    raise ValueError(f"a row with {rows} is shorter than seq_len")
-world.barrier()
+for late in (0.0, 0.05):
+    world.barrier()
+    time.sleep(late * world.rank)
+    start = time.perf_counter()
+    world.sum(torch.zeros(1000))
+    waited = 1000 * (time.perf_counter() - start)
+    print(f"rank 1 late by {1000 * late:.0f} ms: rank {world.rank} waited {waited:.0f} ms")
+dist.all_reduce(torch.zeros(1000 + world.rank))
 """)
 try:
-    launch(str(broken), [], nproc=2, on_line=lambda line: None)
+    launch(str(wrong), [], nproc=2, env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"})
 except LaunchError as error:
-    print(re.sub(r'".*broken.py"', '"broken.py"', str(error)))
-folder.cleanup()
+    print(re.sub(r"CollectiveFingerPrint\(.*?\)\)\)", "(...)", str(error).splitlines()[0])[:400])
 
 # %% [markdown]
 r"""
-The message names the rank and shows its own traceback, not the one of the launcher.
+*The straggler*: the others wait as long as it is late. A collective ends when the slowest rank
+arrives, so one GPU that runs hot and slow makes all of them slow, and every profile shows the time
+in the wrong place: as communication, on the healthy ranks. Measure each rank by itself before you
+measure the job.
 
-**Ranks that disagree about what comes next.** If one rank calls `all_reduce` and the other
-`barrier`, or if one skips a collective because of an `if world.is_main`, the job hangs or adds up
-garbage. The rule: *no collective inside a branch that depends on the rank*. Saving a checkpoint
-is the usual trap: only rank 0 writes, but with a sharded optimizer all ranks must help to gather.
-That is why `save_together` is called by all.
+*The disagreement*: with `TORCH_DISTRIBUTED_DEBUG=DETAIL` PyTorch compares what the ranks are about
+to do, and says it. Without it such a job hangs, or breaks with "connection reset", or adds up
+garbage. It is slow, so it is for debugging. `launch` brought the error home: it names the rank, and
+its `traceback` is that of the rank, not of the launcher. The rule that avoids the bug: *no
+collective inside a branch that depends on the rank*. Saving a checkpoint is the usual trap: only
+rank 0 writes, but with a sharded optimizer all ranks must help to gather. That is why
+`save_together` is called by all.
 
-**A straggler.** A collective ends when the slowest rank arrives. One GPU that runs hot and slow
-makes all of them slow; measure each rank by itself before you measure the job.
+**A rank that dies.** Its partners wait in their next collective for a message that never comes;
+with NCCL's default, for ten minutes. torchrun notices the dead process, ends the others, and, if we
+allow it, starts all of them again. Nothing is kept in memory. So an *elastic* job is a program that
+begins with a look for the last checkpoint. This one saves every fourth step, and in its first
+attempt rank 1 kills itself before step 10 as the kernel would when memory runs out.
+"""
 
+# %%
+survivor = Path(folder.name) / "survivor.py"
+survivor.write_text("""
+import os, signal
+from worker import *
+from nanochat.checkpoint import latest_step, load_checkpoint
+from nanochat.distributed import save_together
+
+folder, world = sys.argv[4], setup("cpu")
+start = latest_step(folder) or 0
+found = load_checkpoint(folder) if start else None
+model = found.model if found else GPT(config)
+optimizer = build_sharded_optimizer(model, world)
+if found:
+    optimizer.load_named_state(model, found.optimizer_state)
+for step in range(start, n_steps):
+    if step == 10 and world.rank == 1 and not start:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rows = batch(step, world)
+    loss = model(rows[:, :-1], rows[:, 1:])
+    loss.backward()
+    world.average_gradients(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    loss = float(world.sum(loss.detach())) / world.world_size
+    if world.is_main:
+        print(json.dumps([step, loss]), flush=True)
+    if (step + 1) % 4 == 0:
+        save_together(world, folder, step + 1, model, optimizer, {})
+""")
+done = []
+launch(
+    str(survivor),
+    [*numbers, str(Path(folder.name) / "saved")],
+    nproc=2,
+    on_line=lambda line: done.append(json.loads(line)) if line.startswith("[") else None,
+    restarts=1,
+)
+folder.cleanup()
+steps = [step for step, _ in done]
+again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])
+print("steps done:", *steps[:again], "| killed, restarted |", *steps[again:])
+
+# %%
+curve = dict(done)  # of a step done twice, the second time counts
+same = [curve[step] for step in range(n_steps)] == by_way["sharded"]["losses"]
+print("the losses are those of the run that nobody killed, to the last bit:", same)
+assert same and steps[again] == 8
+
+# %% [markdown]
+r"""
+It lost two steps, those since the checkpoint, and the time of a start. The tests do the same ten
+times in one run, at random moments, and once with a whole machine.
+
+Nobody says that the job must go on with as many ranks. A checkpoint holds full tensors, and data
+are drawn globally (chapter 2), so three ranks may continue what two began; then the sums have
+another order and the losses agree to rounding, not to the bit. (The recipe's trainer asks of the
+number of ranks only that the batch divides by it.)
+
+## 6.11 Several machines
+
+A machine of a cluster is called a **node**. torchrun runs on each, as an *agent* that starts the
+node's ranks and watches them. The agents find each other at a **rendezvous**, an address that all
+know, and agree there on who is who:
+
+```
+torchrun --nnodes=4 --nproc-per-node=8 --max-restarts=3 --rdzv-backend=c10d \
+         --rdzv-endpoint=node0:29500 --rdzv-id=run1 -m nanochat pretrain --profile speedrun
+```
+
+`--rdzv-id` is any word that the four agree on, so that two jobs on one cluster do not mix. torchrun
+numbers the 32 ranks and sets their environment; our code does not change. With `--nnodes=2:4` the
+job starts as soon as two nodes are there, takes in up to four, and goes on with fewer when one is
+lost: the agents meet again, and everything starts from the last checkpoint. Two things it does not
+survive: the loss of the node that hosts the rendezvous, and a checkpoint folder that not all nodes
+see. Set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` for elastic jobs: otherwise the store of the attempt
+before is used again, and a quick rank may read in it the address of a rank that is dead. (We found
+that by killing; `launch` sets it.)
+
+Nobody types that on four machines. A **scheduler** does, and two scripts are ready to be submitted:
+
+- [cluster/slurm.sh](cluster/slurm.sh), for a cluster of a university or company:
+  `sbatch --nodes=4 chapters/cluster/slurm.sh`
+- [cluster/skypilot.yaml](cluster/skypilot.yaml), for machines rented by the hour:
+  `sky launch -c run1 chapters/cluster/skypilot.yaml`
+
+On each node both start [cluster/node.sh](cluster/node.sh), which does the rest: the tokenizer and
+the data on the first node, then the check of section 6.4 on all (facts compared, folder shared,
+bandwidth at least so much), then the stages of the recipe under torchrun. The tests run it with a
+make-believe Slurm whose two nodes are two agents on one machine. No real cluster has seen it yet.
+
+## 6.12 What will eight GPUs bring?
+
+Renting four nodes to find out is expensive; a formula is free. A step on `n` GPUs takes
+
+$$ t = \frac{F B}{n S} + t_\text{Muon} + 2 \cdot \frac{n - 1}{n} \cdot \frac{4 P}{W} $$
+
+with `F` FLOPs a token, `B` tokens a batch, `S` FLOPs a second that one GPU reaches, `P` parameters,
+and `W` the bus bandwidth: computing, the optimizer's share, and twice the weights in float32 over
+the wire. Only the last term does not shrink.
+"""
+
+
+# %%
+#| export
+class Cluster(NamedTuple):
+    """What a prediction assumes: FLOPs a second of one GPU, bus bandwidths in bytes a second."""
+
+    flops: float  # that a GPU reaches in this training, not its peak
+    node_wire: float  # between the GPUs of one node
+    net_wire: float  # between nodes, all network cards of a node together
+    gpus_a_node: int = 8
+
+
+def step_seconds(
+    config: GPTConfig, n_ranks: int, batch_tokens: int, cluster: Cluster
+) -> dict[str, float]:
+    """Predict the seconds of one step's parts, sharded as by ShardedMuonAdamW, none overlapped.
+
+    "compute" is forward and backward, "muon" the orthogonalising of this rank's matrices, "reduce"
+    and "gather" the exchange of 4 bytes a parameter. Latency, stragglers, data and AdamW's memory
+    traffic count as nothing; batch_tokens is the global batch.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    muon = 0  # five steps of x xT, its square, and their product with x (chapter 4)
+    for param in model.blocks.parameters():
+        m, n = sorted(param.shape)
+        muon += 5 * (4 * m * m * n + 2 * m**3)
+    wire = cluster.node_wire
+    if n_ranks > cluster.gpus_a_node:
+        wire = min(wire, cluster.net_wire)
+    moved = 4 * model.num_params()["total"] * (n_ranks - 1) / n_ranks / wire
+    compute = model.flops_per_token() * batch_tokens / (n_ranks * cluster.flops)
+    return dict(compute=compute, muon=muon / (n_ranks * cluster.flops), reduce=moved, gather=moved)
+
+
+def step_range(parts: dict[str, float]) -> tuple[float, float]:
+    """Return the seconds of a step whose exchange is hidden where it can be, and not at all.
+
+    The reduction hides behind the backward pass (two thirds of computing), the gather behind Muon.
+    """
+    late = max(0.0, parts["reduce"] - parts["compute"] * 2 / 3)
+    best = parts["compute"] + late + max(parts["muon"], parts["gather"])
+    return best, sum(parts.values())
+
+
+# %%
+#| test
+tiny = GPTConfig.for_depth(2, 512, 64, head_dim=64)
+one, two = (step_seconds(tiny, n, 4096, Cluster(1e12, 1e11, 1e9, 1)) for n in (1, 2))
+assert one["reduce"] == 0 and two["reduce"] == two["gather"] > 0
+assert one["compute"] == 2 * two["compute"] and one["muon"] == 2 * two["muon"]
+assert step_range(two)[0] < step_range(two)[1] and step_range(one)[0] == step_range(one)[1]
+
+# %% [markdown]
+r"""
+The assumptions. *Measured*: one H200 trained depth 12 at 539,588 tokens a second, which gives `S`;
+two H200s reached 324 GB/s in an all-reduce. *Assumed*: that other depths reach the same FLOPs a
+second (they do better as a rule); that eight GPUs of a node talk as fast as two; and between nodes
+either eight cards of 400 Gb/s at 80 per cent of their name, 320 GB/s, or one ordinary cable of
+100 Gb/s, 12.5 GB/s. An H100 has the same arithmetic as an H200.
+"""
+
+# %%
+with torch.device("meta"):
+    reached = 539_588 * GPT(GPTConfig.for_depth(12, 32768, 2048)).flops_per_token()
+wires = {"InfiniBand": 320e9, "100 Gb/s Ethernet": 12.5e9}
+print("efficiency, none hidden to all hidden, at 524,288 tokens a step")
+for d in (12, 20, 24):
+    config = GPTConfig.for_depth(d, 32768, 2048)
+    ideal = sum(step_seconds(config, 1, 2**19, Cluster(reached, 324e9, 1.0)).values())
+    for n in (2, 4, 8, 32):
+        for name, net in wires.items() if n > 8 else [("one node", 1.0)]:
+            parts = step_seconds(config, n, 2**19, Cluster(reached, 324e9, net))
+            best, worst = step_range(parts)
+            line = f"depth {d}, {n:2} GPUs, {name:17}: {1000 * best:6.0f} to {1000 * worst:6.0f} ms"
+            print(f"{line}, {ideal / n / worst:5.0%} to {ideal / n / best:5.0%}")
+
+# %% [markdown]
+r"""
+Within a node the exchange costs little even if nothing is hidden. Over ordinary Ethernet
+thirty-two GPUs do the work of eight, or fewer, and no overlap mends that: the wire is busy longer
+than the GPUs. That is why clusters for training have a network card for each GPU. At that end
+there are two ways out: a larger batch (more computing for each exchange), or gradients in bfloat16
+(`reduce_dtype`, half of the bytes).
+
+What the formula says of 2 and 4 GPUs can be checked, and `benchmarks/distributed.py` does: it
+measures 1, 2 and 4 GPUs in one run and prints the prediction beside them. Nobody has run it on GPUs
+yet. Until then these are predictions.
+
+"""
+
+# %% [markdown]
+r"""
 ## Recap
 
 `nanochat` can now train in many processes. In `nanochat.distributed`:
 `setup` joins a job and returns its world; `ProcessGroup` is that world; `launch`, `LaunchError` and
 `available_processes` start a job from a notebook; `ShardedMuonAdamW` and `build_sharded_optimizer`
-share out the optimizer; `save_together` writes a checkpoint that any number of ranks can read;
-`python -m nanochat.distributed --check` tests a machine before you pay for it.
+share out the optimizer; `shard_model` cuts the model itself; `save_together` writes a checkpoint
+that any number of ranks can read; `compare_ranks` names an odd node; `step_seconds` predicts a
+step; `python -m nanochat.distributed --check` tests a machine before you pay for it.
 
 **Pitfalls that real projects shipped**
 
@@ -1574,6 +1830,10 @@ share out the optimizer; `save_together` writes a checkpoint that any number of 
   checkpoint cannot be resumed.
 - A parameter count that does not divide by the number of ranks. Ours need not: the last piece is
   shorter, and padding is never read.
+- Muon on the rows that a rank happens to store: each block of rows orthogonalised by itself. It
+  trains, a little worse, and the result depends on the number of GPUs.
+- One collective too many on rank 0, in a branch that only logs: the job hangs hours later, when the
+  branch is taken for the first time.
 - Threads: two ranks with eight threads each on eight cores. Set `OMP_NUM_THREADS`; `launch` does.
 - Results that depend on the number of ranks because each rank *draws* its own data. Draw globally,
   then take your share, as `TokenBatches` of chapter 2 does.
@@ -1584,6 +1844,8 @@ share out the optimizer; `save_together` writes a checkpoint that any number of 
   Models](https://arxiv.org/abs/1910.02054), 2020.
 - Li et al., [PyTorch Distributed: Experiences on Accelerating Data Parallel
   Training](https://arxiv.org/abs/2006.15704), 2020: buckets and overlap.
+- Zhao et al., [PyTorch FSDP: Experiences on Scaling Fully Sharded Data
+  Parallel](https://arxiv.org/abs/2304.11277), 2023.
 - Patarasuk and Yuan, *Bandwidth optimal all-reduce algorithms for clusters of workstations*,
   2009: why the ring is the best one can do.
 - NVIDIA, [nccl-tests:

@@ -35,12 +35,13 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError, pick_device, synchronize
-from nanochat.model import GPT
+from nanochat.model import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, adamw_update, muon_update, param_groups
 from nanochat.train import SingleProcess
 
 __all__ = [
     "BUS_FACTORS",
+    "Cluster",
     "FullyShardedMuonAdamW",
     "LaunchError",
     "Layout",
@@ -54,6 +55,7 @@ __all__ = [
     "check",
     "code_digest",
     "collective",
+    "compare_folders",
     "compare_ranks",
     "exchange",
     "find_failure",
@@ -75,6 +77,8 @@ __all__ = [
     "share_out",
     "start_all_gather",
     "start_reduce_scatter",
+    "step_range",
+    "step_seconds",
     "stop",
     "watch_launcher",
 ]
@@ -283,6 +287,9 @@ def setup(device: str = "auto", timeout: float = 600.0) -> Any:
         torch.cuda.set_device(place)
     limit = timedelta(seconds=timeout)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        store = dist.PrefixStore(f"attempt {attempt}", store)
     compare_ranks(exchange(store, "facts", rank, world_size, own_facts(place)))
     cuda = dict(backend="nccl", device_id=place) if place.type == "cuda" else dict(backend="gloo")
     dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=limit, **cuda)
@@ -311,6 +318,7 @@ def launch_environment(nproc: int) -> dict[str, str]:
     package = Path(sys.modules["nanochat"].__file__).parents[1]  # import the same nanochat there
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), env.get("PYTHONPATH", "")]))
     env.update(OMP_NUM_THREADS=str(max(1, cores // nproc)), PYTHONUNBUFFERED="1")
+    env.update(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # a fresh store after each restart
     env.update(NANOCHAT_LAUNCHED="1", TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[rank ${rank}]:")
     env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if sys.platform != "win32":  # one machine: talk through the loopback, whatever its host name
@@ -446,11 +454,31 @@ def measure(world: Any, sizes: list[int], repeats: int = 5) -> Iterator[dict[str
             yield dict(what=name, bytes=flat.nbytes, seconds=median, gb_per_s=speed)
 
 
-def check(world: Any, sizes: list[int], at_least: float = 0.0) -> Iterator[dict[str, Any]]:
+def compare_folders(world: Any, folder: str) -> None:
+    """Raise UserError unless all ranks see the same folder; it is made if it is not there."""
+    mark = Path(folder) / f".seen-{os.getpid()}"
+    if world.is_main:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    if world.world_size > 1:
+        mark = Path(world.exchange(str(mark))[0])  # also waits until rank 0 has written it
+    blind = int(world.sum(torch.tensor(int(not mark.exists()))))
+    if world.is_main:
+        mark.unlink()
+    if blind:
+        raise UserError(
+            f"{blind} of {world.world_size} ranks do not see {folder} of rank 0; put it on a file "
+            f"system that all nodes share (NANOCHAT_RUNS says where runs are)."
+        )
+
+
+def check(
+    world: Any, sizes: list[int], at_least: float = 0.0, folder: str = ""
+) -> Iterator[dict[str, Any]]:
     """Yield what a job should know before it starts: each rank's facts, a sum, and speeds.
 
-    Raises UserError when a sum is wrong, or when the largest all-reduce moves fewer than
-    `at_least` GB/s of bus bandwidth.
+    Raises UserError when a sum is wrong, when not all ranks see `folder`, or when the largest
+    all-reduce moves fewer than `at_least` GB/s of bus bandwidth.
     """
     here = dict(what="rank", rank=world.rank, threads=torch.get_num_threads())
     here.update(own_facts(world.device))
@@ -458,6 +486,8 @@ def check(world: Any, sizes: list[int], at_least: float = 0.0) -> Iterator[dict[
     total = int(world.sum(torch.tensor(world.rank + 1)))
     if total != world.world_size * (world.world_size + 1) // 2:
         raise UserError(f"the ranks 1 to {world.world_size} add up to {total}; the wire is broken.")
+    if folder:
+        compare_folders(world, folder)
     speed = 0.0
     for line in measure(world, sizes):
         yield line
@@ -480,9 +510,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**k for k in (3, 4, 5, 6, 7)])
     parser.add_argument("--at-least", type=float, default=0.0, help="GB/s, or it is an error")
+    parser.add_argument("--folder", default="", help="a folder that all ranks must see")
     options = parser.parse_args(argv)
     world = setup(options.device)
-    for line in check(world, sorted(options.sizes), options.at_least):
+    for line in check(world, sorted(options.sizes), options.at_least, options.folder):
         if world.is_main:
             print(json.dumps(line), flush=True)
     if isinstance(world, ProcessGroup):
@@ -887,6 +918,48 @@ class FullyShardedMuonAdamW(ShardedMuonAdamW):
             muon_update(list(whole), list(grads), states, group)
         for param, new in zip(params, recut(whole, params[0], k, 0, 1)):
             param.to_local().copy_(new)
+
+
+class Cluster(NamedTuple):
+    """What a prediction assumes: FLOPs a second of one GPU, bus bandwidths in bytes a second."""
+
+    flops: float  # that a GPU reaches in this training, not its peak
+    node_wire: float  # between the GPUs of one node
+    net_wire: float  # between nodes, all network cards of a node together
+    gpus_a_node: int = 8
+
+
+def step_seconds(
+    config: GPTConfig, n_ranks: int, batch_tokens: int, cluster: Cluster
+) -> dict[str, float]:
+    """Predict the seconds of one step's parts, sharded as by ShardedMuonAdamW, none overlapped.
+
+    "compute" is forward and backward, "muon" the orthogonalising of this rank's matrices, "reduce"
+    and "gather" the exchange of 4 bytes a parameter. Latency, stragglers, data and AdamW's memory
+    traffic count as nothing; batch_tokens is the global batch.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    muon = 0  # five steps of x xT, its square, and their product with x (chapter 4)
+    for param in model.blocks.parameters():
+        m, n = sorted(param.shape)
+        muon += 5 * (4 * m * m * n + 2 * m**3)
+    wire = cluster.node_wire
+    if n_ranks > cluster.gpus_a_node:
+        wire = min(wire, cluster.net_wire)
+    moved = 4 * model.num_params()["total"] * (n_ranks - 1) / n_ranks / wire
+    compute = model.flops_per_token() * batch_tokens / (n_ranks * cluster.flops)
+    return dict(compute=compute, muon=muon / (n_ranks * cluster.flops), reduce=moved, gather=moved)
+
+
+def step_range(parts: dict[str, float]) -> tuple[float, float]:
+    """Return the seconds of a step whose exchange is hidden where it can be, and not at all.
+
+    The reduction hides behind the backward pass (two thirds of computing), the gather behind Muon.
+    """
+    late = max(0.0, parts["reduce"] - parts["compute"] * 2 / 3)
+    best = parts["compute"] + late + max(parts["muon"], parts["gather"])
+    return best, sum(parts.values())
 
 
 if __name__ == "__main__":
