@@ -103,7 +103,13 @@ from nanochat.data import (
     open_source,
     prepare_tokens,
 )
-from nanochat.distributed import LaunchError, ShardedMuonAdamW, launch
+from nanochat.distributed import (
+    LaunchError,
+    build_sharded_optimizer,
+    gather_model,
+    launch,
+    shard_model,
+)
 from nanochat.engine import Engine
 from nanochat.evaluation import bits_per_byte, evaluate_core, tinyworld_core
 from nanochat.finetune import ConversationBatches
@@ -161,7 +167,8 @@ class Settings:
 
     Rates are the optimizer's initial rates at width 768 (chapter 4); `*_lr` of later stages are
     factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes.
-    `micro_batch` 0 means as many rows as fit, `processes` 0 one for each GPU. `mine` is a folder of
+    `micro_batch` 0 means as many rows as fit, `processes` 0 one for each GPU; `fsdp` 1 cuts the
+    model over them, 2 recomputes activations too (chapter 6). `mine` is a folder of
     solved exercises whose functions replace the book's (section 2).
     """
 
@@ -197,6 +204,7 @@ class Settings:
     evals: int = 4
     saves: int = 4
     processes: int = 1
+    fsdp: int = 0
     device: str = "auto"
     dtype: str = "auto"
     mine: str = ""
@@ -907,15 +915,20 @@ class Training:
         self.log = run.log.bind(stage=stage) if self.world.is_main else MetricsLog(None)
         self.folder, self.saver = run.directory / stage, BackgroundSaver()
         seed_everything(run.recipe.seed)
+        # Replies are sampled by each process alone, so the model of RL is never cut.
+        self.cut = run.recipe.fsdp > 0 and self.world.world_size > 1 and stage != "rl"
+        place = torch.device("cpu") if self.cut else self.device  # shard_model moves its part
         resumed = latest_step(self.folder) is not None
         before = MODELS[MODELS.index(stage) - 1] if stage != "base" else None
         if resumed or before:
-            found = run.checkpoint(stage if resumed else before, self.device)
+            found = run.checkpoint(stage if resumed else before, place)
             self.model = found.model
         else:
             self.model = GPT(run.recipe.config(self.tokenizer.vocab_size), seed=run.recipe.seed)
-            self.model.to(self.device)
+            self.model.to(place)
         self.model.compute_dtype = compute_dtype(run.recipe, self.device)
+        if self.cut:
+            shard_model(self.model, self.world, recompute=run.recipe.fsdp > 1)
         self.optimizer = self.build_optimizer()
         self.began, self.start_step, self.kept = time.perf_counter(), 0, {}
         if resumed:
@@ -925,9 +938,10 @@ class Training:
     def build_optimizer(self) -> MuonAdamW:
         """Return the optimizer, sharded over the processes when there are several."""
         r = self.recipe
-        groups = param_groups(self.model, r.matrix_lr, r.embedding_lr, r.head_lr, r.weight_decay)
-        several = self.world.world_size > 1
-        return ShardedMuonAdamW(groups, self.world) if several else MuonAdamW(groups)
+        rates = (r.matrix_lr, r.embedding_lr, r.head_lr, r.weight_decay)
+        if self.world.world_size == 1:
+            return MuonAdamW(param_groups(self.model, *rates))
+        return build_sharded_optimizer(self.model, self.world, *rates)
 
     def seconds(self) -> float:
         """Return the time this stage has taken, with that before an interruption."""
@@ -945,12 +959,13 @@ class Training:
             "seconds": self.seconds(),
             "result": result,
         }
-        state = self.optimizer.named_state(self.model)  # every rank takes part
+        state = self.optimizer.named_state(self.model)  # every rank takes part, and in the next
+        model = gather_model(self.model)
         behind = result is None and self.device.type == "cuda"
         if self.world.is_main:
             self.saver.wait()
             save = self.saver.save if behind else save_checkpoint
-            save(self.folder, step, self.model, state, meta)
+            save(self.folder, step, model, state, meta)
         self.world.barrier()
 
 
@@ -979,6 +994,8 @@ def train_stage(
     if stage.kept:
         batches.load_state_dict(stage.kept["data"])
     recipe = stage.recipe
+    if stage.world.world_size > 1:
+        stage.optimizer.overlap(accumulation)  # gradients leave while the last is computed
     try:
         result = fit(
             stage.model,
@@ -995,7 +1012,7 @@ def train_stage(
             save=lambda step: stage.save(step, batches),
             save_every=max(1, n_steps // max(recipe.saves, 1)),
             start_step=stage.start_step,
-            compile_model=stage.device.type == "cuda",
+            compile_model=stage.device.type == "cuda" and not stage.cut,
         )
     except torch.OutOfMemoryError:
         rows = batches.batch_size
@@ -1346,7 +1363,7 @@ def machine_facts() -> dict[str, str]:
 def launch_stage(run: Run, stage: str, ranks: int) -> None:
     """Train a stage in several processes on this machine; their mistake is raised here."""
     try:
-        launch("nanochat", [COMMANDS[stage], "--folder", str(run.directory)], ranks)
+        launch("nanochat", [COMMANDS[stage], "--folder", str(run.directory)], ranks, restarts=2)
     except LaunchError as error:
         _, found, sentence = str(error).splitlines()[0].partition("UserError: ")
         if found:

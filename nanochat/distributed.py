@@ -805,13 +805,13 @@ def own_state(
     return kept
 
 
-def build_sharded_optimizer(model: GPT, world: Any, **rates: float) -> MuonAdamW:
-    """Return `build_optimizer(model, **rates)` of chapter 4, shared out as the model asks for.
+def build_sharded_optimizer(model: GPT, world: Any, *args: float, **rates: float) -> MuonAdamW:
+    """Return chapter 4's `build_optimizer` with the same rates, shared out as the model asks for.
 
     Over one process it is that one; over several, ShardedMuonAdamW, and for a model that
     `shard_model` has cut, FullyShardedMuonAdamW.
     """
-    groups = param_groups(model, **rates)
+    groups = param_groups(model, *args, **rates)
     cut = isinstance(model.head.weight, DTensor)
     return (FullyShardedMuonAdamW if cut else ShardedMuonAdamW)(groups, world)
 

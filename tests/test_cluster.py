@@ -18,11 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "chapters" / "cluster"
 posix_only = pytest.mark.skipif(os.name != "posix", reason="the recipes are bash scripts")
 SRUN = """#!/bin/bash
-# Runs a command on two make-believe nodes.
+# Runs a command on two make-believe nodes; when one fails the other is ended.
+set -m
 while [[ $1 == --* ]]; do shift; done
-SLURM_NODEID=0 "$@" & first=$!
-SLURM_NODEID=1 "$@" & second=$!
-wait $first && wait $second
+SLURM_NODEID=0 "$@" & SLURM_NODEID=1 "$@" &
+for node in 0 1; do
+    wait -n || { for job in $(jobs -p); do kill -- -$job; done; exit 1; }
+done
 """
 
 
@@ -50,8 +52,8 @@ def test_the_slurm_script_trains_on_two_nodes(tmp_path, env):
     env.update(PATH=f"{tmp_path}:{env['PATH']}", SLURM_JOB_NODELIST="node[0-1]")
     env.update(SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="7", PROFILE="smoke", STAGES="pretrain")
     tiny = "depth=1 seq_len=64 batch_tokens=512 pretrain_steps=3 exam_items=2 val_tokens=512"
-    tiny += " tokenizer_chars=40000 vocab_size=400 evals=1 max_tokens=4"
-    done = run(["bash", CLUSTER / "slurm.sh", "--set", *tiny.split()], env)
+    tiny += " tokenizer_chars=40000 vocab_size=400 evals=1 max_tokens=4 fsdp=2"
+    done = run(["bash", CLUSTER / "slurm.sh", *(f"--set={pair}" for pair in tiny.split())], env)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [line["rank"] for line in lines if line["what"] == "rank"] == [0, 1]

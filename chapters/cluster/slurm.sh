@@ -16,7 +16,7 @@
 #SBATCH --requeue
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export HEAD NODES="$SLURM_JOB_NUM_NODES" JOB="slurm-$SLURM_JOB_ID"
 export GPUS="${GPUS:-${SLURM_GPUS_ON_NODE:-8}}"
 srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash chapters/cluster/node.sh "$@"' \
