@@ -231,7 +231,8 @@ four verbs that training needs. It has the same names as `SingleProcess` of chap
 training loop does not know which of the two it got.
 
 Gradients are many tensors, most of them small, and each collective costs a start-up time. So we
-copy them into a few large **buckets**, start all reductions, and wait at the end.
+copy them into a few large **buckets**, start all reductions, and wait at the end. They are added up
+in a stated type, `reduce_dtype`: float32 unless we ask for half of the bytes and less precision.
 """
 
 
@@ -849,23 +850,24 @@ def train(way, world):
         rows = batch(step, world, way == "uneven")
         loss = model(rows[:, :-1], rows[:, 1:])
         loss.backward()
+        early = len(optimizer.reducer.started) if hasattr(optimizer, "reducer") else 0
         if way != "no exchange":
             world.average_gradients(model)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(world.sum(loss.detach())) / world.world_size)
-    return model, optimizer, losses
+    return model, optimizer, losses, early
 """
 report = r"""
 def report(way, world):
-    model, optimizer, losses = train(way, world)
+    model, optimizer, losses, early = train(way, world)
     state = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     kept = sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters())
     weights = [w.flatten() for w in gather_model(model).state_dict().values()]
     weights = torch.cat(weights) if weights else torch.zeros(0)  # of a cut model rank 0 has all
     mean = weights if way == "cut" else world.sum(weights) / world.world_size
     gap = (weights - mean).abs().max() if len(weights) else 0
-    return dict(way=way, rank=world.rank, losses=losses, gap=float(gap),
+    return dict(way=way, rank=world.rank, losses=losses, gap=float(gap), early=early,
                 state=sum(v.nbytes for v in state), weights=kept, sample=weights[::500].tolist())
 
 if __name__ == "__main__":
@@ -1030,7 +1032,7 @@ computed. Waiting for the end wastes that time:
 ```
 
 PyTorch calls a **hook** whenever it has finished a gradient. We count: when all gradients of a
-bucket are there, its reduce-scatter starts. Three details make that right.
+bucket are there, its reduce-scatter starts. Four details make that right.
 
 *Accumulation.* With several micro-batches a gradient is finished several times; only the last one
 counts, so a bucket waits for `passes` calls from each of its parameters.
@@ -1039,6 +1041,12 @@ counts, so a bucket waits for `passes` calls from each of its parameters.
 finish their gradients in the same order. So the first step only watches: rank 0 says in which order
 its buckets became full, through the store, and from then on that is the order for all. PyTorch's
 own `DistributedDataParallel` does the same (Li et al. 2020).
+
+*Compilation.* `torch.compile` makes one graph of a model, and its backward pass hands all gradients
+over at the end: the hooks still fire, but there is nothing left to overlap with. Compiled block by
+block, the gradients come block by block. (Chapter 5's trainer compiles the whole model, so in the
+recipe only the exchange of weights overlaps, with the optimizer. Which of the two is faster is for
+`benchmarks/distributed.py` to say, on GPUs.)
 
 *Size.* A small bucket starts early and pays the start-up time; a large one is efficient and starts
 late. AdamW's small tensors share one bucket. A bucket of Muon holds at least one matrix for each
@@ -1306,6 +1314,11 @@ brings the rows of all ranks together, afterwards they are freed again, and its 
 reduce-scatter. Only one block is whole at a time. While it computes, the next is on its way. The
 price is traffic: the weights travel twice a micro-batch, not once a step.
 
+`fully_shard` leaves the outermost module whole after a forward pass, since a backward pass will
+follow. After an evaluation none follows, the parameters that it shows are not those that the
+optimizer knows, and a checkpoint taken then fails. `reshard_after_forward=True` costs one more
+gather of the two tables and makes that impossible.
+
 The other thing that fills a GPU is activations, which the backward pass needs again. We can drop
 them and compute each block's forward pass a second time: a third more work, and of each block only
 its input is kept. `recompute` switches that on.
@@ -1328,7 +1341,8 @@ def shard_model(model: GPT, world: ProcessGroup, recompute: bool = False) -> Non
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         policy = MixedPrecisionPolicy(half, world.reduce_dtype, cast_forward_inputs=False)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=world.reduce_dtype))
+    policy = MixedPrecisionPolicy(reduce_dtype=world.reduce_dtype)  # tables stay in float32
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def gather_model(model: GPT) -> Any:
@@ -1473,6 +1487,10 @@ for way, run in {"one process": alone, **by_way}.items():
     print(f"{row}{state:>20}{kept:>19}")
 
 # %%
+for way in ("sharded", "overlapped"):
+    print(f"{way}: {by_way[way]['early']} buckets on the wire when the backward pass returned")
+
+# %%
 fig, ax = figure(
     "Two processes train as one does; without exchange they drift apart",
     "step",
@@ -1495,6 +1513,7 @@ def distance(way):
 
 for way in ("averaged", "sharded", "overlapped", "cut"):
     assert distance(way) < 1e-3 and by_way[way]["gap"] == 0
+assert by_way["sharded"]["early"] == 0 < by_way["overlapped"]["early"]
 assert by_way["no exchange"]["gap"] > 1e-2 and distance("uneven") > 1e-2
 
 # %% [markdown]

@@ -844,7 +844,8 @@ def shard_model(model: GPT, world: ProcessGroup, recompute: bool = False) -> Non
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         policy = MixedPrecisionPolicy(half, world.reduce_dtype, cast_forward_inputs=False)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=world.reduce_dtype))
+    policy = MixedPrecisionPolicy(reduce_dtype=world.reduce_dtype)  # tables stay in float32
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def gather_model(model: GPT) -> Any:

@@ -107,6 +107,8 @@ def training(world, directory):
         assert_same_on_all_ranks(model, world)
         if way == "plain":
             continue
+        with torch.no_grad():
+            model(*(x.to(world.device) for x in global_batch(0)))  # as an evaluation does
         own, total = count(optimizer), count(alone)
         largest = max(p.numel() for p in reference.parameters())
         assert own <= total / world.world_size + 2 * largest, (way, own, total)

@@ -51,7 +51,7 @@ def test_the_slurm_script_trains_on_two_nodes(tmp_path, env):
         (tmp_path / name).chmod(0o755)
     env.update(PATH=f"{tmp_path}:{env['PATH']}", SLURM_JOB_NODELIST="node[0-1]")
     env.update(SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="7", PROFILE="smoke", STAGES="pretrain")
-    tiny = "depth=1 seq_len=64 batch_tokens=512 pretrain_steps=3 exam_items=2 val_tokens=512"
+    tiny = "depth=1 seq_len=64 batch_tokens=512 pretrain_steps=3 exam_items=8 val_tokens=512"
     tiny += " tokenizer_chars=40000 vocab_size=400 evals=1 max_tokens=4 fsdp=2"
     done = run(["bash", CLUSTER / "slurm.sh", *(f"--set={pair}" for pair in tiny.split())], env)
     assert done.returncode == 0, done.stderr[-4000:]
