@@ -56,7 +56,8 @@ def config_of(args, depth):
 def build(way, args, depth, world, passes):
     """Return (model, what to call, optimizer) of one way."""
     model = GPT(config_of(args, depth)).to(world.device)
-    model.compute_dtype = pick_dtype(world.device)
+    if world.device.type == "cuda":
+        model.compute_dtype = pick_dtype(world.device)
     if args.compile == "blocks":
         for block in model.blocks:
             block.compile(dynamic=False)
