@@ -191,7 +191,7 @@ def own_facts(device: torch.device) -> dict[str, str]:
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     python = ".".join(map(str, sys.version_info[:2]))
     facts = dict(python=python, torch=torch.__version__, code=code_digest(), device=kind)
-    return {"host": socket.gethostname(), **facts}
+    return {**facts, "host": socket.gethostname()}
 
 
 def compare_ranks(ranks: list[dict[str, str]]) -> None:

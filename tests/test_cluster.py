@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_run import TINY
 
 from nanochat import distributed
 from nanochat.common import UserError
@@ -51,9 +52,10 @@ def test_the_slurm_script_trains_on_two_nodes(tmp_path, env):
         (tmp_path / name).chmod(0o755)
     env.update(PATH=f"{tmp_path}:{env['PATH']}", SLURM_JOB_NODELIST="node[0-1]")
     env.update(SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="7", PROFILE="smoke", STAGES="pretrain")
-    tiny = "depth=1 seq_len=64 batch_tokens=512 pretrain_steps=3 exam_items=8 val_tokens=512"
-    tiny += " tokenizer_chars=40000 vocab_size=400 evals=1 max_tokens=4 fsdp=2"
-    done = run(["bash", CLUSTER / "slurm.sh", *(f"--set={pair}" for pair in tiny.split())], env)
+    settings = {**TINY, "pretrain_steps": 3, "evals": 1, "fsdp": 2}
+    done = run(
+        ["bash", CLUSTER / "slurm.sh", *(f"--set={k}={v}" for k, v in settings.items())], env
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [line["rank"] for line in lines if line["what"] == "rank"] == [0, 1]
