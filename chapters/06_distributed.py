@@ -256,6 +256,14 @@ def exchange(store: dist.Store, key: str, rank: int, n_ranks: int, value: Any) -
     return [json.loads(store.get(f"{key}/{other}")) for other in range(n_ranks)]  # get waits
 
 
+# %% [markdown]
+r"""
+The store that `exchange` writes to is explained below. The group itself:
+"""
+
+
+# %%
+#| export
 class ProcessGroup:
     """All ranks of a job, as one of them sees it: the world of a run in many processes.
 
@@ -416,6 +424,14 @@ def report_errors() -> None:
         sys.excepthook = hook
 
 
+# %% [markdown]
+r"""
+A mistake is not tried again, and a rank does not outlive its launcher.
+"""
+
+
+# %%
+#| export
 def refuse_to_repeat() -> None:
     """After a restart: raise the UserError that ended the attempt before, if it was one.
 
@@ -451,6 +467,8 @@ def watch_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+# %%
+#| export
 def setup(device: str = "auto", timeout: float = 600.0) -> Any:
     """Join the job this process belongs to; returns its world (SingleProcess when it is alone).
 
@@ -557,6 +575,14 @@ def stop(process: subprocess.Popen, patience: float = 3.0) -> None:
                 pass
 
 
+# %% [markdown]
+r"""
+Now the launcher. What the ranks print is told apart from what the launcher says by a prefix.
+"""
+
+
+# %%
+#| export
 def launch(
     module: str,
     args: list[str],
@@ -722,6 +748,8 @@ def compare_folders(world: Any, folder: str) -> None:
         )
 
 
+# %%
+#| export
 def check(
     world: Any, sizes: list[int], at_least: float = 0.0, folder: str = ""
 ) -> Iterator[dict[str, Any]]:
@@ -749,6 +777,8 @@ def check(
         )
 
 
+# %%
+#| export
 def main(argv: list[str] | None = None) -> None:
     """Check this machine or job: one JSON line for each rank and each measurement."""
     parser = argparse.ArgumentParser(
@@ -837,7 +867,10 @@ def batch(step, world, uneven=False):
         cut = [0, 1, *range(batch_size - world.world_size + 2, batch_size + 1)]
         return rows[cut[world.rank] : cut[world.rank + 1]]
     return rows[world.rank :: world.world_size]  # ... of which each takes its rows
+"""
 
+# %%
+training = r"""
 def train(way, world):
     model, losses = GPT(config), []
     if way == "cut":
@@ -858,6 +891,14 @@ def train(way, world):
         losses.append(float(world.sum(loss.detach())) / world.world_size)
     return model, optimizer, losses, early
 """
+
+# %% [markdown]
+r"""
+A third piece runs one way after the other and reports what we want to compare: losses, how far the
+ranks are apart, what each one stores, and a sample of the weights.
+"""
+
+# %%
 report = r"""
 def report(way, world):
     model, optimizer, losses, early = train(way, world)
@@ -990,6 +1031,14 @@ class Layout:
             at += piece.stop - piece.start
 
 
+# %% [markdown]
+r"""
+A gradient that has been copied out is freed at once, so no rank ever keeps all of the averages.
+"""
+
+
+# %%
+#| export
 def start_reduce_scatter(layout: Layout, rank: int) -> tuple[Tensor, Any]:
     """Start to sum gradients, which are freed; returns (the rank's own part, handle to wait for).
 
@@ -1079,6 +1128,14 @@ def reduction_layouts(
     return layouts
 
 
+# %% [markdown]
+r"""
+The hooks, the counting and the order are the work of `Reducer`.
+"""
+
+
+# %%
+#| export
 class Reducer:
     """Averages gradients over the ranks, each piece at its owner, one reduce-scatter a bucket.
 
@@ -1259,6 +1316,8 @@ def gather_state(optimizer: ShardedMuonAdamW, model: nn.Module) -> dict[str, Ten
     return full if world.is_main else {}
 
 
+# %%
+#| export
 def own_state(
     optimizer: ShardedMuonAdamW, model: nn.Module, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -1286,6 +1345,15 @@ def build_sharded_optimizer(model: GPT, world: Any, *args: float, **rates: float
     return (FullyShardedMuonAdamW if cut else ShardedMuonAdamW)(groups, world)
 
 
+# %% [markdown]
+r"""
+`build_sharded_optimizer` names a class of the next section. Saving is a collective, too: all ranks
+call it.
+"""
+
+
+# %%
+#| export
 def save_together(
     world: Any, directory: str | Path, step: int, model: GPT, optimizer: Any, *args: Any, **kw: Any
 ) -> None:
@@ -1391,6 +1459,8 @@ def recut(rows: Tensor, like: Tensor, n: int, start: int, end: int) -> Tensor:
     return cut.redistribute(placements=[Shard(end)]).to_local()
 
 
+# %%
+#| export
 class FullyShardedMuonAdamW(ShardedMuonAdamW):
     """MuonAdamW for a model that `shard_model` has cut: it keeps state for what a rank owns.
 
@@ -1456,7 +1526,7 @@ the notebook, with the whole batch: the baseline.
 # %%
 folder = tempfile.TemporaryDirectory()
 file = Path(folder.name) / "worker.py"
-file.write_text(worker + report)
+file.write_text(worker + training + report)
 numbers = [str(n_steps), str(depth), str(batch_size)]
 ways = ["averaged", "sharded", "overlapped", "cut", "no exchange", "uneven"]
 runs = []
@@ -1775,6 +1845,8 @@ def step_seconds(
     return dict(compute=compute, muon=muon / (n_ranks * cluster.flops), reduce=moved, gather=moved)
 
 
+# %%
+#| export
 def step_range(parts: dict[str, float]) -> tuple[float, float]:
     """Return the seconds of a step whose exchange is hidden where it can be, and not at all.
 
