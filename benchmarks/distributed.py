@@ -183,7 +183,9 @@ def main():
         return work(args)
     there = available_processes()
     ranks = args.ranks or [n for n in (1, 2, 4, 8) if n <= there]
-    found, rest = [], [a for a in sys.argv[1:]] + ["--worker"]
+    found, rest = [], [*sys.argv[1:], "--worker"]
+    # As many threads a rank whatever the number of ranks, or one alone would have all the cores.
+    threads = {"OMP_NUM_THREADS": str(max(1, available_processes("cpu") // max(ranks)))}
     for n in ranks:
         print(f"{n} of {there}", flush=True)
 
@@ -192,7 +194,7 @@ def main():
                 found.append(json.loads(line))
                 print(line, flush=True)
 
-        launch(str(Path(__file__).resolve()), rest, n, keep)
+        launch(str(Path(__file__).resolve()), rest, n, keep, env=threads)
     rows, wires = summary(args, found)
     print(markdown_table(rows))
     print("all-reduce:", ", ".join(f"{n} ranks {speed:.3g} GB/s" for n, speed in wires.items()))

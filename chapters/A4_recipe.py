@@ -489,7 +489,7 @@ def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise UserError for numbers that cannot work, before any work is done."""
-    may_be_zero = ("seed", "micro_batch", "processes", "evals", "saves")
+    may_be_zero = ("seed", "micro_batch", "processes", "fsdp", "evals", "saves")
     for field in fields(recipe):
         value = getattr(recipe, field.name)
         lowest = int(isinstance(value, int) and field.name not in may_be_zero)
@@ -560,7 +560,13 @@ compares.
 
 # %%
 #| export
-MACHINE_FIELDS = ("micro_batch", "processes", "device", "dtype")  # where, not what, is learnt
+MACHINE_FIELDS = (
+    "micro_batch",
+    "processes",
+    "fsdp",
+    "device",
+    "dtype",
+)  # where, not what, is learnt
 
 
 class Run:
