@@ -11,7 +11,8 @@ r"""
 # 6. Many processes
 
 By the end of this chapter you have shown that two processes, each with half of the batch and half
-of the optimizer's state, train the same model as one process with all of it.
+of the optimizer's state, train the same model as one process with all of it, and that they still do
+when one of them is killed on the way.
 
 We begin with the finished thing. One call starts two processes, lets them find each other, checks
 that they can add numbers up correctly, and measures how fast they talk. On a laptop the two are
@@ -23,7 +24,7 @@ from nanochat import distributed
 
 lines = []
 distributed.launch("nanochat.distributed", ["--check"], nproc=2, on_line=lines.append)
-print(len(lines), "lines of JSON; the first:", lines[0][:70], "...")
+print(f"{len(lines)} lines of JSON; the last: {lines[-1]}")
 
 # %% [markdown]
 r"""
@@ -32,16 +33,18 @@ r"""
 1. say what a rank, a collective and a process group are, and predict the result of each collective;
 2. count the bytes that a collective moves, and measure its bandwidth;
 3. make several processes compute the gradient of one large batch, and prove that they did;
-4. say what the optimizer's state costs in memory and split it over the ranks;
-5. start a job from a notebook or a shell, on one machine or several, and read the error of a rank.
+4. say what the optimizer's state costs in memory and split it over the ranks, and after it the
+   gradients and the weights;
+5. start a job from a notebook or a shell, on one machine or several, and read the error of a rank;
+6. make a job survive the death of a rank, and predict what more GPUs will bring.
 
-**Before this:** chapter 4 (the optimizer) and chapter 5 (the training loop). **Reading:** 25
-minutes. **Running:** about 30 seconds on two CPU cores. A GPU is not needed.
+**Before this:** chapter 4 (the optimizer) and chapter 5 (the training loop). **Reading:** 35
+minutes. **Running:** about 40 seconds on two CPU cores. A GPU is not needed.
 """
 
 # %% tags=["parameters"]
 profile = "quick"
-n_steps = 20  # training steps of each of the four runs we compare
+n_steps = 20  # training steps of each of the runs we compare
 depth = 2  # layers of the model that we train
 batch_size = 8  # rows of the global batch, shared out over the ranks
 
@@ -51,7 +54,9 @@ batch_size = 8  # rows of the global batch, shared out over the ranks
 # %%
 #| export
 import argparse
+import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -62,18 +67,26 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError, pick_device, synchronize
-from nanochat.model import GPT
+from nanochat.model import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, adamw_update, muon_update, param_groups
 from nanochat.train import SingleProcess
 
@@ -85,7 +98,6 @@ import runpy
 import matplotlib.pyplot as plt
 
 from nanochat.common import COLORS, figure
-from nanochat.model import GPTConfig
 
 # %% [markdown]
 r"""
@@ -219,7 +231,8 @@ four verbs that training needs. It has the same names as `SingleProcess` of chap
 training loop does not know which of the two it got.
 
 Gradients are many tensors, most of them small, and each collective costs a start-up time. So we
-copy them into a few large **buckets**, start all reductions, and wait at the end.
+copy them into a few large **buckets**, start all reductions, and wait at the end. They are added up
+in a stated type, `reduce_dtype`: float32 unless we ask for half of the bytes and less precision.
 """
 
 
@@ -237,11 +250,25 @@ def buckets(tensors: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+def exchange(store: dist.Store, key: str, rank: int, n_ranks: int, value: Any) -> list[Any]:
+    """Write this rank's value under `key` in a job's store; return all ranks' values, in order."""
+    store.set(f"{key}/{rank}", json.dumps(value))
+    return [json.loads(store.get(f"{key}/{other}")) for other in range(n_ranks)]  # get waits
+
+
+# %% [markdown]
+r"""
+The store that `exchange` writes to is explained below. The group itself:
+"""
+
+
+# %%
+#| export
 class ProcessGroup:
     """All ranks of a job, as one of them sees it: the world of a run in many processes.
 
     Every method is a collective: all ranks must call it, in the same order. Gradients are summed
-    in `reduce_dtype`, in buckets of `bucket_bytes`.
+    in `reduce_dtype`, in buckets of `bucket_bytes`. `store` is the job's dictionary.
     """
 
     def __init__(
@@ -249,14 +276,21 @@ class ProcessGroup:
         device: torch.device,
         reduce_dtype: torch.dtype = torch.float32,
         bucket_bytes: int = 64 << 20,
+        store: dist.Store | None = None,
     ):
         self.device, self.reduce_dtype, self.bucket_bytes = device, reduce_dtype, bucket_bytes
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.is_main = self.rank == 0
+        self.is_main, self.store, self.rounds = self.rank == 0, store, 0
+        self.reducer: Any = None  # of a sharded optimizer, which does the averaging (section 6.7)
 
     def average_gradients(self, model: nn.Module) -> None:
-        """Replace each gradient by its mean over the ranks; a missing one counts as zero."""
-        params = [p for p in model.parameters() if p.requires_grad]
+        """Replace each gradient by its mean over the ranks; a missing one counts as zero.
+
+        The gradients of a sharded optimizer are only sent on their way, to their owners.
+        """
+        if self.reducer and self.reducer.serves(model):
+            return self.reducer.start_rest()
+        params = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
         for param in params:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
@@ -276,6 +310,14 @@ class ProcessGroup:
         dist.all_reduce(total)
         return total.to(value.device)
 
+    def exchange(self, value: Any) -> list[Any]:
+        """Give a small value that JSON can write; return those of all ranks, in order."""
+        values = exchange(self.store, f"round {self.rounds}", self.rank, self.world_size, value)
+        if self.rounds:  # whoever has written this round has read the one before
+            self.store.delete_key(f"round {self.rounds - 1}/{self.rank}")
+        self.rounds += 1
+        return values
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         dist.barrier()
@@ -294,17 +336,69 @@ class ProcessGroup:
 # %% [markdown]
 r"""
 `setup` decides which world we are in. Without `RANK` in the environment it returns
-`SingleProcess`, so the same script runs alone and under `torchrun`. It also settles two things
+`SingleProcess`, so the same script runs alone and under `torchrun`. It also settles three things
 that go wrong in practice.
 
+*A node that is different.* Somebody updated one of four machines. The job starts, and an hour later
+it hangs, or one rank computes something slightly else. torchrun gives a job a **store**: a small
+dictionary on the first node, which all ranks can read and write before any collective works. Each
+rank writes there which Python, torch, code and kind of device it has, reads what the others wrote,
+and stops with one sentence that names the odd one.
+
 *Errors.* When a rank raises, its traceback must reach the person who started the job. torchrun
-names a file for it in `TORCHELASTIC_ERROR_FILE`; we fill that file.
+names a file for it in `TORCHELASTIC_ERROR_FILE`; we fill that file. torchrun can also start all
+ranks again after a failure (section 6.10). That helps against a dead machine and not against a
+mistake, so a `UserError` of the attempt before is raised again at once.
 
 *Orphans.* When a notebook is killed with `kill -9`, nobody tells its grandchildren to stop; they
 keep the GPUs busy until somebody notices. So each rank watches a pipe whose other end the
 notebook holds. When the notebook dies, for whatever reason, the pipe closes and the rank ends
 itself.
 """
+
+
+# %%
+#| export
+def code_digest() -> str:
+    """Return a short hash of the package's source: equal where the same code runs."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(sys.modules["nanochat"].__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def own_facts(device: torch.device) -> dict[str, str]:
+    """Return what must be the same on all ranks, and the host, which may differ."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    python = ".".join(map(str, sys.version_info[:2]))
+    facts = dict(python=python, torch=torch.__version__, code=code_digest(), device=kind)
+    return {**facts, "host": socket.gethostname()}
+
+
+def compare_ranks(ranks: list[dict[str, str]]) -> None:
+    """Raise UserError if ranks differ in more than their host; it names the odd ones."""
+    for what in [key for key in ranks[0] if key != "host"]:
+        ((usual, n), *others) = Counter(facts[what] for facts in ranks).most_common()
+        if others:
+            odd = {rank: facts for rank, facts in enumerate(ranks) if facts[what] != usual}
+            hosts = ", ".join(sorted({facts["host"] for facts in odd.values()}))
+            found = ", ".join(sorted({facts[what] for facts in odd.values()}))
+            raise UserError(
+                f"rank {', '.join(map(str, odd))} on {hosts} has {what} {found}, and {n} of "
+                f"{len(ranks)} ranks have {usual}; make all nodes the same, then start again."
+            )
+
+
+# %%
+#| test
+nodes = [dict(host=f"node{i}", torch="2.11" if i != 2 else "2.9") for i in range(4)]
+compare_ranks(nodes[:2])
+try:
+    compare_ranks(nodes)
+except UserError as error:
+    assert "rank 2 on node2 has torch 2.9, and 3 of 4 ranks have 2.11" in str(error)
+else:
+    raise AssertionError("an odd node must be named")
 
 
 # %%
@@ -319,12 +413,42 @@ def report_errors() -> None:
             details = {"py_callstack": text, "timestamp": str(int(time.time()))}
             message = {"message": f"{kind.__name__}: {error}", "extraInfo": details}
             Path(name).write_text(json.dumps({"message": message}), encoding="utf-8")
-        sys.__excepthook__(kind, error, trace)
+        if issubclass(kind, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
         sys.stderr.flush()
         os._exit(1)  # at once: the other ranks may be stuck in a collective with us
 
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         sys.excepthook = hook
+
+
+# %% [markdown]
+r"""
+A mistake is not tried again, and a rank does not outlive its launcher.
+"""
+
+
+# %%
+#| export
+def refuse_to_repeat() -> None:
+    """After a restart: raise the UserError that ended the attempt before, if it was one.
+
+    A dead rank is worth another attempt; a mistake of the user's is not mended by one.
+    """
+    name, count = (
+        os.environ.get("TORCHELASTIC_ERROR_FILE"),
+        os.environ["TORCHELASTIC_RESTART_COUNT"],
+    )
+    if name and int(count):
+        before = Path(name).parents[2] / f"attempt_{int(count) - 1}"
+        for file in sorted(before.glob("*/error.json")):
+            _, mistake, sentence = json.loads(file.read_text(encoding="utf-8"))["message"][
+                "message"
+            ].partition("UserError: ")
+            if mistake:
+                raise UserError(sentence)
 
 
 def watch_launcher() -> None:
@@ -343,30 +467,38 @@ def watch_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+# %%
+#| export
 def setup(device: str = "auto", timeout: float = 600.0) -> Any:
     """Join the job this process belongs to; returns its world (SingleProcess when it is alone).
 
     Rank and size come from torchrun's environment. A collective that waits longer than `timeout`
-    seconds for another rank fails. Raises UserError when a rank has no GPU of its own.
+    seconds for another rank fails. Raises UserError when a rank has no GPU of its own, or when
+    the ranks differ in software or kind of device.
     """
     if "RANK" not in os.environ:
         return SingleProcess(pick_device(device))
     report_errors()
+    refuse_to_repeat()
     watch_launcher()
     place, local_rank = pick_device(device), int(os.environ.get("LOCAL_RANK", 0))
+    if place.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: this machine has "
+                f"{torch.cuda.device_count()}; start at most that many processes on it."
+            )
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
     limit = timedelta(seconds=timeout)
-    if place.type != "cuda":
-        dist.init_process_group("gloo", timeout=limit)
-        return ProcessGroup(place)
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-            f"start at most that many processes on it."
-        )
-    place = torch.device("cuda", local_rank)
-    torch.cuda.set_device(place)
-    dist.init_process_group("nccl", device_id=place, timeout=limit)
-    return ProcessGroup(place)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    compare_ranks(exchange(store, "facts", rank, world_size, own_facts(place)))
+    cuda = dict(backend="nccl", device_id=place) if place.type == "cuda" else dict(backend="gloo")
+    dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=limit, **cuda)
+    return ProcessGroup(place, store=dist.PrefixStore("nanochat", store))
 
 
 # %%
@@ -416,6 +548,7 @@ def launch_environment(nproc: int) -> dict[str, str]:
     package = Path(sys.modules["nanochat"].__file__).parents[1]  # import the same nanochat there
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), env.get("PYTHONPATH", "")]))
     env.update(OMP_NUM_THREADS=str(max(1, cores // nproc)), PYTHONUNBUFFERED="1")
+    env.update(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # a fresh store after each restart
     env.update(NANOCHAT_LAUNCHED="1", TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[rank ${rank}]:")
     env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if sys.platform != "win32":  # one machine: talk through the loopback, whatever its host name
@@ -442,26 +575,37 @@ def stop(process: subprocess.Popen, patience: float = 3.0) -> None:
                 pass
 
 
+# %% [markdown]
+r"""
+Now the launcher. What the ranks print is told apart from what the launcher says by a prefix.
+"""
+
+
+# %%
+#| export
 def launch(
     module: str,
     args: list[str],
     nproc: int,
     on_line: Callable[[str], None] | None = None,
     env: dict[str, str] | None = None,
+    restarts: int = 0,
 ) -> None:
     """Run `python -m module args` in `nproc` ranks on this machine and wait for them.
 
     `module` may also be the path of a .py file. Each line that a rank prints goes to `on_line`
     (default: print), with "[rank 1] " before those of ranks other than 0. `env` is added to the
-    environment. Raises LaunchError when a rank fails; an interrupt stops all ranks and is raised
-    again. The module should call `setup()` first.
+    environment. When a rank fails, all are started again, up to `restarts` times; then LaunchError
+    is raised. An interrupt stops all ranks and is raised again. The module should call `setup()`
+    first, and go on from its last checkpoint.
     """
     on_line = on_line or (lambda line: print(line, flush=True))
     target = [module] if module.endswith(".py") else ["-m", module]
     own_session = dict(start_new_session=True) if os.name == "posix" else dict(creationflags=0x200)
     with tempfile.TemporaryDirectory(prefix="nanochat-launch-") as logs:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={nproc}", "--log-dir", logs, "--tee", "3", *target, *args]
+        command += [f"--nproc-per-node={nproc}", f"--max-restarts={restarts}"]
+        command += ["--log-dir", logs, "--tee", "3", *target, *args]
         process = subprocess.Popen(
             command,
             env={**launch_environment(nproc), **(env or {})},
@@ -508,12 +652,14 @@ def find_failure(logs: Path, summary: str, code: int) -> LaunchError:
         name = signal.Signals(number).name
         hint = "; SIGKILL often means that memory ran out" if name == "SIGKILL" else ""
         return LaunchError(f"rank {rank} was killed by {name}{hint}.", rank)
-    reports = sorted(logs.glob("*/attempt_*/*/error.json"), key=lambda f: f.stat().st_mtime_ns)
+    attempts = sorted(logs.glob("*/attempt_*"), key=lambda f: int(f.name.removeprefix("attempt_")))
+    last = attempts[-1] if attempts else logs
+    reports = sorted(last.glob("*/error.json"), key=lambda f: f.stat().st_mtime_ns)
     if reports:
         message = json.loads(reports[0].read_text(encoding="utf-8"))["message"]
         rank, trace = int(reports[0].parent.name), message["extraInfo"]["py_callstack"]
         return LaunchError(f"rank {rank} failed: {message['message']}", rank, trace)
-    for file in sorted(logs.glob("*/attempt_*/*/stderr.log")):
+    for file in sorted(last.glob("*/stderr.log")):
         text = file.read_text(encoding="utf-8", errors="replace").strip()
         if text:
             rank, tail = int(file.parent.name), "\n".join(text.splitlines()[-30:])
@@ -531,21 +677,15 @@ torchrun --standalone --nproc-per-node=8 -m nanochat pretrain --profile speedrun
 ```
 
 `--standalone` says that there is no other machine; `--nproc-per-node` how many ranks to start here.
-On four machines, run this on each of them, with the name of one of them as the meeting point:
-
-```
-torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=node0:29500 \
-         --rdzv-id=run1 -m nanochat pretrain --profile speedrun
-```
-
-`--rdzv-id` is any word that the four agree on, so that two jobs on one cluster do not mix. torchrun
-numbers the 32 ranks and sets their environment; our code does not change.
+Section 6.11 does it on several machines.
 
 ## 6.4 How fast do ranks talk?
 
 Before we spend money on a long run we ask two questions of a new machine: do all ranks have the
 same software, and is the wire as fast as we were promised? `python -m nanochat.distributed
---check` answers them, alone or under torchrun. It also adds up numbers whose sum is known.
+--check` answers them, alone or under torchrun. It also adds up numbers whose sum is known, and
+`--at-least 100` makes it fail below 100 GB/s, so that a script stops before the bill grows;
+`--folder runs` asks whether all ranks see the folder where the checkpoints will be.
 """
 
 
@@ -590,29 +730,55 @@ def measure(world: Any, sizes: list[int], repeats: int = 5) -> Iterator[dict[str
 
 # %%
 #| export
-def check(world: Any, sizes: list[int]) -> Iterator[dict[str, Any]]:
-    """Yield what a job should know before it starts: each rank's place, a sum, and speeds.
-
-    Raises UserError when ranks differ in their torch version or when a sum is wrong.
-    """
-    here = dict(what="rank", rank=world.rank, host=socket.gethostname(), torch=torch.__version__)
-    here.update(device=str(world.device), threads=torch.get_num_threads())
-    ranks = [here] * world.world_size
+def compare_folders(world: Any, folder: str) -> None:
+    """Raise UserError unless all ranks see the same folder; it is made if it is not there."""
+    mark = Path(folder) / f".seen-{os.getpid()}"
+    if world.is_main:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
     if world.world_size > 1:
-        dist.all_gather_object(ranks, here)
-    yield from ranks
-    versions = sorted({rank["torch"] for rank in ranks})
-    if len(versions) > 1:
+        mark = Path(world.exchange(str(mark))[0])  # also waits until rank 0 has written it
+    blind = int(world.sum(torch.tensor(int(not mark.exists()))))
+    if world.is_main:
+        mark.unlink()
+    if blind:
         raise UserError(
-            f"the ranks run different versions of torch ({', '.join(versions)}); "
-            f"install the same one everywhere."
+            f"{blind} of {world.world_size} ranks do not see {folder} of rank 0; put it on a file "
+            f"system that all nodes share (NANOCHAT_RUNS says where runs are)."
         )
+
+
+# %%
+#| export
+def check(
+    world: Any, sizes: list[int], at_least: float = 0.0, folder: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Yield what a job should know before it starts: each rank's facts, a sum, and speeds.
+
+    Raises UserError when a sum is wrong, when not all ranks see `folder`, or when the largest
+    all-reduce moves fewer than `at_least` GB/s of bus bandwidth.
+    """
+    here = dict(what="rank", rank=world.rank, threads=torch.get_num_threads())
+    here.update(own_facts(world.device))
+    yield from world.exchange(here) if world.world_size > 1 else [here]
     total = int(world.sum(torch.tensor(world.rank + 1)))
     if total != world.world_size * (world.world_size + 1) // 2:
         raise UserError(f"the ranks 1 to {world.world_size} add up to {total}; the wire is broken.")
-    yield from measure(world, sizes)
+    if folder:
+        compare_folders(world, folder)
+    speed = 0.0
+    for line in measure(world, sizes):
+        yield line
+        speed = line["gb_per_s"] if line["what"] == "all_reduce" else speed
+    if world.world_size > 1 and speed < at_least:
+        raise UserError(
+            f"the all-reduce of {max(sizes):,} bytes reached {speed:.3g} GB/s and you asked for "
+            f"{at_least:g}; look for a wrong network card (NCCL_DEBUG=INFO names it)."
+        )
 
 
+# %%
+#| export
 def main(argv: list[str] | None = None) -> None:
     """Check this machine or job: one JSON line for each rank and each measurement."""
     parser = argparse.ArgumentParser(
@@ -623,9 +789,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**k for k in (3, 4, 5, 6, 7)])
+    parser.add_argument("--at-least", type=float, default=0.0, help="GB/s, or it is an error")
+    parser.add_argument("--folder", default="", help="a folder that all ranks must see")
     options = parser.parse_args(argv)
     world = setup(options.device)
-    for line in check(world, options.sizes):
+    for line in check(world, sorted(options.sizes), options.at_least, options.folder):
         if world.is_main:
             print(json.dumps(line), flush=True)
     if isinstance(world, ProcessGroup):
@@ -676,55 +844,83 @@ So let each rank hold the whole model, take half of the rows, run forward and ba
 average the gradients. If the ranks start from the same weights and apply the same update, they
 stay equal for ever, without sending a single weight.
 
-We write the program that each rank runs into a file. It knows four ways to train, which we compare.
+We write the program that each rank runs into a file. It knows several ways to train, which we
+compare.
 """
 
 # %%
 worker = r"""
 import json, sys, torch
-from nanochat.distributed import ShardedMuonAdamW, setup
+from nanochat.distributed import build_sharded_optimizer, gather_model, setup, shard_model
 from nanochat.model import GPT, GPTConfig
-from nanochat.optim import MuonAdamW, param_groups
+from nanochat.optim import build_optimizer
 
 n_steps, depth, batch_size = map(int, sys.argv[1:4])
-world = setup("cpu")
+config = GPTConfig.for_depth(depth, vocab_size=257, seq_len=32, head_dim=64)
 torch.set_num_threads(1)
 
-def train(ways):
-    config = GPTConfig.for_depth(depth, vocab_size=257, seq_len=32, head_dim=64)
+def batch(step, world, uneven=False):
+    generator = torch.Generator().manual_seed(step)  # the same batch on all ranks ...
+    jumps = torch.randint(1, 4, (batch_size, 33), generator=generator)
+    rows = jumps.cumsum(1) % 257  # a walk: the next token is one of three
+    if uneven:  # rank 0 gets one row, the last rank the rest
+        cut = [0, 1, *range(batch_size - world.world_size + 2, batch_size + 1)]
+        return rows[cut[world.rank] : cut[world.rank + 1]]
+    return rows[world.rank :: world.world_size]  # ... of which each takes its rows
+"""
+
+# %%
+training = r"""
+def train(way, world):
     model, losses = GPT(config), []
-    groups = param_groups(model)
-    sharded = ways in ("sharded", "alone")
-    optimizer = ShardedMuonAdamW(groups, world) if sharded else MuonAdamW(groups)
+    if way == "cut":
+        shard_model(model, world)
+    alike = way in ("averaged", "no exchange", "uneven")
+    optimizer = build_optimizer(model) if alike else build_sharded_optimizer(model, world)
+    if way == "overlapped":
+        optimizer.overlap()
     for step in range(n_steps):
-        generator = torch.Generator().manual_seed(step)  # the same batch on all ranks ...
-        jumps = torch.randint(1, 4, (batch_size, 33), generator=generator)
-        rows = jumps.cumsum(1) % 257  # a walk: the next token is one of three
-        if ways == "uneven":  # rank 0 gets one row, the last rank the rest
-            cut = [1, *range(batch_size - world.world_size + 2, batch_size + 1)]
-            rows = rows[([0] + cut)[world.rank] : cut[world.rank]]
-        else:
-            rows = rows[world.rank :: world.world_size]  # ... of which each takes its rows
+        rows = batch(step, world, way == "uneven")
         loss = model(rows[:, :-1], rows[:, 1:])
         loss.backward()
-        if ways != "no exchange":
+        early = len(optimizer.reducer.started) if hasattr(optimizer, "reducer") else 0
+        if way != "no exchange":
             world.average_gradients(model)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(world.sum(loss.detach())) / world.world_size)
-    state = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    gap = float((weights - world.sum(weights) / world.world_size).abs().max())
-    return dict(ways=ways, rank=world.rank, losses=losses, gap=gap,
-                state=sum(v.nbytes for v in state), sample=weights[:: len(weights) // 500].tolist())
-
-for ways in sys.argv[4:]:
-    print(json.dumps(train(ways)), flush=True)
+    return model, optimizer, losses, early
 """
 
 # %% [markdown]
 r"""
-Before we can run it we need the last of the four ways, the sharded optimizer.
+A third piece runs one way after the other and reports what we want to compare: losses, how far the
+ranks are apart, what each one stores, and a sample of the weights.
+"""
+
+# %%
+report = r"""
+def report(way, world):
+    model, optimizer, losses, early = train(way, world)
+    state = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    kept = sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters())
+    weights = [w.flatten() for w in gather_model(model).state_dict().values()]
+    weights = torch.cat(weights) if weights else torch.zeros(0)  # of a cut model rank 0 has all
+    mean = weights if way == "cut" else world.sum(weights) / world.world_size
+    gap = (weights - mean).abs().max() if len(weights) else 0
+    return dict(way=way, rank=world.rank, losses=losses, gap=float(gap), early=early,
+                state=sum(v.nbytes for v in state), weights=kept, sample=weights[::500].tolist())
+
+if __name__ == "__main__":
+    world = setup("cpu")
+    for way in sys.argv[4:]:
+        print(json.dumps(report(way, world)), flush=True)
+"""
+
+# %% [markdown]
+r"""
+Before we can run it we need three of the ways: a sharded optimizer, one that sends gradients while
+they are computed, and a model that is cut itself.
 
 ## 6.6 The optimizer is the thing to shard
 
@@ -744,8 +940,10 @@ mean is not stored n times either, and the wire carries less.
 | | reduce-scatter | all-gather | bytes on the wire, in parameters |
 |---|---|---|---|
 | plain data parallel | of gradients | of gradients | 2 |
-| sharded, gradients averaged before (`"averaged"`) | of gradients | of gradients + weights | 3 |
-| sharded, reduces its own part (`"local"`) | of gradients | of weights | 2 |
+| stage 1, gradients averaged before | of gradients | of gradients + weights | 3 |
+| stage 2, which we build | of gradients | of weights | 2 |
+
+So it is not only smaller but costs nothing on the wire.
 
 How to share out? AdamW treats every number by itself, so we can cut a tensor anywhere, and all
 ranks get equally much. Muon needs whole matrices; we deal them out, the largest first, to the
@@ -801,21 +999,21 @@ assert [len(rank) for rank in shares[1]] == [1, 1, 1, 0]
 # %% [markdown]
 r"""
 A collective wants one flat tensor in which the parts of all ranks have the same length. `Layout`
-lays the pieces of one group out in such a tensor, with some padding where a rank has less. The
-same layout serves both directions: gradients in, weights out.
+lays pieces out in such a tensor, with some padding where a rank has less. The same layout serves
+both directions: gradients in, weights out.
 """
 
 
 # %%
 #| export
 class Layout:
-    """Where the pieces of one group lie in a flat tensor of n_ranks equal parts."""
+    """Where pieces lie in a flat tensor of n_ranks equal parts; `share[rank]` are a rank's."""
 
-    def __init__(self, share: list[list[Piece]]):
+    def __init__(self, share: list[list[Piece]], dtype: torch.dtype | None = None):
         self.share = share
         self.width = max(sum(p.stop - p.start for p in pieces) for pieces in share)
-        first = next(piece for pieces in share for piece in pieces).param
-        self.dtype, self.device = first.dtype, first.device
+        self.params = list(dict.fromkeys(piece.param for pieces in share for piece in pieces))
+        self.dtype, self.device = dtype or self.params[0].dtype, self.params[0].device
 
     def empty(self) -> Tensor:
         """Return a new flat tensor (n_ranks * width,)."""
@@ -833,13 +1031,26 @@ class Layout:
             at += piece.stop - piece.start
 
 
+# %% [markdown]
+r"""
+A gradient that has been copied out is freed at once, so no rank ever keeps all of the averages.
+"""
+
+
+# %%
+#| export
 def start_reduce_scatter(layout: Layout, rank: int) -> tuple[Tensor, Any]:
-    """Start to sum a group's gradients; returns (the rank's own part, handle to wait for)."""
+    """Start to sum gradients, which are freed; returns (the rank's own part, handle to wait for).
+
+    A gradient that is missing counts as zero.
+    """
     flat = layout.empty()
     for owner in range(len(layout.share)):
         for piece, place in layout.slots(layout.part(flat, owner), owner):
             if piece.param.grad is not None:
                 place.copy_(piece.of(piece.param.grad))
+    for param in layout.params:
+        param.grad = None
     own = torch.empty(layout.width, dtype=flat.dtype, device=flat.device)
     call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return own, call(own, flat, async_op=True)
@@ -857,61 +1068,173 @@ def start_all_gather(layout: Layout, rank: int) -> tuple[Tensor, Any]:
 
 # %% [markdown]
 r"""
-Now the optimizer is short. It is chapter 4's, with another `step`: all exchanges of gradients
-start at once; then, group by group, wait, update our pieces, and start to send the new weights
-while the next group is computed; at the end, wait for everybody's weights. With one process it is
-chapter 4's.
+## 6.7 Sending while the backward pass still runs
+
+The backward pass begins at the head and ends at the embedding. When it reaches the middle of the
+model, the gradients of the upper half are final. They could be on the wire while the lower half is
+computed. Waiting for the end wastes that time:
+
+```
+ one after the other:   [ forward ][   backward   ][ reduce ][ optimizer ][ gather ]
+ overlapped:            [ forward ][   backward   ][ optimizer ]
+                                      [ reduce ]        [ gather ]
+```
+
+PyTorch calls a **hook** whenever it has finished a gradient. We count: when all gradients of a
+bucket are there, its reduce-scatter starts. Four details make that right.
+
+*Accumulation.* With several micro-batches a gradient is finished several times; only the last one
+counts, so a bucket waits for `passes` calls from each of its parameters.
+
+*Order.* Collectives must start in the same order on all ranks, and nobody promises that two ranks
+finish their gradients in the same order. So the first step only watches: rank 0 says in which order
+its buckets became full, through the store, and from then on that is the order for all. PyTorch's
+own `DistributedDataParallel` does the same (Li et al. 2020).
+
+*Compilation.* `torch.compile` makes one graph of a model, and its backward pass hands all gradients
+over at the end: the hooks still fire, but there is nothing left to overlap with. Compiled block by
+block, the gradients come block by block. (Chapter 5's trainer compiles the whole model, so in the
+recipe only the exchange of weights overlaps, with the optimizer. Which of the two is faster is for
+`benchmarks/distributed.py` to say, on GPUs.)
+
+*Size.* A small bucket starts early and pays the start-up time; a large one is efficient and starts
+late. AdamW's small tensors share one bucket. A bucket of Muon holds at least one matrix for each
+rank: with fewer, some ranks' parts would be padding.
 """
 
 
 # %%
 #| export
-def gather_state(optimizer: "ShardedMuonAdamW", model: nn.Module) -> dict[str, Tensor]:
-    """Put the state of all ranks together on rank 0, as MuonAdamW.named_state; {} elsewhere.
+def reduction_layouts(
+    groups: list[dict[str, Any]], shares: list[list[list[Piece]]], world: ProcessGroup
+) -> list[Layout]:
+    """Return the buckets in which gradients are reduced: small tensors together, last layers first.
 
-    A collective. State of no dimension is a count, of one a slice of AdamW's, of two Muon's.
+    `shares` is what `share_out` gave. A bucket has at most `world.bucket_bytes`, or one tensor, or
+    one matrix for each rank.
     """
-    names = {param: name for name, param in model.named_parameters()}
-    world, mine, facts = optimizer.world, {}, {}
-    for piece in (p for layout in optimizer.layouts for p in layout.share[world.rank]):
-        for key, value in optimizer.state.get(piece.param, {}).items():
-            name, value = f"{names[piece.param]}.{key}", torch.as_tensor(value)
-            mine[name] = piece, value
-            shape = piece.param.shape if value.dim() == 1 else value.shape
-            facts[name] = int(value) if value.dim() == 0 else (shape, value.dtype)
-    everyone: list[Any] = [None] * world.world_size
-    dist.all_gather_object(everyone, facts)
-    full = {}
-    for name, fact in sorted({k: v for facts in everyone for k, v in facts.items()}.items()):
-        if isinstance(fact, int):
-            full[name] = torch.tensor(fact)
-            continue
-        whole = torch.zeros(fact[0], dtype=fact[1], device=world.device)
-        if name in mine:
-            piece, value = mine[name]
-            (piece.of(whole) if value.dim() == 1 else whole).copy_(value)
-        dist.reduce(whole, dst=0)  # the others hold zeros there, so the sum is exact
-        if world.is_main:
-            full[name] = whole.cpu()
-    return full if world.is_main else {}
+    pieces = [[p for share in shares for p in share[rank]] for rank in range(world.world_size)]
+    small_first = sorted(
+        (p for g in groups if g["kind"] == "adamw" for p in g["params"]), key=Tensor.numel
+    )
+    cuts = list(buckets(small_first, world.bucket_bytes))
+    for params in (g["params"][::-1] for g in groups if g["kind"] == "muon"):
+        limit = max(world.bucket_bytes, world.world_size * params[0].nbytes)
+        cuts += buckets(params, limit)
+    layouts = []
+    for cut in map(set, cuts):
+        share = [[piece for piece in own if piece.param in cut] for own in pieces]
+        layouts.append(Layout(share, world.reduce_dtype))
+    return layouts
+
+
+# %% [markdown]
+r"""
+The hooks, the counting and the order are the work of `Reducer`.
+"""
+
+
+# %%
+#| export
+class Reducer:
+    """Averages gradients over the ranks, each piece at its owner, one reduce-scatter a bucket.
+
+    After `watch` a bucket starts from inside the backward pass; without it all start in
+    `start_rest`. What `take` returns is valid until the next backward pass.
+    """
+
+    def __init__(self, layouts: list[Layout], world: ProcessGroup):
+        self.layouts, self.world, self.passes = layouts, world, 0
+        self.order: list[int] | None = None  # of the buckets; agreed on in the first step
+        self.bucket_of = {param: i for i, each in enumerate(layouts) for param in each.params}
+        self.hooks: list[Any] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the step that is over."""
+        self.missing = [self.passes * len(layout.params) for layout in self.layouts]
+        self.full: list[int] = []
+        self.started: dict[int, tuple[Tensor, Any]] = {}
+
+    def serves(self, model: nn.Module) -> bool:
+        """Return True if this reduces the gradients of that model."""
+        return next(model.parameters()) in self.bucket_of
+
+    def watch(self, passes: int) -> None:
+        """From now on start each bucket in the last of a step's `passes` backward passes."""
+        self.passes, self.order = passes, None
+        self.reset()
+        if not self.hooks:
+            params = self.bucket_of
+            self.hooks = [p.register_post_accumulate_grad_hook(self.count) for p in params]
+
+    def count(self, param: Tensor) -> None:
+        """Note that a gradient has been finished once more; start what is full and next in line."""
+        bucket = self.bucket_of[param]
+        self.missing[bucket] -= 1
+        if self.missing[bucket] == 0:
+            self.full.append(bucket)
+        while self.order and len(self.started) < len(self.order):
+            following = self.order[len(self.started)]
+            if following not in self.full:
+                break
+            self.start(following)
+
+    def start(self, bucket: int) -> None:
+        """Put a bucket on the wire."""
+        self.started[bucket] = start_reduce_scatter(self.layouts[bucket], self.world.rank)
+
+    def start_rest(self) -> None:
+        """Put all buckets on the wire that are not there yet; all ranks call it together."""
+        if self.order is None:
+            rest = [i for i in range(len(self.layouts)) if i not in self.full]
+            self.order = self.world.exchange(self.full + rest)[0]
+        for bucket in self.order[len(self.started) :]:
+            self.start(bucket)
+
+    def take(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
+        """Wait for averaged gradients and return them: {param: this rank's piece, flat}."""
+        found = {}
+        for bucket in dict.fromkeys(self.bucket_of[param] for param in params):
+            layout, (part, work) = self.layouts[bucket], self.started[bucket]
+            work.wait()
+            for piece, place in layout.slots(part, self.world.rank):
+                found[piece.param] = place.to(piece.param.dtype) / self.world.world_size
+        return {param: found[param] for param in params if param in found}
+
+
+# %% [markdown]
+r"""
+Now the optimizer is short. It is chapter 4's, with another `step`. Group by group: wait for our
+part of the gradients, update our pieces, and start to send the new weights while the next group is
+computed; at the end, wait for everybody's weights. `overlap(passes)` switches the hooks on. With
+one process it is chapter 4's.
+"""
 
 
 # %%
 #| export
 class ShardedMuonAdamW(MuonAdamW):
-    """MuonAdamW whose state and work are shared out over the ranks of a world; same results.
+    """MuonAdamW whose state, update and averaged gradients are shared out over a world's ranks.
 
-    ZeRO, Rajbhandari et al. (2020). With `gradients="averaged"` (stage 1) the caller averages the
-    gradients first, as `fit` does; with "local" (stage 2) `step` reduces them itself, each rank
-    gets the mean of its own part, and nobody else may average them.
+    It takes over `world.average_gradients` for its parameters: gradients go straight to the rank
+    that owns them. After `overlap` they do so while the backward pass runs. ZeRO stage 2,
+    Rajbhandari et al. (2020).
     """
 
-    def __init__(self, param_groups: list[dict[str, Any]], world: Any, gradients: str = "averaged"):
+    def __init__(self, param_groups: list[dict[str, Any]], world: Any):
         super().__init__(param_groups)
-        if gradients not in ("averaged", "local"):
-            raise ValueError(f"gradients is 'averaged' or 'local', not {gradients!r}.")
-        self.world, self.gradients = world, gradients
-        self.layouts = [Layout(s) for s in share_out(self.param_groups, world.world_size)]
+        self.world = world
+        self.shares = share_out(self.param_groups, world.world_size)
+        if world.world_size > 1:
+            self.layouts = [Layout(share) for share in self.shares]
+            reductions = reduction_layouts(self.param_groups, self.shares, world)
+            world.reducer = self.reducer = Reducer(reductions, world)
+
+    def overlap(self, passes: int = 1) -> None:
+        """Send gradients while they are computed, in the last of a step's `passes` passes."""
+        if self.world.world_size > 1:
+            self.reducer.watch(passes)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -919,38 +1242,27 @@ class ShardedMuonAdamW(MuonAdamW):
         rank, n_ranks = self.world.rank, self.world.world_size
         if n_ranks == 1:
             return super().step()
-        local = self.gradients == "local"
-        reducing = [
-            start_reduce_scatter(layout, rank) if local else None for layout in self.layouts
-        ]
+        self.reducer.start_rest()
         gathering = []
-        for group, layout, reduction in zip(self.param_groups, self.layouts, reducing):
-            self.update_own(group, layout, reduction)
+        for group, layout in zip(self.param_groups, self.layouts):
+            self.update_own(group, layout.share[rank])
             gathering.append((layout, *start_all_gather(layout, rank)))
         for layout, flat, work in gathering:
             work.wait()
             for owner in (r for r in range(n_ranks) if r != rank):
                 for piece, place in layout.slots(layout.part(flat, owner), owner):
                     piece.of(piece.param).copy_(place)
+        self.reducer.reset()
 
-    def update_own(self, group: dict[str, Any], layout: Layout, reduction: Any) -> None:
-        """Update this rank's pieces of one group, with the reduced or the averaged gradients."""
-        rank, pieces = self.world.rank, layout.share[self.world.rank]
-        if reduction:
-            part, work = reduction
-            work.wait()
-            part.div_(self.world.world_size)
-            grads = [place for _, place in layout.slots(part, rank)]
-        else:
-            pieces = [piece for piece in pieces if piece.param.grad is not None]
-            grads = [piece.of(piece.param.grad) for piece in pieces]
+    def update_own(self, group: dict[str, Any], pieces: list[Piece]) -> None:
+        """Update this rank's pieces of one group."""
+        grads = self.reducer.take(group["params"])
         params, states = [p.param for p in pieces], [self.state[p.param] for p in pieces]
         if group["kind"] == "muon" and pieces:
-            grads = [grad.view_as(param) for grad, param in zip(grads, params)]
-            muon_update(params, grads, states, group)
+            muon_update(params, [grads[p].view_as(p) for p in params], states, group)
         elif group["kind"] == "adamw":
-            for piece, grad, state in zip(pieces, grads, states):
-                adamw_update(piece.of(piece.param), grad, state, group)
+            for piece, state in zip(pieces, states):
+                adamw_update(piece.of(piece.param), grads[piece.param], state, group)
 
     def named_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the full state on rank 0 and {} elsewhere; a collective. See gather_state."""
@@ -974,13 +1286,45 @@ on one. So what is saved is always the full state, under the names of the parame
 
 # %%
 #| export
+def gather_state(optimizer: ShardedMuonAdamW, model: nn.Module) -> dict[str, Tensor]:
+    """Put the state of all ranks together on rank 0, as MuonAdamW.named_state; {} elsewhere.
+
+    A collective. State of no dimension is a count, of one a slice of AdamW's, of two Muon's.
+    """
+    names = {param: name for name, param in model.named_parameters()}
+    world, mine, facts = optimizer.world, {}, {}
+    for piece in (p for share in optimizer.shares for p in share[world.rank]):
+        for key, value in optimizer.state.get(piece.param, {}).items():
+            name, value = f"{names[piece.param]}.{key}", torch.as_tensor(value)
+            mine[name] = piece, value
+            shape = piece.param.shape if value.dim() == 1 else value.shape
+            dtype = str(value.dtype).removeprefix("torch.")
+            facts[name] = int(value) if value.dim() == 0 else (list(shape), dtype)
+    everyone = {name: fact for facts in world.exchange(facts) for name, fact in facts.items()}
+    full = {}
+    for name, fact in sorted(everyone.items()):
+        if isinstance(fact, int):
+            full[name] = torch.tensor(fact)
+            continue
+        whole = torch.zeros(fact[0], dtype=getattr(torch, fact[1]), device=world.device)
+        if name in mine:
+            piece, value = mine[name]
+            (piece.of(whole) if value.dim() == 1 else whole).copy_(value)
+        dist.reduce(whole, dst=0)  # the others hold zeros there, so the sum is exact
+        if world.is_main:
+            full[name] = whole.cpu()
+    return full if world.is_main else {}
+
+
+# %%
+#| export
 def own_state(
     optimizer: ShardedMuonAdamW, model: nn.Module, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Cut this rank's part out of a full named state."""
     names, own = {param: name for name, param in model.named_parameters()}, {}
-    for group, layout in zip(optimizer.param_groups, optimizer.layouts):
-        for piece in layout.share[optimizer.world.rank]:
+    for group, share in zip(optimizer.param_groups, optimizer.shares):
+        for piece in share[optimizer.world.rank]:
             own[names[piece.param]] = piece, group["kind"]
     kept = {}
     for name, tensor in tensors.items():
@@ -990,11 +1334,26 @@ def own_state(
     return kept
 
 
-def build_sharded_optimizer(model: GPT, world: Any, **rates: float) -> MuonAdamW:
-    """Return `build_optimizer(model, **rates)` of chapter 4, sharded if there are several ranks."""
-    return ShardedMuonAdamW(param_groups(model, **rates), world)
+def build_sharded_optimizer(model: GPT, world: Any, *args: float, **rates: float) -> MuonAdamW:
+    """Return chapter 4's `build_optimizer` with the same rates, shared out as the model asks for.
+
+    Over one process it is that one; over several, ShardedMuonAdamW, and for a model that
+    `shard_model` has cut, FullyShardedMuonAdamW.
+    """
+    groups = param_groups(model, *args, **rates)
+    cut = isinstance(model.head.weight, DTensor)
+    return (FullyShardedMuonAdamW if cut else ShardedMuonAdamW)(groups, world)
 
 
+# %% [markdown]
+r"""
+`build_sharded_optimizer` names a class of the next section. Saving is a collective, too: all ranks
+call it.
+"""
+
+
+# %%
+#| export
 def save_together(
     world: Any, directory: str | Path, step: int, model: GPT, optimizer: Any, *args: Any, **kw: Any
 ) -> None:
@@ -1003,33 +1362,182 @@ def save_together(
     Takes save_checkpoint's further arguments (meta, keep).
     """
     state = optimizer.named_state(model) if optimizer is not None else None
+    whole = gather_model(model)
     if world.is_main:
-        save_checkpoint(directory, step, model, state, *args, **kw)
+        save_checkpoint(directory, step, whole, state, *args, **kw)
     world.barrier()
 
 
 # %% [markdown]
 r"""
-## 6.7 The proof
+## 6.8 Models that outgrow one GPU
 
-Four ways to train on the same global batches, each in two processes: gradients averaged;
-the same with the sharded optimizer; no exchange at all, as a control; and uneven halves, a
-mistake that we come to below. And once more in one process, here in the notebook, with the whole
-batch: the baseline.
+Weights and gradients are still whole on every rank: 8 bytes a parameter. A model of 30 billion
+parameters needs 240 GB for them, and no GPU has that. The remedy is to cut the weights too: each
+rank stores `1 / n` of the rows of every matrix, and collects the rest just before it is needed.
+
+PyTorch calls this **FSDP** (fully sharded data parallel); it is stage 3 of ZeRO.
+`fully_shard(block)` hooks into a module: before its forward and its backward pass an all-gather
+brings the rows of all ranks together, afterwards they are freed again, and its gradients leave by a
+reduce-scatter. Only one block is whole at a time. While it computes, the next is on its way. The
+price is traffic: the weights travel twice a micro-batch, not once a step.
+
+`fully_shard` leaves the outermost module whole after a forward pass, since a backward pass will
+follow. After an evaluation none follows, the parameters that it shows are not those that the
+optimizer knows, and a checkpoint taken then fails. `reshard_after_forward=True` costs one more
+gather of the two tables and makes that impossible.
+
+The other thing that fills a GPU is activations, which the backward pass needs again. We can drop
+them and compute each block's forward pass a second time: a third more work, and of each block only
+its input is kept. `recompute` switches that on.
+"""
+
+
+# %%
+#| export
+def shard_model(model: GPT, world: ProcessGroup, recompute: bool = False) -> None:
+    """Cut a model's parameters and gradients over the ranks, in place (FSDP2, ZeRO stage 3).
+
+    Each rank keeps a range of rows of every parameter on `world.device`, as a DTensor. Blocks are
+    gathered in the model's compute_dtype; gradients are averaged in `world.reduce_dtype`. All
+    ranks then call the model together. `recompute` frees the activations inside of blocks.
+    """
+    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    half = model.compute_dtype if model.compute_dtype != torch.float32 else None
+    for block in model.blocks:
+        if recompute:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        policy = MixedPrecisionPolicy(half, world.reduce_dtype, cast_forward_inputs=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    policy = MixedPrecisionPolicy(reduce_dtype=world.reduce_dtype)  # tables stay in float32
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def gather_model(model: GPT) -> Any:
+    """Return what `save_checkpoint` needs of a model: its config, and on rank 0 all its weights.
+
+    A collective if `shard_model` has cut the model; otherwise it returns the model itself.
+    """
+    if not isinstance(model.head.weight, DTensor):
+        return model
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    return SimpleNamespace(config=model.config, state_dict=lambda: weights)
+
+
+# %% [markdown]
+r"""
+AdamW does not mind: it updates the rows it has. Muon does. To orthogonalise a matrix one needs all
+of it, and orthogonalising each rank's rows by themselves is a different, wrong, update that trains
+almost as well, so that nobody notices. The matrices must be put together again, and each
+on one rank only, or all ranks would do the same work.
+
+Stack the `k` matrices of one shape into a tensor `(k, m, n)`. FSDP has cut it along `m`. We want it
+cut along `k`. That exchange is called an **all-to-all**: each rank sends each other rank something
+else. A DTensor knows how it is cut, so we only have to say what we want:
+
+```
+ cut by rows, Shard(1)             whole matrices, Shard(0)
+ rank 0:  A0 B0 C0 D0      -->     rank 0:  A0 B0   (all rows of A and B)
+                                            A1 B1
+ rank 1:  A1 B1 C1 D1      <--     rank 1:  C0 D0
+                                            C1 D1
+```
+
+Then chapter 4's `muon_update` runs unchanged, and the new weights go back the same way.
+"""
+
+
+# %%
+#| export
+def recut(rows: Tensor, like: Tensor, n: int, start: int, end: int) -> Tensor:
+    """Exchange a rank's part of (n, *like.shape), cut along `start`, for its part along `end`."""
+    shape = torch.empty((n, *like.shape), device="meta")
+    cut = DTensor.from_local(
+        rows, like.device_mesh, [Shard(start)], shape=shape.shape, stride=shape.stride()
+    )
+    return cut.redistribute(placements=[Shard(end)]).to_local()
+
+
+# %%
+#| export
+class FullyShardedMuonAdamW(ShardedMuonAdamW):
+    """MuonAdamW for a model that `shard_model` has cut: it keeps state for what a rank owns.
+
+    AdamW updates the rows that a rank stores. Muon's matrices are put together, each on one rank,
+    updated there, and cut again.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]], world: Any):
+        MuonAdamW.__init__(self, param_groups)
+        self.world, n = world, world.world_size
+        self.shares = []
+        for group in self.param_groups:
+            params, share = group["params"], [[] for _ in range(n)]
+            many = -(-len(params) // n)  # matrices a rank, and below rows a rank, rounded up
+            for i, param in enumerate(params):
+                if group["kind"] == "muon":
+                    share[i // many].append(Piece(param, 0, param.numel()))
+                    continue
+                height = param.shape[0]
+                row, rows = param.numel() // height, -(-height // n)
+                for rank in range(-(-height // rows)):
+                    stop = min((rank + 1) * rows, height)
+                    share[rank].append(Piece(param, rank * rows * row, stop * row))
+            self.shares.append(share)
+
+    def overlap(self, passes: int = 1) -> None:
+        """Do nothing: FSDP sends gradients while the backward pass runs, in every pass."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update everything that has a gradient; all ranks call it together."""
+        for group, share in zip(self.param_groups, self.shares):
+            pieces = share[self.world.rank]
+            if group["kind"] == "muon":
+                self.update_matrices(group, [self.state[p.param] for p in pieces])
+                continue
+            for param in (piece.param for piece in pieces):
+                rows, grad = param.to_local().view(-1), param.grad.to_local().view(-1)
+                adamw_update(rows, grad, self.state[param], group)
+
+    def update_matrices(self, group: dict[str, Any], states: list[dict[str, Any]]) -> None:
+        """Update the matrices of one Muon group; `states` are those of this rank's."""
+        params, k = group["params"], len(group["params"])
+        rows = torch.stack([param.to_local() for param in params])  # (k, m / n_ranks, n)
+        grads = torch.stack([param.grad.to_local() for param in params])
+        whole, grads = (recut(t, params[0], k, 1, 0) for t in (rows, grads))  # (k / n_ranks, m, n)
+        if states:
+            muon_update(list(whole), list(grads), states, group)
+        for param, new in zip(params, recut(whole, params[0], k, 0, 1)):
+            param.to_local().copy_(new)
+
+
+# %% [markdown]
+r"""
+## 6.9 The proof
+
+Six ways to train on the same global batches, each in two processes: gradients averaged; the sharded
+optimizer; the same, overlapped with the backward pass; the model cut; and two controls, no exchange
+at all, and uneven halves, a mistake that we come to below. And once more in one process, here in
+the notebook, with the whole batch: the baseline.
 """
 
 # %%
 folder = tempfile.TemporaryDirectory()
 file = Path(folder.name) / "worker.py"
-file.write_text(worker)
+file.write_text(worker + training + report)
 numbers = [str(n_steps), str(depth), str(batch_size)]
+ways = ["averaged", "sharded", "overlapped", "cut", "no exchange", "uneven"]
 runs = []
-launch(
-    str(file),
-    [*numbers, "averaged", "sharded", "no exchange", "uneven"],
-    nproc=2,
-    on_line=lambda line: runs.append(json.loads(line.removeprefix("[rank 1] "))),
-)
+
+
+def keep(line):
+    if "{" in line:  # the rest are warnings, such as that gloo has no all-to-all of its own
+        runs.append(json.loads(line.removeprefix("[rank 1] ")))
+
+
+launch(str(file), [*numbers, *ways], nproc=2, on_line=keep)
 captured = io.StringIO()
 argv, sys.argv = sys.argv, [str(file), *numbers, "alone"]
 with contextlib.redirect_stdout(captured):
@@ -1039,26 +1547,30 @@ alone = json.loads(captured.getvalue())
 print(len(runs), "records from two ranks, and one from one process")
 
 # %%
-by_way = {run["ways"]: run for run in runs if run["rank"] == 0}
-print(f"{'':13}  last loss   off one process   off other rank   state a rank (MB)")
+by_way = {run["way"]: run for run in runs if run["rank"] == 0}
+print(f"{'':12} last loss  off one process  off other rank   state a rank (MB)  weights kept (MB)")
 for way, run in {"one process": alone, **by_way}.items():
     error = max(abs(a - b) for a, b in zip(run["sample"], alone["sample"]))
-    state = [f"{r['state'] / 1e6:.2f}" for r in [*runs, alone] if r["ways"] == run["ways"]]
-    row = f"{way:13}{run['losses'][-1]:11.4f}{error:18.1e}{2 * run['gap']:17.1e}"
-    print(row, "  ", " and ".join(state))
+    both = [r for r in [*runs, alone] if r["way"] == run["way"]]
+    state, kept = (" and ".join(f"{r[k] / 1e6:.2f}" for r in both) for k in ("state", "weights"))
+    row = f"{way:12}{run['losses'][-1]:10.4f}{error:17.1e}{2 * run['gap']:16.1e}"
+    print(f"{row}{state:>20}{kept:>19}")
+
+# %%
+for way in ("sharded", "overlapped"):
+    print(f"{way}: {by_way[way]['early']} buckets on the wire when the backward pass returned")
 
 # %%
 fig, ax = figure(
     "Two processes train as one does; without exchange they drift apart",
     "step",
     "loss (nats a token)",
-    alt="Loss against step: the curves of one process, two "
-    "averaged and two sharded coincide; the one without exchange differs.",
+    alt="Loss against step: the curves of one process and of two processes averaged, "
+    "overlapped and cut coincide; the one without exchange differs.",
 )
 ax.plot(alone["losses"], color=COLORS[6], linewidth=5, alpha=0.3, label="one process, whole batch")
-for color, (way, style) in zip(
-    COLORS, [("averaged", "-"), ("sharded", ":"), ("no exchange", "--")]
-):
+styles = {"averaged": "-", "overlapped": ":", "cut": "-.", "no exchange": "--"}
+for color, (way, style) in zip(COLORS, styles.items()):
     ax.plot(by_way[way]["losses"], color=color, linestyle=style, label=f"two processes, {way}")
 ax.legend(fontsize=7)
 plt.show()
@@ -1069,16 +1581,19 @@ def distance(way):
     return max(abs(a - b) for a, b in zip(by_way[way]["sample"], alone["sample"]))
 
 
-assert distance("averaged") < 1e-3 and distance("sharded") < 1e-3
-assert by_way["averaged"]["gap"] == 0 and by_way["sharded"]["gap"] == 0
+for way in ("averaged", "sharded", "overlapped", "cut"):
+    assert distance(way) < 1e-3 and by_way[way]["gap"] == 0
+assert by_way["sharded"]["early"] == 0 < by_way["overlapped"]["early"]
 assert by_way["no exchange"]["gap"] > 1e-2 and distance("uneven") > 1e-2
 
 # %% [markdown]
 r"""
-The first two rows carry the promise of this chapter. The differences to one process are rounding: a
-sum in another order. Between the ranks there is no difference at all, not in the last bit, because
-both apply the same numbers. And the sharded optimizer holds half of the state on each rank. The
-control shows that the agreement is not free: without exchange the weights part at once.
+The first four rows below the baseline carry the promise of this chapter. The differences to one
+process are rounding: a sum in another order. Between the ranks there is no difference at all, not
+in the last bit, because both apply the same numbers (the weights of the cut model exist only once,
+so there is nothing to compare). The sharded optimizer holds half of the state on each rank, and the
+cut model half of the weights, too. The controls show that the agreement is not free: without
+exchange the weights part at once.
 
 ### How much memory is that?
 
@@ -1095,7 +1610,7 @@ def state_bytes(depth, n_ranks, vocab_size=32768, head_dim=128):
     return (8 * tables + 4 * matrices) / n_ranks
 
 
-measured = [run["state"] for run in runs if run["ways"] == "sharded"]
+measured = [run["state"] for run in runs if run["way"] == "sharded"]
 formula = state_bytes(depth, 2, vocab_size=257, head_dim=64)
 print(
     f"formula {formula / 1e6:.2f} MB, measured",
@@ -1134,7 +1649,7 @@ for n_ranks in (1, 4, 16):
 
 # %% [markdown]
 r"""
-## 6.8 What goes wrong
+## 6.10 What goes wrong
 
 **Uneven batches.** In the row "uneven" above, rank 0 had one row of the batch and rank 1 the
 others. Each took the mean over its own rows, and then we took the mean of the two means. So the
@@ -1144,48 +1659,260 @@ batch of even size, where the number of *trained tokens* differs. The cure stand
 sum the loss, and divide by the number of tokens of the *global* batch, which costs one all-reduce
 of one number.
 
-**A rank that dies.** Its partners wait in their next collective for a message that never comes;
-with NCCL's default, for ten minutes. torchrun notices the dead process and ends the others, and
-`launch` brings the reason home:
+**A straggler, and ranks that disagree.** The next program shows both. First rank 1 is late by 0
+and then by 50 milliseconds, and each rank reports how long it stood in a collective. Then one rank
+has a longer batch than the other, and calls `all_reduce` with another shape.
 """
 
 # %%
-broken = Path(folder.name) / "broken.py"
-broken.write_text("""
+wrong = Path(folder.name) / "wrong.py"
+wrong.write_text("""
+import time, torch, torch.distributed as dist
 from nanochat.distributed import setup
 
 world = setup("cpu")
-rows = {0: "a good row", 1: "17 tokens"}[world.rank]
-if "tokens" in rows:
-    raise ValueError(f"a row with {rows} is shorter than seq_len")
-world.barrier()
+world.sum(torch.zeros(1000))  # the first collective opens the connections
+for late in (0.0, 0.05):
+    world.barrier()
+    time.sleep(late * world.rank)
+    start = time.perf_counter()
+    world.sum(torch.zeros(1000))
+    waited = 1000 * (time.perf_counter() - start)
+    print(f"rank 1 late by {1000 * late:.0f} ms: rank {world.rank} waited {waited:.0f} ms")
+dist.all_reduce(torch.zeros(1000 + world.rank))
 """)
 try:
-    launch(str(broken), [], nproc=2, on_line=lambda line: None)
+    launch(str(wrong), [], nproc=2, env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"})
 except LaunchError as error:
-    print(re.sub(r'".*broken.py"', '"broken.py"', str(error)))
-folder.cleanup()
+    print(re.sub(r"CollectiveFingerPrint\(.*?\)\)\)", "(...)", str(error).splitlines()[0])[:400])
 
 # %% [markdown]
 r"""
-The message names the rank and shows its own traceback, not the one of the launcher.
+*The straggler*: the others wait as long as it is late. A collective ends when the slowest rank
+arrives, so one GPU that runs hot and slow makes all of them slow, and every profile shows the time
+in the wrong place: as communication, on the healthy ranks. Measure each rank by itself before you
+measure the job.
 
-**Ranks that disagree about what comes next.** If one rank calls `all_reduce` and the other
-`barrier`, or if one skips a collective because of an `if world.is_main`, the job hangs or adds up
-garbage. The rule: *no collective inside a branch that depends on the rank*. Saving a checkpoint
-is the usual trap: only rank 0 writes, but with a sharded optimizer all ranks must help to gather.
-That is why `save_together` is called by all.
+*The disagreement*: with `TORCH_DISTRIBUTED_DEBUG=DETAIL` PyTorch compares what the ranks are about
+to do, and says it. Without it such a job hangs, or breaks with "connection reset", or adds up
+garbage. It is slow, so it is for debugging. `launch` brought the error home: it names the rank, and
+its `traceback` is that of the rank, not of the launcher. The rule that avoids the bug: *no
+collective inside a branch that depends on the rank*. Saving a checkpoint is the usual trap: only
+rank 0 writes, but with a sharded optimizer all ranks must help to gather. That is why
+`save_together` is called by all.
 
-**A straggler.** A collective ends when the slowest rank arrives. One GPU that runs hot and slow
-makes all of them slow; measure each rank by itself before you measure the job.
+**A rank that dies.** Its partners wait in their next collective for a message that never comes;
+with NCCL's default, for ten minutes. torchrun notices the dead process, ends the others, and, if we
+allow it, starts all of them again. Nothing is kept in memory. So an *elastic* job is a program that
+begins with a look for the last checkpoint. This one saves every fourth step, and in its first
+attempt rank 1 kills itself before step 10 as the kernel would when memory runs out.
+"""
 
+# %%
+survivor = Path(folder.name) / "survivor.py"
+survivor.write_text("""
+import os, signal
+from worker import *
+from nanochat.checkpoint import latest_step, load_checkpoint
+from nanochat.distributed import save_together
+
+folder, world = sys.argv[4], setup("cpu")
+start = latest_step(folder) or 0
+found = load_checkpoint(folder) if start else None
+model = found.model if found else GPT(config)
+optimizer = build_sharded_optimizer(model, world)
+if found:
+    optimizer.load_named_state(model, found.optimizer_state)
+for step in range(start, n_steps):
+    if step == 10 and world.rank == 1 and not start:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rows = batch(step, world)
+    loss = model(rows[:, :-1], rows[:, 1:])
+    loss.backward()
+    world.average_gradients(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    loss = float(world.sum(loss.detach())) / world.world_size
+    if world.is_main:
+        print(json.dumps([step, loss]), flush=True)
+    if (step + 1) % 4 == 0:
+        save_together(world, folder, step + 1, model, optimizer, {})
+""")
+done = []
+launch(
+    str(survivor),
+    [*numbers, str(Path(folder.name) / "saved")],
+    nproc=2,
+    on_line=lambda line: done.append(json.loads(line)) if line.startswith("[") else None,
+    restarts=1,
+)
+folder.cleanup()
+steps = [step for step, _ in done]
+again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])
+print("steps done:", *steps[:again], "| killed, restarted |", *steps[again:])
+
+# %%
+curve = dict(done)  # of a step done twice, the second time counts
+same = [curve[step] for step in range(n_steps)] == by_way["sharded"]["losses"]
+print("the losses are those of the run that nobody killed, to the last bit:", same)
+assert same and steps[again] == 8
+
+# %% [markdown]
+r"""
+It lost two steps, those since the checkpoint, and the time of a start. The tests do the same ten
+times in one run, at random moments, and once with a whole machine.
+
+Nobody says that the job must go on with as many ranks. A checkpoint holds full tensors, and data
+are drawn globally (chapter 2), so three ranks may continue what two began; then the sums have
+another order and the losses agree to rounding, not to the bit. (The recipe's trainer asks of the
+number of ranks only that the batch divides by it.)
+
+## 6.11 Several machines
+
+A machine of a cluster is called a **node**. torchrun runs on each, as an *agent* that starts the
+node's ranks and watches them. The agents find each other at a **rendezvous**, an address that all
+know, and agree there on who is who:
+
+```
+torchrun --nnodes=4 --nproc-per-node=8 --max-restarts=3 --rdzv-backend=c10d \
+         --rdzv-endpoint=node0:29500 --rdzv-id=run1 -m nanochat pretrain --profile speedrun
+```
+
+`--rdzv-id` is any word that the four agree on, so that two jobs on one cluster do not mix. torchrun
+numbers the 32 ranks and sets their environment; our code does not change. With `--nnodes=2:4` the
+job starts as soon as two nodes are there, takes in up to four, and goes on with fewer when one is
+lost: the agents meet again, and everything starts from the last checkpoint. Two things it does not
+survive: the loss of the node that hosts the rendezvous, and a checkpoint folder that not all nodes
+see. Set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` for elastic jobs: otherwise the store of the attempt
+before is used again, and a quick rank may read in it the address of a rank that is dead. (We found
+that by killing; `launch` sets it.)
+
+Nobody types that on four machines. A **scheduler** does, and two scripts are ready to be submitted:
+
+- [cluster/slurm.sh](cluster/slurm.sh), for a cluster of a university or company:
+  `sbatch --nodes=4 chapters/cluster/slurm.sh`
+- [cluster/skypilot.yaml](cluster/skypilot.yaml), for machines rented by the hour:
+  `sky launch -c run1 chapters/cluster/skypilot.yaml`
+
+On each node both start [cluster/node.sh](cluster/node.sh), which does the rest: the tokenizer and
+the data on the first node, then the check of section 6.4 on all (facts compared, folder shared,
+bandwidth at least so much), then the stages of the recipe under torchrun. The tests run it with a
+make-believe Slurm whose two nodes are two agents on one machine. No real cluster has seen it yet.
+
+## 6.12 What will eight GPUs bring?
+
+Renting four nodes to find out is expensive; a formula is free. A step on `n` GPUs takes
+
+$$ t = \frac{F B}{n S} + t_\text{Muon} + 2 \cdot \frac{n - 1}{n} \cdot \frac{4 P}{W} $$
+
+with `F` FLOPs a token, `B` tokens a batch, `S` FLOPs a second that one GPU reaches, `P` parameters,
+and `W` the bus bandwidth: computing, the optimizer's share, and twice the weights in float32 over
+the wire. Only the last term does not shrink.
+"""
+
+
+# %%
+#| export
+class Cluster(NamedTuple):
+    """What a prediction assumes: FLOPs a second of one GPU, bus bandwidths in bytes a second."""
+
+    flops: float  # that a GPU reaches in this training, not its peak
+    node_wire: float  # between the GPUs of one node
+    net_wire: float  # between nodes, all network cards of a node together
+    gpus_a_node: int = 8
+
+
+def step_seconds(
+    config: GPTConfig, n_ranks: int, batch_tokens: int, cluster: Cluster
+) -> dict[str, float]:
+    """Predict the seconds of one step's parts, sharded as by ShardedMuonAdamW, none overlapped.
+
+    "compute" is forward and backward, "muon" the orthogonalising of this rank's matrices, "reduce"
+    and "gather" the exchange of 4 bytes a parameter. Latency, stragglers, data and AdamW's memory
+    traffic count as nothing; batch_tokens is the global batch.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    muon = 0  # five steps of x xT, its square, and their product with x (chapter 4)
+    for param in model.blocks.parameters():
+        m, n = sorted(param.shape)
+        muon += 5 * (4 * m * m * n + 2 * m**3)
+    wire = cluster.node_wire
+    if n_ranks > cluster.gpus_a_node:
+        wire = min(wire, cluster.net_wire)
+    moved = 4 * model.num_params()["total"] * (n_ranks - 1) / n_ranks / wire
+    compute = model.flops_per_token() * batch_tokens / (n_ranks * cluster.flops)
+    return dict(compute=compute, muon=muon / (n_ranks * cluster.flops), reduce=moved, gather=moved)
+
+
+# %%
+#| export
+def step_range(parts: dict[str, float]) -> tuple[float, float]:
+    """Return the seconds of a step whose exchange is hidden where it can be, and not at all.
+
+    The reduction hides behind the backward pass (two thirds of computing), the gather behind Muon.
+    """
+    late = max(0.0, parts["reduce"] - parts["compute"] * 2 / 3)
+    best = parts["compute"] + late + max(parts["muon"], parts["gather"])
+    return best, sum(parts.values())
+
+
+# %%
+#| test
+tiny = GPTConfig.for_depth(2, 512, 64, head_dim=64)
+one, two = (step_seconds(tiny, n, 4096, Cluster(1e12, 1e11, 1e9, 1)) for n in (1, 2))
+assert one["reduce"] == 0 and two["reduce"] == two["gather"] > 0
+assert one["compute"] == 2 * two["compute"] and one["muon"] == 2 * two["muon"]
+assert step_range(two)[0] < step_range(two)[1] and step_range(one)[0] == step_range(one)[1]
+
+# %% [markdown]
+r"""
+The assumptions. *Measured*: one H200 trained depth 12 at 539,588 tokens a second, which gives `S`;
+two H200s reached 324 GB/s in an all-reduce. *Assumed*: that other depths reach the same FLOPs a
+second (they do better as a rule); that eight GPUs of a node talk as fast as two; and between nodes
+either eight cards of 400 Gb/s at 80 per cent of their name, 320 GB/s, or one ordinary cable of
+100 Gb/s, 12.5 GB/s. An H100 has the same arithmetic as an H200.
+"""
+
+# %%
+with torch.device("meta"):
+    reached = 539_588 * GPT(GPTConfig.for_depth(12, 32768, 2048)).flops_per_token()
+wires = {"InfiniBand": 320e9, "100 Gb/s Ethernet": 12.5e9}
+print("efficiency, none hidden to all hidden, at 524,288 tokens a step")
+for d in (12, 20, 24):
+    config = GPTConfig.for_depth(d, 32768, 2048)
+    ideal = sum(step_seconds(config, 1, 2**19, Cluster(reached, 324e9, 1.0)).values())
+    for n in (2, 4, 8, 32):
+        for name, net in wires.items() if n > 8 else [("one node", 1.0)]:
+            parts = step_seconds(config, n, 2**19, Cluster(reached, 324e9, net))
+            best, worst = step_range(parts)
+            line = f"depth {d}, {n:2} GPUs, {name:17}: {1000 * best:6.0f} to {1000 * worst:6.0f} ms"
+            print(f"{line}, {ideal / n / worst:5.0%} to {ideal / n / best:5.0%}")
+
+# %% [markdown]
+r"""
+Within a node the exchange costs little even if nothing is hidden. Over ordinary Ethernet
+thirty-two GPUs do the work of nine to eleven, and no overlap mends that: the wire is busy longer
+than the GPUs. That is why clusters for training have a network card for each GPU. At that end
+there are two ways out: a larger batch (more computing for each exchange), or gradients in bfloat16
+(`reduce_dtype`, half of the bytes).
+
+What the formula says of 2 and 4 GPUs can be checked, and `benchmarks/distributed.py` does: it
+measures 1, 2 and 4 GPUs in one run and prints the prediction beside them. Nobody has run it on GPUs
+yet. Until then these are predictions.
+
+"""
+
+# %% [markdown]
+r"""
 ## Recap
 
 `nanochat` can now train in many processes. In `nanochat.distributed`:
 `setup` joins a job and returns its world; `ProcessGroup` is that world; `launch`, `LaunchError` and
 `available_processes` start a job from a notebook; `ShardedMuonAdamW` and `build_sharded_optimizer`
-share out the optimizer; `save_together` writes a checkpoint that any number of ranks can read;
-`python -m nanochat.distributed --check` tests a machine before you pay for it.
+share out the optimizer; `shard_model` cuts the model itself; `save_together` writes a checkpoint
+that any number of ranks can read; `compare_ranks` names an odd node; `step_seconds` predicts a
+step; `python -m nanochat.distributed --check` tests a machine before you pay for it.
 
 **Pitfalls that real projects shipped**
 
@@ -1195,6 +1922,10 @@ share out the optimizer; `save_together` writes a checkpoint that any number of 
   checkpoint cannot be resumed.
 - A parameter count that does not divide by the number of ranks. Ours need not: the last piece is
   shorter, and padding is never read.
+- Muon on the rows that a rank happens to store: each block of rows orthogonalised by itself. It
+  trains, a little worse, and the result depends on the number of GPUs.
+- One collective too many on rank 0, in a branch that only logs: the job hangs hours later, when the
+  branch is taken for the first time.
 - Threads: two ranks with eight threads each on eight cores. Set `OMP_NUM_THREADS`; `launch` does.
 - Results that depend on the number of ranks because each rank *draws* its own data. Draw globally,
   then take your share, as `TokenBatches` of chapter 2 does.
@@ -1205,6 +1936,8 @@ share out the optimizer; `save_together` writes a checkpoint that any number of 
   Models](https://arxiv.org/abs/1910.02054), 2020.
 - Li et al., [PyTorch Distributed: Experiences on Accelerating Data Parallel
   Training](https://arxiv.org/abs/2006.15704), 2020: buckets and overlap.
+- Zhao et al., [PyTorch FSDP: Experiences on Scaling Fully Sharded Data
+  Parallel](https://arxiv.org/abs/2304.11277), 2023.
 - Patarasuk and Yuan, *Bandwidth optimal all-reduce algorithms for clusters of workstations*,
   2009: why the ring is the best one can do.
 - NVIDIA, [nccl-tests:

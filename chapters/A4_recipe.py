@@ -117,7 +117,14 @@ from nanochat.data import (
     open_source,
     prepare_tokens,
 )
-from nanochat.distributed import LaunchError, ShardedMuonAdamW, launch
+from nanochat.distributed import (
+    LaunchError,
+    ShardedMuonAdamW,
+    build_sharded_optimizer,
+    gather_model,
+    launch,
+    shard_model,
+)
 from nanochat.engine import Engine
 from nanochat.evaluation import bits_per_byte, evaluate_core, tinyworld_core
 from nanochat.finetune import (
@@ -185,12 +192,12 @@ class Settings:
     Rates are the optimizer's initial rates at width 768 (chapter 4); `*_lr` of later stages are
     factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes.
     `model` is "classic" or "modern" (chapter 3). `micro_batch` 0 means as many rows as fit,
-    `processes` 0 one for each GPU, `compile` "auto" on GPUs only ("yes" and "no" decide it),
-    `tracker` names a tool that shows the run (chapter 5), `grid_grams` is the g of CO2 for a kWh
-    where you are. `own_chats` is a JSONL file of conversations that replace the identity,
-    `lora_rank` above 0 fine-tunes (sft) with LoRA, `rl_task` is arithmetic, spelling or gsm8k
-    (chapters 9 and 10). `mine` is a folder of solved exercises whose functions replace the book's
-    (section 2).
+    `processes` 0 one for each GPU; `fsdp` 1 cuts the model over them, 2 recomputes activations too
+    (chapter 6). `compile` is "auto" on GPUs only ("yes" and "no" decide it), `tracker` names a tool
+    that shows the run (chapter 5), `grid_grams` is the g of CO2 for a kWh where you are.
+    `own_chats` is a JSONL file of conversations that replace the identity, `lora_rank` above 0
+    fine-tunes (sft) with LoRA, `rl_task` is arithmetic, spelling or gsm8k (chapters 9 and 10).
+    `mine` is a folder of solved exercises whose functions replace the book's (section 2).
     """
 
     name: str = "laptop"
@@ -229,6 +236,7 @@ class Settings:
     evals: int = 4
     saves: int = 4
     processes: int = 1
+    fsdp: int = 0
     device: str = "auto"
     dtype: str = "auto"
     compile: str = "auto"
@@ -531,7 +539,7 @@ def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise UserError for numbers that cannot work, before any work is done."""
-    may_be_zero = ("seed", "micro_batch", "lora_rank", "processes", "evals", "saves")
+    may_be_zero = ("seed", "micro_batch", "lora_rank", "processes", "fsdp", "evals", "saves")
     for field in fields(recipe):
         value = getattr(recipe, field.name)
         lowest = int(isinstance(value, int) and field.name not in may_be_zero)
@@ -612,7 +620,7 @@ compares.
 # %%
 #| export
 MACHINE_FIELDS = (  # where, not what, is learnt
-    *("micro_batch", "processes", "device", "dtype", "compile", "tracker", "grid_grams"),
+    *("micro_batch", "processes", "fsdp", "device", "dtype", "compile", "tracker", "grid_grams"),
 )
 
 
@@ -1046,19 +1054,26 @@ class Training:
         self.folder, self.saver = run.directory / stage, BackgroundSaver()
         self.judged: tuple[int, float] | None = None  # the last step that was judged, its score
         seed_everything(run.recipe.seed)
+        self.lora = stage == "sft" and run.recipe.lora_rank > 0
+        # Replies are sampled by each process alone, so the model of RL is never cut; nor is LoRA's,
+        # whose gradients and state are small.
+        uncut = self.lora or stage == "rl"
+        self.cut = run.recipe.fsdp > 0 and self.world.world_size > 1 and not uncut
+        place = torch.device("cpu") if self.cut else self.device  # shard_model moves its part
         resumed = latest_step(self.folder) is not None
         before = MODELS[MODELS.index(stage) - 1] if stage != "base" else None
         if resumed or before:
-            found = run.checkpoint(stage if resumed else before, self.device)
+            found = run.checkpoint(stage if resumed else before, place)
             self.model = found.model
         else:
             self.model = GPT(run.recipe.config(self.tokenizer.vocab_size), seed=run.recipe.seed)
-            self.model.to(self.device)
-        self.lora = stage == "sft" and run.recipe.lora_rank > 0
+            self.model.to(place)
         if self.lora:
             frozen = run.checkpoint(before, self.device).model
             self.model = add_lora(frozen, run.recipe.lora_rank, seed=run.recipe.seed)
         self.model.compute_dtype = compute_dtype(run.recipe, self.device)
+        if self.cut:
+            shard_model(self.model, self.world, recompute=run.recipe.fsdp > 1)
         self.optimizer = self.build_optimizer()
         self.began, self.start_step, self.kept = time.perf_counter(), 0, {}
         if resumed or (stage in ("mid", "sft") and not self.lora):
@@ -1096,8 +1111,10 @@ class Training:
     def build_optimizer(self) -> MuonAdamW:
         """Return the optimizer, sharded over the processes when there are several."""
         r = self.recipe
-        groups = param_groups(self.model, r.matrix_lr, r.embedding_lr, r.head_lr, r.weight_decay)
-        groups = lora_groups(self.model) if self.lora else groups
+        rates = (r.matrix_lr, r.embedding_lr, r.head_lr, r.weight_decay)
+        if self.world.world_size > 1 and not self.lora:
+            return build_sharded_optimizer(self.model, self.world, *rates)
+        groups = lora_groups(self.model) if self.lora else param_groups(self.model, *rates)
         several = self.world.world_size > 1
         return ShardedMuonAdamW(groups, self.world) if several else MuonAdamW(groups)
 
@@ -1118,9 +1135,10 @@ class Training:
             "seconds": self.seconds(),
             "result": result,
         }
-        state, model = self.optimizer.named_state(self.model), self.model  # every rank takes part
+        state = self.optimizer.named_state(self.model)  # every rank takes part, and in the next
+        model = gather_model(self.model)
         if self.lora:
-            state, model = {**state, **lora_state(model)}, merged_copy(model)
+            state, model = {**state, **lora_state(self.model)}, merged_copy(self.model)
         behind = result is None and self.device.type == "cuda"
         if self.world.is_main:
             self.saver.wait()
@@ -1167,6 +1185,8 @@ def train_stage(
         stage.judged = (step, lower_is_better)
         return score
 
+    if stage.world.world_size > 1:
+        stage.optimizer.overlap(accumulation)  # gradients leave while the last is computed
     try:
         result = fit(
             stage.model,
@@ -1183,7 +1203,7 @@ def train_stage(
             save=lambda step: stage.save(step, batches),
             save_every=max(1, n_steps // max(recipe.saves, 1)),
             start_step=stage.start_step,
-            compile_model=compiles(recipe, stage.device),
+            compile_model=compiles(recipe, stage.device) and not stage.cut,
         )
     except torch.OutOfMemoryError:
         rows = batches.batch_size
@@ -1590,7 +1610,7 @@ def machine_facts() -> dict[str, str]:
 def launch_stage(run: Run, stage: str, ranks: int) -> None:
     """Train a stage in several processes on this machine; their mistake is raised here."""
     try:
-        launch("nanochat", [COMMANDS[stage], "--folder", str(run.directory)], ranks)
+        launch("nanochat", [COMMANDS[stage], "--folder", str(run.directory)], ranks, restarts=2)
     except LaunchError as error:
         _, found, sentence = str(error).splitlines()[0].partition("UserError: ")
         if found:

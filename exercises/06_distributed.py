@@ -810,10 +810,11 @@ reading = {"weak": 0.91, "strong": 0.78, "cost": 1 / 0.78125, "why": "b"}
 r"""
 ## Open question
 
-The exchange of gradients can begin while the backward pass still runs: the gradients of the last
-layers are ready first. How much of the exchange could hide behind computing, for depths 12 and 24,
-with the bandwidth of the machine at hand (`python -m nanochat.distributed --check`) and the FLOPs
-of chapter 3? How large should a bucket be, and what goes wrong at either end? (No marks.)
+`ShardedMuonAdamW.overlap` lets the exchange of gradients begin while the backward pass still runs.
+How much of it can hide behind computing, for depths 12 and 24, with the bandwidth of the machine at
+hand (`python -m nanochat.distributed --check`) and the FLOPs of chapter 3? How large should a
+bucket (`bucket_bytes`) be, and what goes wrong at either end? Predict, then measure with
+`benchmarks/distributed.py`. (No marks.)
 """
 
 # %%

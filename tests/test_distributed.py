@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from nanochat.distributed import (
     find_failure,
     launch,
     launch_environment,
+    reduction_layouts,
     setup,
     share_out,
 )
@@ -103,23 +105,49 @@ def test_sharding_over_one_process_is_the_plain_optimizer():
             optimizer.zero_grad()
         models.append(model)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
-    with pytest.raises(ValueError, match="averaged"):
-        ShardedMuonAdamW(param_groups(model), setup("cpu"), gradients="none")
 
 
-@pytest.mark.parametrize(("nproc", "what"), [(2, "verbs+training"), (3, "training")])
+@given(shapes, st.integers(1, 5), st.integers(4, 4000), st.sampled_from(["bfloat16", "float32"]))
+@settings(max_examples=40)
+def test_every_gradient_is_reduced_once_in_a_bucket_that_is_balanced(shapes, n_ranks, limit, dtype):
+    matrices = [torch.zeros(shape) for shape in sorted(shapes)]
+    by_shape = {m.shape: [n for n in matrices if n.shape == m.shape] for m in matrices}
+    vectors = [torch.zeros(n) for shape in shapes for n in shape]
+    groups = [dict(kind="muon", params=params) for params in by_shape.values()]
+    groups.append(dict(kind="adamw", params=vectors))
+    world = SimpleNamespace(
+        world_size=n_ranks, bucket_bytes=limit, reduce_dtype=getattr(torch, dtype)
+    )
+    layouts = reduction_layouts(groups, share_out(groups, n_ranks), world)
+    reduced = [id(param) for layout in layouts for param in layout.params]
+    assert sorted(reduced) == sorted(id(param) for param in matrices + vectors)
+    for layout in layouts:
+        assert layout.dtype == world.reduce_dtype
+        size = sum(param.nbytes for param in layout.params)
+        assert size <= max(limit, n_ranks * max(p.nbytes for p in layout.params))
+
+
+@pytest.mark.parametrize(
+    ("nproc", "what"),
+    [
+        (2, "verbs+early+training+modern+any_shapes+checkpoints"),
+        (4, "training+modern+any_shapes+checkpoints"),
+    ],
+)
 def test_ranks_agree_with_one_process(tmp_path, nproc, what):
+    """Each part is a function of distributed_workers.py; one launch for all of them."""
     lines = []
     launch(WORKERS, [what, str(tmp_path)], nproc, lines.append, env={"OMP_NUM_THREADS": "1"})
-    done = sorted(line for line in lines if "done training" in line)
-    assert done == [f"[rank {r}] done training {r}" for r in range(1, nproc)] + ["done training 0"]
+    done = sorted(line.split()[-2:] for line in lines if "done" in line)
+    assert done == sorted([part, str(r)] for part in what.split("+") for r in range(nproc))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_gpus_agree_with_one_process(tmp_path):
     lines, env = [], {"WORKERS_DEVICE": "cuda"}
-    launch(WORKERS, ["verbs+training", str(tmp_path)], 2, lines.append, env=env)
-    assert sum("done training" in line for line in lines) == 2
+    what = "verbs+early+training+modern+checkpoints"
+    launch(WORKERS, [what, str(tmp_path)], 2, lines.append, env=env)
+    assert sum("done checkpoints" in line for line in lines) == 2
 
 
 def test_a_failing_rank_reaches_the_caller_with_its_own_traceback(tmp_path):
