@@ -540,7 +540,9 @@ class EarlyWarnings:
 
 def gradient_norm(model: torch.nn.Module) -> Tensor:
     """Return the length of the whole gradient, a 0-d tensor on the model's device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a cut model, chapter 6
 
 
 @torch.no_grad()

@@ -287,7 +287,8 @@ def test_checkpoints_carry_the_score_of_their_step_and_the_best_one_stays(tmp_pa
     for stage in ("base", "mid", "sft"):
         folder = finished_run().directory / stage
         evals = read_metrics(finished_run().log.path, "eval", stage=stage)
-        found = {e["step"]: e["bits_per_byte"] for e in evals}
+        name = "bits_per_byte" if stage == "base" else "reply_loss"
+        found = {e["step"]: e[name] for e in evals}
         assert len(found) == 3 and all(0 < score < 8 for score in found.values())
         for step in saved_steps(folder):
             assert read_json(folder / f"step_{step:06d}" / "meta.json")["score"] == found[step]
