@@ -1009,10 +1009,16 @@ def finetune(run: Run, stage_name: str, world: Any = None) -> dict[str, Any]:
     world, midtraining = stage.world, stage_name == "mid"
     rows = recipe.batch_tokens // recipe.seq_len // world.world_size
     micro = stage.micro_batch()
-    place = dict(rank=world.rank, world_size=world.world_size)
-    shape = (stage.tokenizer, micro, recipe.seq_len, "all" if midtraining else "assistant")
-    mixture = chat_mixture(recipe, stage_name)
-    batches = ConversationBatches(mixture, *shape, **place, seed=recipe.seed + midtraining)
+    batches = ConversationBatches(
+        chat_mixture(recipe, stage_name),
+        stage.tokenizer,
+        micro,
+        recipe.seq_len,
+        train_on="all" if midtraining else "assistant",
+        seed=recipe.seed + midtraining,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
     n_steps, rate = (
         (recipe.mid_steps, recipe.mid_lr) if midtraining else (recipe.sft_steps, recipe.sft_lr)
     )
