@@ -1204,9 +1204,9 @@ scalars lie far outside of it: they help from the first step on, and they carry 
 everything. The others do not help yet, and that is no verdict on them. A value embedding is worth
 something once its token has come by many times; until then it is one more table to learn, and here
 it costs a little. Smear starts at zero and has hardly moved in so few steps. Windows are there for
-speed: it is good news that they lose nothing. This is the usual state of affairs: an improvement
-of one percent is worth having, ten of them make a better model, and each alone takes many seeds or
-a large run to see.
+speed: it is good news that they lose nothing. This is the usual state of affairs: an improvement of
+one percent is worth having, ten of them make a better model, and each alone takes many seeds or a
+large run to see.
 
 `benchmarks/ablation.py` is the large run: the classic model, the modern one, each addition put into
 the first and taken out of the second, over several seeds, with error bars. The log of nanochat's

@@ -671,7 +671,7 @@ assert torch.allclose(set_norm(update).norm(dim=(1, 2)), torch.tensor(2.0))
 # %% [markdown]
 r"""
 > **Exercise 4.2.** Momentum first or orthogonalisation first: swap the two in a copy of
-> `muon_update` and train. Which is worse, and why? *(Think of what orthogonalising does to the
+> `muon_rule` and train. Which is worse, and why? *(Think of what orthogonalising does to the
 > noise of one small batch.)*
 
 ## 4. One optimizer, two kinds of group

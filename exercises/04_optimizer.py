@@ -1074,7 +1074,7 @@ reading = dict(zip(("claim", "next", "sgd"), "cab"))
 r"""
 ## Open question
 
-Swap two parts of Muon in a copy of `muon_update`: orthogonalise each gradient first and take the
+Swap two parts of Muon in a copy of `muon_rule`: orthogonalise each gradient first and take the
 momentum of the results. Train both versions at three rates each, with batches of 4 and of 64 rows.
 When does the order matter, and what does orthogonalising do to the noise of a small batch?
 (No marks.)
