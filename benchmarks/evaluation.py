@@ -14,6 +14,7 @@ import json
 import platform
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -44,6 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--cpu-time", action="store_true", help="for a CPU with other work on it")
     parser.add_argument("--full", action="store_true", help="time every item the fast way")
     return parser.parse_args()
 
@@ -59,16 +61,16 @@ def random_model(config: GPTConfig, device: torch.device, dtype: torch.dtype) ->
 
 
 def decisions(
-    model: GPT, tokenizer: Tokenizer, task: Task, how: dict
+    model: GPT, tokenizer: Tokenizer, task: Task, how: dict, clock: Callable[[], float]
 ) -> tuple[float, list[tuple[bool, int, list[float]]]]:
     """Return the seconds of scoring a task and its decisions."""
     synchronize(model.device)
-    start = time.perf_counter()
+    start = clock()
     found = [
         (d["correct"], d["choice"], d["losses"]) for d in score_task(model, tokenizer, task, **how)
     ]
     synchronize(model.device)
-    return time.perf_counter() - start, found
+    return clock() - start, found
 
 
 def differ(one: list, other: list, dtype: torch.dtype) -> int:
@@ -84,6 +86,7 @@ def differ(one: list, other: list, dtype: torch.dtype) -> int:
 
 def main() -> None:
     args = parse()
+    clock = time.process_time if args.cpu_time else time.perf_counter
     warnings.filterwarnings("ignore", message=".*too few for.*")
     device = pick_device(args.device)
     dtype = pick_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -103,13 +106,13 @@ def main() -> None:
         f"{args.items} items of each task"
     )
     for how in WAYS.values():  # warm up
-        decisions(model, tokenizer, replace(tasks[0], items=tasks[0].items[:2]), how)
+        decisions(model, tokenizer, replace(tasks[0], items=tasks[0].items[:2]), how, clock)
     whole, rows, different = dict.fromkeys(WAYS, 0.0), {}, 0
     for task in tasks:
         some = replace(task, items=task.items[: max(args.items, task.shots + 1)])
         seconds, found = {}, {}
         for way, how in WAYS.items():
-            seconds[way], found[way] = decisions(model, tokenizer, some, how)
+            seconds[way], found[way] = decisions(model, tokenizer, some, how, clock)
             whole[way] += seconds[way] / len(some.items) * len(task.items)
         first, *others = found.values()
         different += sum(differ(first, other, dtype) for other in others)
