@@ -158,6 +158,16 @@ def test_frequency_penalty_breaks_circles():
 # ---------------------------------------------------------------- memory of prompts
 
 
+def assert_of_the_model(model, prompt, completion):
+    """The ids are those of the whole pass, and so are their log-probabilities."""
+    assert completion.ids == naive_greedy(model, prompt, len(completion.ids))
+    with torch.inference_mode():
+        whole = model(torch.tensor([prompt + completion.ids]))[0].log_softmax(-1)
+    places = torch.arange(len(completion.ids)) + len(prompt) - 1
+    expected = whole[places, torch.tensor(completion.ids, dtype=torch.long)]
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=1e-4)
+
+
 class Counting(torch.nn.Module):
     """A model that counts the tokens it reads."""
 
@@ -182,9 +192,9 @@ def test_a_chat_reads_every_token_once(kind, turns):
         if len(history) + len(words) >= model.config.seq_len:
             break
         history += words
-        ids = engine.generate_batch([history], n, temperature=0.0, tools=False)[0].ids
-        assert ids == naive_greedy(MODELS[kind], history, n)
-        history += ids
+        done = engine.generate_batch([history], n, temperature=0.0, tools=False)[0]
+        assert_of_the_model(MODELS[kind], history, done)
+        history += done.ids
     assert model.read <= len(history) - 1  # the last token has not been read
 
 
@@ -204,8 +214,8 @@ def test_a_forgotten_window_is_never_used():
     kind = "all narrow"
     engine, stem = Engine(MODELS[kind], TOKENIZER, remember=4), list(range(20, 40))
     for branch in ([1, 2], [1, 3], [5]):
-        ids = engine.generate_batch([[*stem, *branch]], 6, temperature=0.0, tools=False)[0].ids
-        assert ids == naive_greedy(MODELS[kind], [*stem, *branch], 6)
+        done = engine.generate_batch([[*stem, *branch]], 6, temperature=0.0, tools=False)[0]
+        assert_of_the_model(MODELS[kind], [*stem, *branch], done)
 
 
 def test_refresh_forgets():
