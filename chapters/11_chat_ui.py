@@ -1996,8 +1996,12 @@ could say who gets the next turn. We keep **one** engine thread and a queue of s
 token of one reply. The loop of each request puts its next step at the end of the queue, so the
 requests take turns, token by token, and nobody waits for somebody else's whole reply.
 
-Two more things fall out of it. The engine is never used by two threads. And a client that
-disconnects simply puts no further step into the queue.
+Taking turns need not mean working for one at a time. The streams of one engine share its loop
+(chapter 8): whoever asks first has a token computed for all of them together, and the others find
+theirs ready when their turn comes. The server knows nothing of it; it only asks for the next piece.
+
+Two more things fall out of the queue. The engine is never used by two threads. And a client that
+disconnects simply puts no further step into it.
 
 A `Job` is one admitted request. Closing it gives back everything, exactly once, whatever happened:
 the end, an error, a disconnect, the time limit.
@@ -3561,8 +3565,9 @@ The line of whole answers rises with every token; the streamed one is flat, and 
 milliseconds above the engine alone. The model is exactly as slow in all three.
 
 **Exercise for the curious**: let four threads ask at once. The time to first text stays small,
-because the requests take turns at the engine; the time per token grows fourfold. What would change
-if each request computed in a thread of its own?
+because the requests take turns at the engine, and the time per token grows by much less than four
+times, because their tokens are computed together. From how many requests on does it grow in
+proportion, and why (chapter 8)?
 
 ## Recap
 

@@ -682,13 +682,13 @@ class Run:
             )
         return found
 
-    def engine(self, stage: str) -> Engine:
-        """Load a stage's model, ready to chat."""
+    def engine(self, stage: str, remember: int = 0) -> Engine:
+        """Load a stage's model, ready to chat; it may `remember` prompts (chapter 8)."""
         use_mine(self.recipe)
         device = pick_device(self.recipe.device)
         model = self.checkpoint(stage, device).model.eval()
         model.compute_dtype = compute_dtype(self.recipe, device)
-        return Engine(model, self.tokenizer())
+        return Engine(model, self.tokenizer(), remember=remember)
 
 
 # %%
@@ -2356,7 +2356,7 @@ def do_chat(args: argparse.Namespace) -> None:
     """Chat in the terminal, or answer one prompt."""
     run = open_run(args)
     settings = ChatSettings(temperature=args.temperature, max_tokens=args.max_tokens)
-    engine: Engine = run.engine(args.stage or newest_model(run))
+    engine: Engine = run.engine(args.stage or newest_model(run), remember=1)
     terminal_chat(engine, prompt=args.prompt, settings=settings)
 
 
@@ -2364,7 +2364,7 @@ def do_serve(args: argparse.Namespace) -> None:
     """Serve the web page and the OpenAI-compatible endpoint."""
     run = open_run(args)
     stages = [args.stage] if args.stage else [s for s in MODELS if run.done(s)][::-1]
-    engines = {stage: run.engine(stage) for stage in stages or [newest_model(run)]}
+    engines = {stage: run.engine(stage, remember=8) for stage in stages or [newest_model(run)]}
     run_server(engines, host=args.host, port=args.port, token=args.token, origins=args.origin)
 
 

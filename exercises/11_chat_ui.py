@@ -1205,10 +1205,10 @@ def kept(messages, window, reserve):
 r"""
 ## Open question
 
-Two of your friends use your server at once. Requests take turns at the engine, one token each.
-Would you rather answer one friend after the other, as a queue? Which of the two is better for the
-time to first token, for the time to the last, and for a friend with a long prompt? What would
-batching (chapter 8) change? (No marks.)
+Two of your friends use your server at once, and their tokens are computed together. Would you
+rather answer one friend after the other, as a queue? Which of the two is better for the time to
+first token, for the time to the last, and for a friend with a long prompt? How would your answer
+change without batching (chapter 8), if each step served one friend only? (No marks.)
 """
 
 # %%

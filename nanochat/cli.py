@@ -191,7 +191,7 @@ def do_chat(args: argparse.Namespace) -> None:
     """Chat in the terminal, or answer one prompt."""
     run = open_run(args)
     settings = ChatSettings(temperature=args.temperature, max_tokens=args.max_tokens)
-    engine: Engine = run.engine(args.stage or newest_model(run))
+    engine: Engine = run.engine(args.stage or newest_model(run), remember=1)
     terminal_chat(engine, prompt=args.prompt, settings=settings)
 
 
@@ -199,7 +199,7 @@ def do_serve(args: argparse.Namespace) -> None:
     """Serve the web page and the OpenAI-compatible endpoint."""
     run = open_run(args)
     stages = [args.stage] if args.stage else [s for s in MODELS if run.done(s)][::-1]
-    engines = {stage: run.engine(stage) for stage in stages or [newest_model(run)]}
+    engines = {stage: run.engine(stage, remember=8) for stage in stages or [newest_model(run)]}
     run_server(engines, host=args.host, port=args.port, token=args.token, origins=args.origin)
 
 

@@ -521,13 +521,13 @@ class Run:
             )
         return found
 
-    def engine(self, stage: str) -> Engine:
-        """Load a stage's model, ready to chat."""
+    def engine(self, stage: str, remember: int = 0) -> Engine:
+        """Load a stage's model, ready to chat; it may `remember` prompts (chapter 8)."""
         use_mine(self.recipe)
         device = pick_device(self.recipe.device)
         model = self.checkpoint(stage, device).model.eval()
         model.compute_dtype = compute_dtype(self.recipe, device)
-        return Engine(model, self.tokenizer())
+        return Engine(model, self.tokenizer(), remember=remember)
 
 
 def train_tokenizer(run: Run) -> dict[str, Any]:
