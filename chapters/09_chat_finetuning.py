@@ -1631,7 +1631,7 @@ has room for both.
 All three stages share **one optimizer**. It remembers the gradients of the past; a new one at each
 stage would begin by taking large steps without any memory. This *warm start* is cheap (the moments
 are in the checkpoint anyway) and worth having: at this size it lowers the loss on held-out replies
-after SFT by a tenth to a quarter, on each of three seeds (`benchmarks/RESULTS.md`).
+after SFT by 7 to 22 %, on each of three seeds (`benchmarks/RESULTS.md`).
 """
 
 # %%
