@@ -462,6 +462,13 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
+# %% [markdown]
+r"""
+Runs on GPUs train the modern model. `laptop` stays with the classic one: on two CPU cores, with a
+vocabulary of 2,048, the additions cost more time than they bring back in the first minutes (the
+figures are in `benchmarks/RESULTS.md`).
+"""
+
 # %%
 small, large = vars(Recipe.for_depth(12)), vars(Recipe.for_depth(24))
 for field in small:
