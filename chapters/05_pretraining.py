@@ -714,9 +714,10 @@ r"""
 Some lines have a story. The time of the first steps is not counted, since compiling and warming up
 would make the speed look bad. Python's garbage collector, which walks over every object of the
 program now and then, is told that what exists before the run will stay; otherwise it would stop a
-long run for half a second, again and again. And `compile_model=True` costs a minute
-and a C++ compiler before the first step, so it pays in long runs only: on GPUs always, on two CPU
-cores in the capstone (appendix A4 has the figures).
+long run for half a second, again and again. And
+`compile_model=True` costs up to a minute and needs a C++ compiler before the first step: on GPUs it
+always pays, on a CPU in runs of many minutes (a recipe of appendix A4 asks for it with
+`compile=yes`).
 """
 
 

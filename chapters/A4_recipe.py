@@ -484,6 +484,13 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
+# %% [markdown]
+r"""
+Runs on GPUs train the modern model. `laptop` stays with the classic one: on two CPU cores, with a
+vocabulary of 2,048, the additions cost more time than they bring back in the first minutes (the
+figures are in `benchmarks/RESULTS.md`).
+"""
+
 # %%
 small, large = vars(Recipe.for_depth(12)), vars(Recipe.for_depth(24))
 for field in small:
@@ -944,7 +951,7 @@ def utilisation(config: GPTConfig, flops: int, speed: float, world: Any) -> floa
 # %% [markdown]
 r"""
 The other half of a forecast is time, and what time costs. FLOPs divided by what the GPUs deliver
-are seconds; on a CPU we measure two passes instead of guessing. Pretraining writes this estimate to
+are seconds; on a CPU we measure two steps instead of guessing. Pretraining writes this estimate to
 the log before its first step, so that anybody can hold it against what came (section 9), and
 `python -m nanochat estimate --profile speedrun` prints it without starting anything.
 """
@@ -961,16 +968,23 @@ def price_of(device_name: str) -> float | None:
 
 
 def training_speed(recipe: Recipe, config: GPTConfig, device: torch.device) -> float:
-    """Measure the tokens per second of a forward and backward pass: the faster of two."""
+    """Measure the tokens per second of whole steps: passes and optimizer, the faster of two."""
     model, rows = GPT(config).to(device), recipe.micro_batch or 1
     model.compute_dtype = compute_dtype(recipe, device)
-    idx, times = torch.zeros(rows, config.seq_len, dtype=torch.int64, device=device), []
+    optimizer, passes, updates = build_optimizer(model), [], []
+    idx = torch.zeros(rows, config.seq_len, dtype=torch.int64, device=device)
     for _ in range(2):
         began = time.perf_counter()
         model(idx, idx, reduction="sum").backward()
         synchronize(device)
-        times.append(time.perf_counter() - began)
-    return rows * config.seq_len / min(times)
+        middle = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(device)
+        passes.append(middle - began)
+        updates.append(time.perf_counter() - middle)
+    n_passes = recipe.batch_tokens / (rows * config.seq_len)
+    return recipe.batch_tokens / (n_passes * min(passes) + min(updates))
 
 
 def estimate(
@@ -1852,7 +1866,7 @@ for name, recipe in (
 
 # %% [markdown]
 r"""
-And this machine? Before the demo run of section 7 its speed was measured on two passes, and the
+And this machine? Before the demo run of section 7 its speed was measured on two steps, and the
 estimate written to the log. Now it can be held against what came.
 """
 
