@@ -1781,11 +1781,12 @@ torchrun --nnodes=4 --nproc-per-node=8 --max-restarts=3 --rdzv-backend=c10d \
 `--rdzv-id` is any word that the four agree on, so that two jobs on one cluster do not mix. torchrun
 numbers the 32 ranks and sets their environment; our code does not change. With `--nnodes=2:4` the
 job starts as soon as two nodes are there, takes in up to four, and goes on with fewer when one is
-lost: the agents meet again, and everything starts from the last checkpoint. Two things it does not
-survive: the loss of the node that hosts the rendezvous, and a checkpoint folder that not all nodes
-see. Set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` for elastic jobs: otherwise the store of the attempt
-before is used again, and a quick rank may read in it the address of a rank that is dead. (We found
-that by killing; `launch` sets it.)
+lost: the agents meet again, and everything starts from the last checkpoint. (They notice a lost
+node when its connections break, or else when a rank's patience ends, `setup(timeout=...)`.) Two
+things it does not survive: the loss of the node that hosts the rendezvous, and a checkpoint folder
+that not all nodes see. Set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` for elastic jobs: otherwise the
+store of the attempt before is used again, and a quick rank may read in it the address of a rank
+that is dead. (We found that by killing; `launch` sets it.)
 
 Nobody types that on four machines. A **scheduler** does, and two scripts are ready to be submitted:
 
