@@ -155,7 +155,9 @@ def summary(args, found):
                     flops = GPT(config_of(args, depth)).flops_per_token() / per_token
                 cluster = Cluster(flops, wires[n] * 1e9, wires[n] * 1e9)
                 ends = step_range(step_seconds(config_of(args, depth), n, tokens, cluster))
-                low, high = (per_token * tokens / n / t for t in (ends[1], ends[0]))
+                same = step_seconds(config_of(args, depth), 1, alone[0]["tokens"], cluster)
+                expected = sum(same.values()) / alone[0]["tokens"] * tokens / n  # no exchange
+                low, high = (expected / t for t in (ends[1], ends[0]))
                 predicted = f"{low:.1%} to {high:.1%}"
         state, peak = lines[0]["state"], max(line["peak"] for line in lines)
         rows.append([*map(str, row), share, predicted, f"{state / 1e6:.1f}", f"{peak / 1e9:.2f}"])

@@ -1428,9 +1428,9 @@ def gather_model(model: GPT) -> Any:
 # %% [markdown]
 r"""
 AdamW does not mind: it updates the rows it has. Muon does. To orthogonalise a matrix one needs all
-of it, and orthogonalising each rank's rows by themselves is a different, wrong, update that trains
-almost as well, so that nobody notices. The matrices must be put together again, and each
-on one rank only, or all ranks would do the same work.
+of it. Orthogonalising each rank's rows by themselves is another update, which depends on the number
+of GPUs and crashes nowhere, so nobody notices. The matrices must be put together again, and each on
+one rank only, or all ranks would do the same work.
 
 Stack the `k` matrices of one shape into a tensor `(k, m, n)`. FSDP has cut it along `m`. We want it
 cut along `k`. That exchange is called an **all-to-all**: each rank sends each other rank something
@@ -1781,11 +1781,12 @@ torchrun --nnodes=4 --nproc-per-node=8 --max-restarts=3 --rdzv-backend=c10d \
 `--rdzv-id` is any word that the four agree on, so that two jobs on one cluster do not mix. torchrun
 numbers the 32 ranks and sets their environment; our code does not change. With `--nnodes=2:4` the
 job starts as soon as two nodes are there, takes in up to four, and goes on with fewer when one is
-lost: the agents meet again, and everything starts from the last checkpoint. Two things it does not
-survive: the loss of the node that hosts the rendezvous, and a checkpoint folder that not all nodes
-see. Set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` for elastic jobs: otherwise the store of the attempt
-before is used again, and a quick rank may read in it the address of a rank that is dead. (We found
-that by killing; `launch` sets it.)
+lost: the agents meet again, and everything starts from the last checkpoint. (They notice a lost
+node when its connections break, or else when a rank's patience ends, `setup(timeout=...)`.) Two
+things it does not survive: the loss of the node that hosts the rendezvous, and a checkpoint folder
+that not all nodes see. Set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` for elastic jobs: otherwise the
+store of the attempt before is used again, and a quick rank may read in it the address of a rank
+that is dead. (We found that by killing; `launch` sets it.)
 
 Nobody types that on four machines. A **scheduler** does, and two scripts are ready to be submitted:
 
@@ -1869,7 +1870,7 @@ assert step_range(two)[0] < step_range(two)[1] and step_range(one)[0] == step_ra
 r"""
 The assumptions. *Measured*: one H200 trained depth 12 at 539,588 tokens a second, which gives `S`;
 two H200s reached 324 GB/s in an all-reduce. *Assumed*: that other depths reach the same FLOPs a
-second (they do better as a rule); that eight GPUs of a node talk as fast as two; and between nodes
+second; that eight GPUs of a node talk as fast as two; and between nodes
 either eight cards of 400 Gb/s at 80 per cent of their name, 320 GB/s, or one ordinary cable of
 100 Gb/s, 12.5 GB/s. An H100 has the same arithmetic as an H200.
 """
@@ -1900,7 +1901,6 @@ there are two ways out: a larger batch (more computing for each exchange), or gr
 What the formula says of 2 and 4 GPUs can be checked, and `benchmarks/distributed.py` does: it
 measures 1, 2 and 4 GPUs in one run and prints the prediction beside them. Nobody has run it on GPUs
 yet. Until then these are predictions.
-
 """
 
 # %% [markdown]
@@ -1922,10 +1922,6 @@ step; `python -m nanochat.distributed --check` tests a machine before you pay fo
   checkpoint cannot be resumed.
 - A parameter count that does not divide by the number of ranks. Ours need not: the last piece is
   shorter, and padding is never read.
-- Muon on the rows that a rank happens to store: each block of rows orthogonalised by itself. It
-  trains, a little worse, and the result depends on the number of GPUs.
-- One collective too many on rank 0, in a branch that only logs: the job hangs hours later, when the
-  branch is taken for the first time.
 - Threads: two ranks with eight threads each on eight cores. Set `OMP_NUM_THREADS`; `launch` does.
 - Results that depend on the number of ranks because each rank *draws* its own data. Draw globally,
   then take your share, as `TokenBatches` of chapter 2 does.

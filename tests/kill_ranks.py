@@ -26,19 +26,23 @@ from nanochat.optim import build_optimizer
 from nanochat.train import fit
 
 STEPS, SAVE_EVERY, KILLS = 120, 3, 10
+HOLD = STEPS - 4
 SIZES = GPTConfig(vocab_size=61, seq_len=16, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
 
 
 class Batches:
     """This rank's rows of global batches of 12 that follow from a position, all the state there is.
 
-    12 divides by 1, 2 and 3 ranks.
+    12 divides by 1, 2 and 3 ranks. Before the last steps it waits for the file `enough`, so that
+    no run is over before all its ranks have been killed.
     """
 
-    def __init__(self, world, position):
-        self.world, self.position = world, position
+    def __init__(self, world, position, folder):
+        self.world, self.position, self.enough = world, position, folder / "enough"
 
     def next(self):
+        while self.position == HOLD and not self.enough.exists():
+            time.sleep(0.01)
         generator = torch.Generator().manual_seed(self.position)
         self.position += 1
         ids = torch.randint(0, 61, (12, 17), generator=generator)
@@ -50,7 +54,7 @@ class Batches:
 def train(folder):
     """What each rank runs: train to the end, from the newest checkpoint if there is one."""
     torch.set_num_threads(1)
-    folder, world = Path(folder), setup("cpu", timeout=20)
+    folder, world = Path(folder), setup("cpu", timeout=60)
     (folder / f"rank_{world.rank}_of_{world.world_size}").write_text(str(os.getpid()))
     start = checkpoint.latest_step(folder) or 0
     found = checkpoint.load_checkpoint(folder) if start else None
@@ -65,7 +69,7 @@ def train(folder):
 
     log = MetricsLog(folder / "metrics.jsonl" if world.is_main else None)
     options = dict(log=log, save=save, save_every=SAVE_EVERY, start_step=start, world=world)
-    fit(model, optimizer, Batches(world, start), STEPS, **options)
+    fit(model, optimizer, Batches(world, start, folder), STEPS, **options)
     save(STEPS)
     world.close()
 
@@ -138,32 +142,42 @@ def lost_steps(folder):
 
 
 def wait_for_steps(folder, n, agent):
-    """Wait until n more steps have been done and a checkpoint newer than now is there."""
+    """Wait until n more steps are done and one more checkpoint is there, or until the job waits."""
     saved, done = checkpoint.latest_step(folder) or 0, len(steps_of(folder))
-    wait_for(lambda: (checkpoint.latest_step(folder) or 0) > saved, agent)
-    wait_for(lambda: len(steps_of(folder)) >= done + n, agent)
+
+    def holds():
+        return steps_of(folder)[-1:] == [HOLD - 1]
+
+    wait_for(lambda: holds() or (checkpoint.latest_step(folder) or 0) > saved, agent)
+    wait_for(lambda: holds() or len(steps_of(folder)) >= done + n, agent)
 
 
-def kill_rank(folder, rank, world_size):
-    os.kill(int((folder / f"rank_{rank}_of_{world_size}").read_text()), signal.SIGKILL)
+def pids_of(folder, world_size):
+    files = [folder / f"rank_{rank}_of_{world_size}" for rank in range(world_size)]
+    return [int(file.read_text() or 0) for file in files if file.exists()]
 
 
 def kill_ranks(folder):
     """Two ranks; KILLS times one of them is killed at a random moment."""
-    agent, chance = start_agent(folder, free_port(), 2), random.Random(0)
+    agent, chance, gone = start_agent(folder, free_port(), 2), random.Random(0), {0}
     for _ in range(KILLS):
         wait_for_steps(folder, chance.randrange(1, 8), agent)
+        wait_for(lambda: len(set(pids_of(folder, 2)) - gone) == 2, agent)  # both started again
         time.sleep(chance.random() * 0.03)
-        kill_rank(folder, chance.randrange(2), 2)
+        pids = pids_of(folder, 2)
+        os.kill(chance.choice(pids), signal.SIGKILL)
+        gone.update(pids)
+    (folder / "enough").touch()
     finish(agent)
 
 
 def change_ranks(folder):
-    """Two ranks until one dies with its agent, then three from the checkpoint."""
+    """Two ranks until they die with their agent, then three from the checkpoint."""
     agent = start_agent(folder, free_port(), 2)
     wait_for_steps(folder, 20, agent)
     os.killpg(agent, signal.SIGKILL)
     os.waitpid(agent, 0)
+    (folder / "enough").touch()
     finish(start_agent(folder, free_port(), 3))
 
 
@@ -176,6 +190,7 @@ def lose_a_node(folder):
     wait_for_steps(folder, 20, first)
     os.killpg(second, signal.SIGKILL)
     os.waitpid(second, 0)
+    (folder / "enough").touch()
     finish(first)
 
 
@@ -187,6 +202,7 @@ def main(place):
     jobs = {"killed": kill_ranks, "changed": change_ranks, "nodes": lose_a_node}
     for name in ("straight", *jobs):
         (place / name).mkdir(parents=True)
+    (place / "straight" / "enough").touch()
     finish(start_agent(place / "straight", free_port(), 2))
     straight = curve(place / "straight")
     expected = checkpoint.load_checkpoint(place / "straight")
@@ -201,7 +217,7 @@ def main(place):
             ranks_at_the_end=found.meta["world_size"],
             lost_steps=lost_steps(folder),
             loss_gap=max(abs(a - b) for a, b in zip(losses, straight)),
-            weight_gap=max(float((a - b).abs().max()) for a, b in pairs),
+            weight_gap=max(float((a - b).detach().abs().max()) for a, b in pairs),
         )
     attempts = list((place / "killed").glob("logs_*/*/attempt_*"))
     print(json.dumps({**results, "restarts": len(attempts) - 1, "save_every": SAVE_EVERY}))
