@@ -87,7 +87,7 @@ from torch import Tensor
 
 from nanochat.common import MetricsLog, Progress, UserError
 from nanochat.model import GPT
-from nanochat.optim import MuonAdamW, lr_multiplier, muon_momentum
+from nanochat.optim import MuonAdamW, decay_multiplier, lr_multiplier, muon_momentum
 
 # %%
 import copy
@@ -670,10 +670,10 @@ def fit(
     """Train for n_steps optimizer steps: the one loop of pretraining, midtraining and SFT.
 
     `batches.next()` gives (inputs, targets), each (B, T) int64. `schedule(step, n_steps)` is the
-    factor on every rate. `evaluate(step)` returns metrics to log, every `eval_every` steps and at
-    the end; `save(step)` keeps a checkpoint after that many steps. `start_step` resumes. Events
-    "step", "eval" and "warning" go to `log`. Returns the last loss and the speed. Raises UserError
-    when the loss is no longer a number.
+    factor on every rate; Muon's momentum and decay follow chapter 4. `evaluate(step)` returns
+    metrics to log, every `eval_every` steps and at the end; `save(step)` keeps a checkpoint after
+    that many steps. `start_step` resumes. Events "step", "eval" and "warning" go to `log`. Returns
+    the last loss and the speed. Raises UserError when the loss is no longer a number.
     """
     world, log = world or SingleProcess(model.device), log or MetricsLog(None)
     gradients, look_every = Gradients(model, world, compile_model), max(1, n_steps // 10)
@@ -691,7 +691,8 @@ def fit(
                 if saving:
                     save(step)
                 meter.clock = time.perf_counter()
-            optimizer.set_schedule(schedule(step, n_steps), muon_momentum(step))
+            decay = decay_multiplier(step, n_steps)
+            optimizer.set_schedule(schedule(step, n_steps), muon_momentum(step), decay)
             began = time.perf_counter()
             micro_batches = [batches.next() for _ in range(accumulation)]
             waited = time.perf_counter() - began

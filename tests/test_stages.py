@@ -36,9 +36,9 @@ def test_a_stage_counts_optimizer_steps_and_its_rate_falls(
         recipe_module.ConversationBatches,
     )
 
-    def remember_rate(self, lr, momentum):
+    def remember_rate(self, lr, *more):
         rates.append(lr)
-        set_schedule(self, lr, momentum)
+        set_schedule(self, lr, *more)
 
     def remember_step(self, closure=None):
         steps.append(len(rates))
