@@ -31,7 +31,7 @@ def killed(tmp_path_factory):
 def test_ten_killed_ranks_leave_no_trace(killed):
     """Restarted from the last checkpoint each time, the run ends with the same bits."""
     job = killed["killed"]
-    assert killed["restarts"] == 10 and job["finished"]
+    assert killed["restarts"] >= 10 and job["finished"]  # more if a port was taken meanwhile
     assert job["lost_steps"] and max(job["lost_steps"]) <= killed["save_every"]
     assert job["loss_gap"] == 0 and job["weight_gap"] == 0
 
