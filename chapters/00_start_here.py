@@ -430,6 +430,7 @@ particular. You can skip it now and come back when you meet a name.
 
 # %%
 #| export
+import ctypes
 import html
 import importlib.util
 import json
@@ -467,8 +468,8 @@ r"""
 **Devices.** `pick_device` takes a GPU if there is one. `pick_dtype` chooses the kind of number to
 compute with: 16-bit `bfloat16` where the hardware multiplies it fast, else 32-bit floats (chapter
 5 measures the difference). `usable_cores` counts the processor cores we may use: a container or a
-cluster's scheduler often lends us fewer than the machine has. `seed_everything` makes random draws
-repeatable.
+cluster's scheduler often lends us fewer than the machine has. `keep_freed_memory` makes training on
+a CPU faster by a third; chapter 5 shows why. `seed_everything` makes random draws repeatable.
 """
 
 
@@ -513,6 +514,21 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux knows what was lent to us, others what there is
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, for its next tensors; True if that worked.
+
+    glibc, the C library of most Linux systems, returns large blocks to the system at once, and the
+    next tensor of that size is given fresh pages, each filled with zeros first. Elsewhere nothing
+    is changed. The process stays as large as it once was.
+    """
+    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "mallopt"):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # of mallopt(3), in bytes
+    return bool(
+        library.mallopt(mmap_threshold, 2**30) and library.mallopt(trim_threshold, 2**31 - 1)
+    )
 
 
 def synchronize(device: torch.device) -> None:

@@ -85,12 +85,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.common import MetricsLog, Progress, UserError
+from nanochat.common import MetricsLog, Progress, UserError, keep_freed_memory
 from nanochat.model import GPT
 from nanochat.optim import MuonAdamW, decay_multiplier, lr_multiplier, muon_momentum
 
 # %%
 import copy
+import subprocess
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -676,6 +678,8 @@ def fit(
     the last loss and the speed. Raises UserError when the loss is no longer a number.
     """
     world, log = world or SingleProcess(model.device), log or MetricsLog(None)
+    if model.device.type == "cpu":
+        keep_freed_memory()
     gradients, look_every = Gradients(model, world, compile_model), max(1, n_steps // 10)
     bar = Progress(n_steps, label, quiet=10.0 if world.is_main else float("inf"))
     with spared_garbage(), bar:
@@ -715,10 +719,39 @@ r"""
 Some lines have a story. The time of the first steps is not counted, since compiling and warming up
 would make the speed look bad. Python's garbage collector, which walks over every object of the
 program now and then, is told that what exists before the run will stay; otherwise it would stop a
-long run for half a second, again and again. And
-`compile_model=True` costs up to a minute and needs a C++ compiler before the first step: on GPUs it
-always pays, on a CPU in runs of many minutes (a recipe of appendix A4 asks for it with
-`compile=yes`).
+long run for half a second, again and again. And `compile_model=True` costs up to a minute and needs
+a C++ compiler before the first step: on GPUs it always pays, on a CPU in runs of many minutes (a
+recipe of appendix A4 asks for it with `compile=yes`).
+
+`keep_freed_memory` is the cheapest third of speed in this book. A step allocates a few hundred
+megabytes of activations and frees them again. On Linux, large blocks go back to the system at once,
+and for the next step it must find new pages and fill each with zeros, so that no program can read
+what another left behind. The processor does that work, not ours. Asked not to, the C library keeps
+the blocks. The same fifty arrays, in two small programs:
+"""
+
+# %%
+program = """
+import ctypes, resource, sys, time
+import numpy as np
+if sys.argv[1] == "keep":
+    library = ctypes.CDLL(None)
+    library.mallopt(-3, 2**30), library.mallopt(-1, 2**31 - 1)
+began = time.process_time()
+for _ in range(50):
+    np.ones(2**22)  # 32 MiB, freed at once
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(f"{sys.argv[1]:>6}: {1000 * (time.process_time() - began) / 50:.1f} ms an array, "
+      f"{faults:,} pages asked for")
+"""
+if sys.platform == "linux":
+    for how in ("return", "keep"):
+        run = [sys.executable, "-c", program, how]
+        print(subprocess.run(run, capture_output=True, text=True).stdout.strip())
+
+# %% [markdown]
+r"""
+Training the model of the capstone takes a third less time with it (`benchmarks/RESULTS.md`).
 """
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.common import MetricsLog, Progress, UserError
+from nanochat.common import MetricsLog, Progress, UserError, keep_freed_memory
 from nanochat.model import GPT
 from nanochat.optim import MuonAdamW, decay_multiplier, lr_multiplier, muon_momentum
 
@@ -257,6 +257,8 @@ def fit(
     the last loss and the speed. Raises UserError when the loss is no longer a number.
     """
     world, log = world or SingleProcess(model.device), log or MetricsLog(None)
+    if model.device.type == "cpu":
+        keep_freed_memory()
     gradients, look_every = Gradients(model, world, compile_model), max(1, n_steps // 10)
     bar = Progress(n_steps, label, quiet=10.0 if world.is_main else float("inf"))
     with spared_garbage(), bar:

@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from nanochat.common import (
     UserError,
     atomic_write,
     format_seconds,
+    keep_freed_memory,
     pick_device,
     pick_dtype,
     read_json,
@@ -50,6 +54,35 @@ def test_usable_cores_are_those_lent_to_us(monkeypatch):
     for counted, expected in ((64, 64), (None, 1)):
         monkeypatch.setattr(os, "cpu_count", lambda counted=counted: counted)
         assert usable_cores() == expected
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back so soon"
+)
+def test_freed_memory_is_kept():
+    program = (
+        "import resource, sys, torch\n"
+        "from nanochat.common import keep_freed_memory\n"
+        "assert sys.argv[1] == 'return' or keep_freed_memory()\n"
+        "for _ in range(3): torch.ones(2**23)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(10): torch.ones(2**23)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+
+    def faults(how):
+        run = [sys.executable, "-c", program, how]
+        return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("keep") < faults("return") / 3
+
+
+def test_without_glibc_nothing_happens(monkeypatch):
+    monkeypatch.setattr(common.sys, "platform", "darwin")
+    assert not keep_freed_memory()
+    monkeypatch.setattr(common.sys, "platform", "linux")
+    monkeypatch.setattr(common.ctypes, "CDLL", lambda name: object())  # musl has no mallopt
+    assert not keep_freed_memory()
 
 
 @given(value=JSON)
