@@ -74,7 +74,10 @@ def test_freed_memory_is_kept():
         run = [sys.executable, "-c", program, how]
         return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
 
-    assert faults("keep") < faults("return") / 3
+    returned = faults("return")
+    if not returned:
+        pytest.skip("this system does not count page faults")
+    assert faults("keep") < returned / 3
 
 
 def test_without_glibc_nothing_happens(monkeypatch):
