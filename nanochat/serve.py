@@ -1416,9 +1416,10 @@ class RemoteEngine:
         try:
             return urllib.request.urlopen(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(ValueError, KeyError, TypeError, OSError):  # it may hang up on us
                 raise UserError(json.loads(error.read(10_000))["error"]["message"]) from None
-            raise UserError(f"{self.url} answered with status {error.code}.") from None
+            said = "wants a valid access token" if error.code == 401 else f"said {error.code}"
+            raise UserError(f"{self.url} {said}.") from None
         except OSError as error:
             reason = getattr(error, "reason", error)
             raise UserError(f"Cannot reach {self.url}: {reason}. Is the server running?") from None
