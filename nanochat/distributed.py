@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.common import UserError, pick_device, synchronize
+from nanochat.common import UserError, pick_device, synchronize, usable_cores
 from nanochat.model import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, adamw_update, muon_update, param_groups
 from nanochat.train import SingleProcess
@@ -308,7 +308,7 @@ def available_processes(device: str = "auto") -> int:
     """Return how many ranks this machine can serve: its GPUs, or on the CPU its cores."""
     if pick_device(device).type == "cuda":
         return torch.cuda.device_count()
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 def launch_environment(nproc: int) -> dict[str, str]:

@@ -23,6 +23,16 @@ def small_tokenizer() -> Tokenizer:
     return Tokenizer.train([text] * 4, 300)
 
 
+def wait_for(condition, seconds=60.0):
+    """Wait until condition() is true; False when `seconds` pass first."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
 class Parrot:
     """Answers "You said: " and the last question; `reply` replaces that by a fixed text.
 

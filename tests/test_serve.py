@@ -11,13 +11,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from hostile import BODIES, HOSTILE
 from hypothesis import HealthCheck, given, settings, strategies as st
-from parrot import Parrot, small_tokenizer
+from parrot import Parrot, small_tokenizer, wait_for
 
 pytest.importorskip("fastapi", reason="the extra `serve` (fastapi, uvicorn) is not installed")
 pytest.importorskip("uvicorn", reason="the extra `serve` (fastapi, uvicorn) is not installed")
@@ -423,15 +422,6 @@ def test_no_documentation_pages_that_load_from_elsewhere():
 
 
 # ---- a real server: streams, disconnects, limits ----------------------------------------------
-
-
-def wait_for(condition, seconds=60.0):
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 class Gated(Parrot):

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from hostile import HOSTILE
 from hypothesis import given, settings, strategies as st
-from parrot import Parrot, Token, small_tokenizer
+from parrot import Parrot, Token, small_tokenizer, wait_for
 
 from nanochat import ui
 from nanochat.common import UserError
@@ -446,13 +446,6 @@ def test_transcript_is_static_and_names_the_speakers():
 # ---- the widget, headless ---------------------------------------------------------------------
 
 
-def wait_for(condition, seconds=60):
-    end = time.perf_counter() + seconds
-    while not condition():
-        assert time.perf_counter() < end, "waited in vain"
-        time.sleep(0.01)
-
-
 def say(widget, text):
     widget.controls.box.value = text
     widget.controls.send.click()
@@ -475,7 +468,7 @@ def test_widget_sends_and_shows_the_reply():
 def test_widget_shows_text_while_it_streams_and_stops_in_time():
     widget = ChatWidget(Parrot(delay=0.1, reply="fox ", times=1000))
     say(widget, "the quick brown fox")
-    wait_for(lambda: "fox fox" in bubbles(widget)[1])
+    assert wait_for(lambda: "fox fox" in bubbles(widget)[1])
     assert widget.busy and not widget.controls.stop.disabled
     widget.controls.stop.click()
     assert widget.wait(60)
