@@ -664,6 +664,12 @@ class HubShards(ShardedSource):
 
 # %%
 #| export
+def cache_folder() -> Path:
+    """Return the folder of what is downloaded: $NANOCHAT_CACHE, or else ~/.cache/nanochat."""
+    cache = os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat"
+    return Path(cache).expanduser()
+
+
 class HubSource(HubShards):
     """A data set of the Hugging Face hub; shards are fetched when first needed and kept.
 
@@ -674,8 +680,7 @@ class HubSource(HubShards):
     def __init__(self, spec: str):
         self.dataset, revision, limit = parse_hub(spec)
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        cache = Path(os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat")
-        self.folder = cache.expanduser() / "hub" / self.dataset.replace("/", "--")
+        self.folder = cache_folder() / "hub" / self.dataset.replace("/", "--")
         listing_file = self.folder / f"listing-{revision.replace('/', '--')}.json"
         try:
             listing = hub_listing(self.dataset, revision, self.endpoint)

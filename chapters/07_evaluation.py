@@ -1315,7 +1315,7 @@ import numpy as np
 import torch
 
 from nanochat.common import Progress, UserError, atomic_write, read_json, write_json
-from nanochat.data import download, retrying
+from nanochat.data import cache_folder, download, retrying
 from nanochat.model import GPT
 
 
@@ -1504,8 +1504,7 @@ def fetch_core(
     verified by its SHA-256, unpacked and thrown away; when a file has changed its size since, it is
     fetched again. Raises UserError without a network or when anything is wrong with the file.
     """
-    cache = Path(os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat")
-    place = Path(folder) if folder else cache.expanduser() / "core"
+    place = Path(folder) if folder else cache_folder() / "core"
     files, note, archive = place / "files", place / "unpacked.json", place / "eval_bundle.zip"
 
     def sizes() -> dict[str, int]:

@@ -61,6 +61,7 @@ __all__ = [
     "WINDOW",
     "WORKER",
     "Window",
+    "cache_folder",
     "check_space",
     "check_split",
     "document_bounds",
@@ -501,6 +502,12 @@ class HubShards(ShardedSource):
         return self.folder / shard
 
 
+def cache_folder() -> Path:
+    """Return the folder of what is downloaded: $NANOCHAT_CACHE, or else ~/.cache/nanochat."""
+    cache = os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat"
+    return Path(cache).expanduser()
+
+
 class HubSource(HubShards):
     """A data set of the Hugging Face hub; shards are fetched when first needed and kept.
 
@@ -511,8 +518,7 @@ class HubSource(HubShards):
     def __init__(self, spec: str):
         self.dataset, revision, limit = parse_hub(spec)
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        cache = Path(os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat")
-        self.folder = cache.expanduser() / "hub" / self.dataset.replace("/", "--")
+        self.folder = cache_folder() / "hub" / self.dataset.replace("/", "--")
         listing_file = self.folder / f"listing-{revision.replace('/', '--')}.json"
         try:
             listing = hub_listing(self.dataset, revision, self.endpoint)
