@@ -461,8 +461,9 @@ class HubShards(ShardedSource):
         The first failure stops the others and is raised; what has come is kept for next time.
         """
         missing = [shard for shard in shards if not self.have(shard)]
-        total, stopping = sum(self.files[shard]["size"] for shard in missing), threading.Event()
+        total = sum(self.files[shard]["size"] for shard in missing)
         lock, what = threading.Lock(), f"{len(missing)} shards" if missing[1:] else "1 shard"
+        failures: list[BaseException] = []
         if not missing:
             return
         with (
@@ -471,17 +472,25 @@ class HubShards(ShardedSource):
         ):
 
             def arrived(n: int) -> None:
-                if stopping.is_set():
+                if failures:
                     raise UserError("the download was stopped; run again to go on.")
                 with lock:
                     bar.update(min(n, bar.total - bar.done))
 
+            def bring(shard: str) -> None:
+                try:
+                    if not failures:
+                        self.fetch_one(shard, arrived)
+                except Exception as error:
+                    failures.append(error)
+
             try:
-                for future in [pool.submit(self.fetch_one, shard, arrived) for shard in missing]:
-                    future.result()
-            except BaseException:
-                stopping.set()
+                list(pool.map(bring, missing))
+            except BaseException as interrupt:
+                failures.append(interrupt)
                 raise
+        if failures:
+            raise failures[0]
 
     def fetch_one(self, shard: str, arrived: Callable[[int], None]) -> None:
         """Download and check a shard, then note its hash beside it."""
