@@ -440,7 +440,7 @@ def test_first_token_comes_before_the_last():
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_disconnect_frees_the_slot_and_the_engine(streamed):
-    engine = Parrot(delay=0.01, reply="the quick brown fox " * 100, window=4096)
+    engine = Parrot(delay=0.1, reply="the quick brown fox " * 100, window=4096)
     app = create_app(engine, limits=Limits(concurrent=1, seconds=60))
     metrics = app.state.server.metrics
     with background_server(app) as url:
@@ -811,7 +811,7 @@ def test_openai_errors_have_their_classes(openai_client):
         failing.chat.completions.create(**ASKED)
     with pytest.raises(openai.APIError, match="wrong inside"):
         list(failing.chat.completions.create(**ASKED, stream=True))
-    busy = openai_client(Parrot(delay=0.02, reply="fox " * 500), per_client=1)
+    busy = openai_client(Parrot(delay=0.2, reply="fox " * 500), per_client=1)
     stream = busy.chat.completions.create(**ASKED, stream=True)
     with stream, pytest.raises(openai.RateLimitError):
         busy.chat.completions.create(**ASKED)
