@@ -488,9 +488,9 @@ r"""
 Muon in its first form is short. Momentum comes first, so that the noise of single batches averages
 out *before* the singular values are levelled. (It is Nesterov's kind: the gradient of the step is
 mixed into the running mean once more.) Then the orthogonal matrix takes the place of the gradient.
-An orthogonal map keeps the length of its input. When it spreads that length
-over more outputs than there are inputs, each of them moves less; so a tall matrix ($m>n$) gets its
-rate multiplied by $\sqrt{m/n}$.
+An orthogonal map keeps the length of its input. When it spreads that length over more outputs than
+there are inputs, each of them moves less; so a tall matrix ($m>n$) gets its rate multiplied by
+$\sqrt{m/n}$.
 """
 
 
