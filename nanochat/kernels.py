@@ -180,19 +180,14 @@ def attention_backend(
     Of (1, 4, seq_len, head_dim) tensors that need gradients. "unknown" if this torch does not say.
     """
     device = pick_device(device) if isinstance(device, str) else device
-    shape, options = (
-        (1, 4, seq_len, head_dim),
-        dict(device=device, dtype=dtype or pick_dtype(device)),
-    )
-    q = torch.empty(shape, requires_grad=True, **options)
+    dtype = dtype or pick_dtype(device)
+    q = torch.empty(1, 4, seq_len, head_dim, device=device, dtype=dtype, requires_grad=True)
     try:
         choice = torch._fused_sdp_choice(q, q, q, is_causal=True)
         name = torch.nn.attention.SDPBackend(choice).name
     except (AttributeError, RuntimeError, ValueError):
         return "unknown"
-    return {"FLASH_ATTENTION": "flash", "CUDNN_ATTENTION": "cudnn"}.get(
-        name, name.split("_")[0].lower()
-    )
+    return name.split("_")[0].lower()  # FLASH_ATTENTION: flash
 
 
 def quantize(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
