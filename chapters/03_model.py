@@ -279,9 +279,11 @@ assert torch.allclose(rms_norm(x), rms_norm(3 * x), atol=1e-5)  # size is forgot
 r"""
 ## 2. Attention, three times
 
-Position $t$ asks a question, its **query** $q_t$. Every earlier position $s \le t$ has a **key**
-$k_s$ that says what it offers and a **value** $v_s$ that it hands over. The match $q_t\cdot k_s$,
-scaled and pushed through a softmax, says how much of each value to take:
+In *Mira lost her ring and looked for it*, the stream at *it* can know what was lost only if
+something moves there from *ring*. Attention moves it. Position $t$ asks a question, its **query**
+$q_t$. Every earlier position $s \le t$ has a **key** $k_s$ that says what it offers and a **value**
+$v_s$ that it hands over. The match $q_t\cdot k_s$, scaled and pushed through a softmax, says how
+much of each value to take:
 
 $$y_t = \sum_{s\le t} w_{ts}\, v_s,\qquad
 w_{t\cdot} = \operatorname{softmax}_s\!\left(\frac{q_t\cdot k_s}{\sqrt D}\right).$$
@@ -376,12 +378,13 @@ r"""
 
 ## 3. Where am I? Rotary positions
 
-Attention as written has no idea of order: shuffle the earlier tokens and each query still finds
-the same keys. Rotary embedding tells the position by *turning* queries and keys. Take the
-channels in pairs, and turn pair $i$ at position $t$ by the angle $t\,\theta_i$, with $\theta_i =
+Attention as written has no idea of order: shuffle the earlier tokens and each query still finds the
+same keys. Rotary embedding tells the position by *turning* queries and keys. Take the channels in
+pairs, and turn pair $i$ at position $t$ by the angle $t\,\theta_i$, with $\theta_i =
 10000^{-2i/D}$: fast for the first pairs, hardly at all for the last. When two vectors that were
-turned by $t\theta$ and $s\theta$ meet in a dot product, only the difference $(t-s)\theta$ is
-left.
+turned by $t\theta$ and $s\theta$ meet in a dot product, only the difference $(t-s)\theta$ is left.
+With $\theta=0.1$, a query at 20 and a key at 15 are turned by 2.0 and 1.5, at 50 and 45 by 5.0 and
+4.5: the angle between them changes by 0.5 both times.
 """
 
 
@@ -544,7 +547,7 @@ no single logit can run away.
 # %%
 z = torch.linspace(-40, 40, 200)
 fig, ax = figure(
-    "The softcap leaves small logits alone and stops large ones",
+    "The softcap spares small logits and stops large ones",
     "logit before",
     "logit after",
     alt="An S-shaped curve along the diagonal near zero, flat at plus and minus 15.",
@@ -558,10 +561,10 @@ plt.show()
 # %% [markdown]
 r"""
 The loss is the cross-entropy: the surprise $-\ln p$ of the token that really came next, in
-**nats**, averaged. Targets of -1 do not count; fine-tuning uses that to train on the assistant's
-words only. If *no* target counts, the sum is zero and so is our mean. The obvious
-`F.cross_entropy(..., reduction="mean")` divides 0 by 0 there and poisons the weights with NaN, a
-bug that real projects have shipped.
+**nats**, averaged. A token that had $p=1/2$ costs 0.69 nats, one with $p=1/2048$ costs 7.62.
+Targets of -1 do not count; fine-tuning uses that to train on the assistant's words only. If *no*
+target counts, the sum is zero and so is our mean. The obvious mean of `F.cross_entropy` divides 0
+by 0 there and poisons the weights with NaN, a bug that real projects have shipped.
 """
 
 
@@ -797,7 +800,7 @@ with torch.no_grad():
     changed[:, 16:] = torch.randint(0, 300, (4, 16))
     moved = (small(ids) - small(changed)).abs().amax(dim=(0, 2))
 fig, ax = figure(
-    "Changing tokens 16 to 31 moves no logit before position 16",
+    "Changing tokens 16 to 31 moves no earlier logit",
     "position (tokens)",
     "largest change of a logit",
     alt="Bars at zero for positions 0 to 15 and tall bars from 16 on.",
@@ -966,7 +969,7 @@ print(f"{'baseline: bigram':20s} {bigram:.3f}     (it has seen every training to
 
 # %%
 fig, ax = figure(
-    "Without attention or positions the model is no better than a bigram table",
+    "Without attention or positions the model is no better than bigrams",
     "validation loss (nats per token, lower is better)",
     size=(6, 2.6),
     alt="Horizontal bars of validation loss for four variants with the bigram baseline as a line.",
@@ -1002,10 +1005,11 @@ experiments later its recipe has eight additions. Each is one field of `GPTConfi
 `GPTConfig.classic`, and `GPTConfig.modern` has them all. We take them one by one, from the idea
 to the code, and then measure.
 
-**Windows.** Most of what attention needs is near. A layer with a window lets a query see itself
-and the $W$ positions before it, and costs $T\cdot W$ scores where full attention costs $T\cdot T$.
-Reach is not lost: two layers with windows see $2W$ far, as two convolutions do, and every fourth
-layer (and always the last) sees everything.
+**Windows.** Most of what attention needs is near. A layer with a window lets a query see itself and
+the $W$ positions before it, and costs $T\cdot W$ scores where full attention costs $T\cdot T$. We
+take a quarter of the row, rounded up to a multiple of 128: $W = 512$ of 2,048. Reach is not lost:
+two layers with windows see $2W$ far, as two convolutions do, and every fourth layer (and always the
+last) sees everything.
 
 A mask would give the right numbers, but it would build the whole $T\times T$ matrix to throw most
 of it away. So we treat the first $W$ queries as always and cut the rest into blocks of $W/4$. A

@@ -943,7 +943,7 @@ for n_steps in (1, 7, 100):
 
 # %%
 fig, ax = figure(
-    "The rate warms up, holds and falls; the decay falls all the way",
+    "The rate rises, holds and falls; the decay only falls",
     "share of training",
     "factor on the initial value",
     alt="A line that rises in the first twentieth, stays at 1 until half and falls to 0.05.",
