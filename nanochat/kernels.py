@@ -250,11 +250,12 @@ class Float8Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         rows = x.reshape(-1, x.size(-1))
         if rows.size(0) % 16:
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
+            return F.linear(x, self.weight.to(x.dtype), bias)
         y = Float8Matmul.apply(rows, self.weight).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if bias is None else y + bias
 
 
 def convert_to_float8(
