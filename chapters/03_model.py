@@ -1014,6 +1014,8 @@ last) sees everything.
 A mask would give the right numbers, but it would build the whole $T\times T$ matrix to throw most
 of it away. So we treat the first $W$ queries as always and cut the rest into blocks of $W/4$. A
 block needs its own keys and the $W$ before it, and one small mask that is the same for every block.
+Over a cache (chapter 8) it is simpler: one new token reads the last $W+1$ keys, and for a few new
+tokens a whole mask is small.
 
 PyTorch has another way, FlexAttention: one writes the rule as a function of two positions, and a
 compiler makes a GPU kernel that skips the blocks where the rule says no. Ours needs no compiler and

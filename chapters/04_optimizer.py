@@ -77,8 +77,9 @@ r"""
 ## 1. Downhill, and its trouble
 
 The gradient says in which direction the loss rises fastest. **Gradient descent** takes a step the
-other way, $w \leftarrow w - \eta\, g$. On a round bowl that works at once. Loss surfaces are not
-round: they are valleys, steep across and flat along. We take the simplest valley,
+other way, $w \leftarrow w - \eta\, g$; the **rate** $\eta$ says how far. On a round bowl that works
+at once. Loss surfaces are not round: they are valleys, steep across and flat along. We take the
+simplest valley,
 
 $$f(x, y) = \tfrac12\,(x^2 + 50\,y^2),\qquad g = (x,\; 50\,y),$$
 
@@ -117,8 +118,8 @@ valley the gradients alternate and cancel. Along it they agree, and the sum of a
 is $g\,(1+\beta+\beta^2+\dots) = g/(1-\beta)$: with $\beta=0.8$, five times as far for the same
 rate.
 
-**Adam** goes further and gives each weight its own rate. It keeps a running mean $m$ of the
-gradient and $v$ of its square, and steps by
+**Adam** goes further and gives each weight its own rate. It keeps two running means, $m$ of the
+gradient and $v$ of its square, which forget by $\beta_1$ and $\beta_2$ a step, and moves by
 
 $$w \leftarrow w - \eta\,\frac{\hat m}{\sqrt{\hat v} + \epsilon},\qquad
 \hat m = \frac{m}{1-\beta_1^t},\quad \hat v = \frac{v}{1-\beta_2^t}.$$
@@ -126,8 +127,9 @@ $$w \leftarrow w - \eta\,\frac{\hat m}{\sqrt{\hat v} + \epsilon},\qquad
 Where the gradient keeps its sign, numerator and root are equal and the weight moves by $\eta$,
 whether the direction is steep or flat. Where the gradient is noise around zero, $m$ is small
 against $\sqrt v$ and the weight stays. The hats correct for the start, when the running means are
-still mostly zeros. **AdamW** adds *decoupled* weight decay: before the step, shrink the weight by a
-factor $1-\eta\lambda$, apart from the gradient and its scaling.
+still mostly zeros, and the small $\epsilon$ keeps the division finite. **AdamW** adds *decoupled*
+weight decay: before the step, shrink the weight by a factor $1-\eta\lambda$, apart from the
+gradient and its scaling.
 
 The rule itself works on tensors and numbers alone. Its arithmetic is in float32 whatever the dtype
 of the parameter.
@@ -390,9 +392,9 @@ print(f"{len(values)} directions; the largest {half} hold half of the gradient's
 
 # %% [markdown]
 r"""
-The gradient is dominated by a few directions. A step along it changes those and hardly touches
-the rest, though the rest may hold what is rare and still to be learnt. Setting all singular values
-to one gives the rare directions their turn.
+Energy is the sum of squares. The gradient is dominated by a few directions. A step along it changes
+those and hardly touches the rest, though the rest may hold what is rare and still to be learnt.
+Setting all singular values to one gives the rare directions their turn.
 
 An exact singular value decomposition is slow on a GPU. But a polynomial will do. For an odd
 polynomial $p(x)=ax+bx^3+cx^5$, the matrix expression
