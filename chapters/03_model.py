@@ -661,8 +661,9 @@ class NoAdditions(nn.Module):
 
 # %% [markdown]
 r"""
-The token embedding and the head are *untied*: two tables, not one used twice. Tying saves memory
-but makes one matrix serve two masters with very different learning rates (chapter 4).
+Now the model itself. The token embedding and the head are *untied*: two tables, not one used twice.
+Tying saves memory but makes one matrix serve two masters with very different learning rates
+(chapter 4).
 
 `last_only` skips the head for all positions but the last, which is all that generation needs. At
 depth 8 and a vocabulary of 32,768 that saves two fifths of the multiplications with weights. The

@@ -77,9 +77,9 @@ r"""
 ## 1. Downhill, and its trouble
 
 The gradient says in which direction the loss rises fastest. **Gradient descent** takes a step the
-other way, $w \leftarrow w - \eta\, g$; the **rate** $\eta$ says how far. On a round bowl that works
-at once. Loss surfaces are not round: they are valleys, steep across and flat along. We take the
-simplest valley,
+other way, $w \leftarrow w - \eta\, g$; the **learning rate** $\eta$, or rate, says how far. On a
+round bowl that works at once. Loss surfaces are not round: they are valleys, steep across and flat
+along. We take the simplest valley,
 
 $$f(x, y) = \tfrac12\,(x^2 + 50\,y^2),\qquad g = (x,\; 50\,y),$$
 
@@ -1030,8 +1030,9 @@ for name in ("AdamW", "AdamW by groups"):
 # %% [markdown]
 r"""
 Had we left out the third row, Muon would get the credit for the embedding's rate. What is left to
-Muon is smaller: 0.07 nats here, and 0.03 and 0.02 with two other seeds, each time to its favour.
-And the refinements of section 3? We switch the first three off.
+Muon is smaller: 0.07 nats here, and 0.03 and 0.04 with other weights and batches, each time the
+best of three rates against the best of three. And the refinements of section 3? We switch the first
+three off.
 """
 
 # %%
