@@ -35,8 +35,8 @@ Each line is a **recipe**: all the settings of one run. Its name is one word, an
 sizes, rates, steps and data. `laptop` is the run of `make capstone`; `speedrun` is a model of
 GPT-2's quality.
 
-Nothing in this appendix is about learning. It is about the hours around it: the run that dies at
-three in the morning, the second GPU, the colleague who asks what the number in the table means.
+This appendix is not about learning but about the hours around it: the run that dies at three in the
+morning, the second GPU, the colleague who asks what the number in the table means.
 
 **What you will be able to do**
 
@@ -109,8 +109,8 @@ MODELS = ("base", "mid", "sft", "rl")
 # %% [markdown]
 r"""
 Together they have some forty settings. If each stage kept its own, two of them would one day
-disagree, so all of them live in one flat list, with a type and a default each. What is not in this
-list cannot be set; what is in it is written to disk with the run.
+disagree, so all live in one flat list, with a type and a default each. What is not in this list
+cannot be set; what is in it is written to disk with the run.
 """
 
 
@@ -280,8 +280,8 @@ def read_setting(name: str, value: Any, kind: type) -> Any:
 r"""
 A `Recipe` is the settings with three ways to make one: `for_depth` turns the dial, `for_profile`
 takes a ready set, a **profile**, by name, `changed` replaces single fields. A name that it does not
-know is an error: a misspelt setting that is silently ignored costs a night. And `config` gives the
-sizes of the model that chapter 3 builds.
+know is an error: a misspelt setting that is silently ignored costs a night. `config` gives the
+sizes of the model.
 """
 
 
@@ -355,8 +355,8 @@ for wrong in ({"dept": 6}, {"depth": "six"}, {"depth": 6.5}):
 
 # %% [markdown]
 r"""
-The choices that no rule makes stand in tables. First, what every run on GPUs shares: real text and
-conversations from the Hugging Face hub, longer rows, a larger vocabulary, more steps.
+The choices that no rule makes stand in tables. First, what every run on GPUs shares, with real text
+and conversations from the Hugging Face hub.
 """
 
 # %%
@@ -410,8 +410,8 @@ GPU_PROFILES: dict[str, dict[str, Any]] = {
 
 # %% [markdown]
 r"""
-Two more are for a CPU. `smoke` is for tests: every stage, as short as possible. `laptop` is what
-you get without asking.
+The other two run on a CPU. `smoke` is for tests: every stage, as short as possible. `laptop` is the
+one you get without asking.
 """
 
 # %%
@@ -466,7 +466,7 @@ for field in small:
 
 # %% [markdown]
 r"""
-One number was turned, and everything that follows from it has followed.
+One number was turned, and six followed.
 
 > **Exercise A4.1.** A friend has one GPU for one hour, at 40 % of $10^{15}$ FLOP/s. Which depth
 > should she train? *(`estimate` of section 4 counts the FLOPs; try depths 8 to 14.)*
@@ -531,8 +531,7 @@ def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 r"""
 Before a folder is made, `check_recipe` looks for numbers that cannot work. "The batch does not
 divide by the processes" is a sentence worth reading in the first second, not after the tokenizer
-has been trained. It also says which number would do: 5,000 tokens are no whole number of rows of
-256, so try 5,120.
+has been trained. It also says which number would do.
 """
 
 
@@ -575,11 +574,10 @@ def check_recipe(recipe: Recipe) -> None:
 # %% [markdown]
 r"""
 One more thing is decided before the work begins: whose code does it. Many exercises of the book ask
-for a function that the package has. `make capstone MINE=1`, or a recipe with `mine="work"`, looks
-through your notebooks in `work/` for them. Each answer is checked again, in a process of its own.
-One that passes takes the place of the book's function wherever a module holds it, later in every
-rank too. One that does not pass stops the run, with the property that it lacks. One that is not
-written yet is left alone. Which of your functions did the work stands in the log and the report.
+for a function that the package has. With `mine="work"`, or `make capstone MINE=1`, a run takes your
+answers from the notebooks in `work/`. One that passes its checks stands in for the book's function,
+in every process. One that fails them stops the run. One that is not written yet is left alone. Log
+and report name those that did the work.
 """
 
 
@@ -609,9 +607,8 @@ def use_mine(recipe: Recipe) -> list[str]:
 r"""
 `Run.open` starts a run or takes one up. Here lies a trap: start `laptop`, change the depth, start
 `laptop` again. A tool that goes on regardless trains a model that no recipe describes. So a run
-remembers its recipe and refuses another one, with the difference in the message. Some fields may
-differ: they say *where* a run computes, not *what* it learns, so a run may be taken up on a machine
-with more GPUs.
+remembers its recipe and refuses another one. Some fields may differ: they say *where* a run
+computes, not *what* it learns, so it may be taken up on a machine with more GPUs.
 """
 
 # %%
@@ -636,7 +633,7 @@ def read_recipe(path: Path) -> Recipe:
 # %% [markdown]
 r"""
 A `Run` knows where everything lies in its folder and loads it: the tokenizer, a stage's checkpoint,
-an engine to chat with. A stage that has left the mark `done.json` is finished (section 7).
+an engine to chat with. A stage with the mark `done.json` is finished (section 7).
 
 A checkpoint knows the fingerprint of its tokenizer (chapter 1). With another vocabulary every id
 would mean another word, the loss would be absurd and nothing would crash; so `Run.checkpoint`
@@ -771,10 +768,8 @@ def train_tokenizer(run: Run) -> dict[str, Any]:
 
 # %% [markdown]
 r"""
-Then the text becomes tokens on disk: as many as the recipe's steps will read, plus a window for the
-last target. Tokens of a large run take gigabytes. Is there no room for them, the run need not end:
-chapter 2 has a `TokenStream`, which makes them while the model trains, at the price of some
-processor time.
+Then the text becomes tokens on disk, as many as the steps will read. Where there is no room for
+them, a `TokenStream` (chapter 2) makes them while the model trains, at the price of processor time.
 """
 
 
@@ -831,7 +826,7 @@ that go through the model at once: a smaller one takes more passes until the opt
 a batch of 4,096 tokens in rows of 256, for two processes: each has 8 rows of it, so 8, 4, 2 or 1
 may go through at once, the divisors of 8.
 
-How much memory is there, and is the model compiled? Compiled, it needs less.
+How many fit depends on the memory that is free, and on whether the model is compiled.
 """
 
 # %%
@@ -860,9 +855,8 @@ def compiles(recipe: Recipe, device: torch.device) -> bool:
 # %% [markdown]
 r"""
 On a CPU, where too much memory ends in a standstill and not in an error, the estimate decides, with
-a fifth of the free memory left over. On a GPU it is only the guess at which the trials begin. A
-trial is a step of the very model that will be trained, compiled if it will be, with the memory of
-the optimizer set aside.
+a fifth of the free memory left over. On a GPU it is only the first guess for trials, each of them a
+step of the very model that will be trained.
 """
 
 
@@ -908,8 +902,8 @@ def pick_micro_batch(
 r"""
 How good is the guess? On a CPU chapter 5 finds it within a few per cent of the allocator. Here is
 the control: memory that was measured on GPUs, with compiled models. The first line is a run of this
-book, the others are reports of nanochat's runs, whose tables are kept in 16 bits. To those nobody
-fitted anything.
+book, and no test: the count of compiled logits was chosen in its light. The others are reports of
+nanochat's runs, whose tables are kept in 16 bits.
 """
 
 # %%
@@ -925,9 +919,9 @@ for what, depth, vocab_size, rows, measured in published:
 
 # %% [markdown]
 r"""
-Near enough to start from, and not near enough to rely on: hence the trials. (The first line is no
-test: the count of compiled logits was chosen in its light.) If memory runs out in the middle of
-training, because another program takes some, `fit` halves the micro-batch and goes on.
+Near enough to start from, not near enough to rely on: hence the trials. And if memory runs out in
+the middle of training, because another program takes some, `fit` halves the micro-batch and goes
+on.
 """
 
 # %%
@@ -1007,10 +1001,9 @@ def price_of(device_name: str) -> float | None:
 
 # %% [markdown]
 r"""
-How many FLOP/s a CPU delivers nobody can look up. So we measure: two steps, of which the faster
-one counts, as the first also warms up. A step is several passes and one update of the optimizer;
-both are timed by themselves, because a batch of 4,096 tokens in micro-batches of 4 rows of 256
-takes four passes and one update.
+What a CPU delivers nobody can look up, so we measure two steps and count the faster one. The passes
+and the optimizer's update are timed apart, because a batch may take many passes, and takes one
+update.
 """
 
 
@@ -1039,7 +1032,7 @@ def training_speed(recipe: Recipe, config: GPTConfig, device: torch.device) -> f
 # %% [markdown]
 r"""
 `estimate` puts it together, for this machine and for eight H100. Pretraining writes it to the log
-before its first step, so that anybody can hold it against what came (section 9).
+before its first step, to be held against what came (section 9).
 """
 
 
@@ -1082,8 +1075,7 @@ def estimate(
 
 # %% [markdown]
 r"""
-The same as a table, for people. `python -m nanochat estimate --profile speedrun` prints it without
-starting anything.
+`python -m nanochat estimate --profile speedrun` prints it as a table, without starting anything.
 """
 
 
@@ -1110,15 +1102,9 @@ r"""
 
 All four training stages begin and end alike. Each asks one question first: is there a checkpoint of
 *this* stage? Then resume it: weights, the optimizer's moments, the step, the place in the data,
-even the time already spent, for an honest bill. If not, start from the model of the stage before.
-The original project could resume pretraining only, approximately, and on the same number of GPUs;
-here it is one rule for all stages.
-
-| there is a checkpoint of | `base` starts from | `sft` starts from |
-| --- | --- | --- |
-| this stage | it | it |
-| the stage before only | - | the checkpoint of `mid` |
-| neither | a new model | an error |
+even the time already spent, for an honest bill. If not, start from the model of the stage before;
+only `base` may make a new one. The original project could resume pretraining only, approximately,
+and on the same number of GPUs; here it is one rule for all stages.
 """
 
 # %%
@@ -1145,10 +1131,9 @@ def stage_before(stage: str) -> str | None:
 
 # %% [markdown]
 r"""
-Two options change what is trained. LoRA freezes the model and trains thin matrices beside its own
-(chapter 9). FSDP cuts the model over the GPUs (chapter 6). The model of reinforcement learning is
-never cut, as each process samples replies alone; nor is LoRA's, whose gradients and state are
-small.
+Two options change the model. LoRA freezes it and trains thin matrices beside its own (chapter 9).
+FSDP cuts it over the GPUs (chapter 6). The model of reinforcement learning is never cut, as each
+process samples replies alone; nor is LoRA's, whose gradients and state are small.
 """
 
 
@@ -1191,8 +1176,8 @@ def starting_point(run: Run, stage: str, world: Any) -> tuple[GPT, Checkpoint | 
 
 # %% [markdown]
 r"""
-A stage writes to the log of the run, which notes the stage in every line and passes each event on
-to the tracker, if the recipe names one (chapter 5). Of several processes the main one alone writes.
+A stage's log notes the stage in every line, and passes each event on to the tracker, if the recipe
+names one (chapter 5). Of several processes the main one alone writes.
 """
 
 
@@ -1210,8 +1195,8 @@ def stage_log(run: Run, stage: str, world: Any) -> MetricsLog:
 
 # %% [markdown]
 r"""
-The optimizer has three forms. One process has all of its state. Of several each keeps a shard
-(chapter 6). With LoRA there is little state, and a simple sharding will do.
+The optimizer has three forms. One process has all of its state. Several keep a shard each, and of a
+model that is cut each keeps the state of its part (chapter 6).
 """
 
 
@@ -1231,8 +1216,7 @@ def stage_optimizer(model: GPT, recipe: Recipe, world: Any, lora: bool) -> MuonA
 r"""
 A class holds these together. The optimizer keeps its memory from base to mid to SFT (chapter 9). It
 begins afresh for reinforcement learning, where gradients are of another kind, and for LoRA, which
-trains other tensors. `save` writes what `__init__` reads, and the score of the step, if that step
-was judged on held-out data.
+trains other tensors. `save` writes what `__init__` reads, and the score of the step if it has one.
 """
 
 
@@ -1247,7 +1231,7 @@ class Training:
     """
 
     def __init__(self, run: Run, stage: str, world: Any = None):
-        self.run, self.stage, self.recipe = run, stage, run.recipe
+        self.stage, self.recipe = stage, run.recipe
         self.world = world or SingleProcess(pick_device(run.recipe.device))
         self.device, self.tokenizer = self.world.device, run.tokenizer()
         self.log = stage_log(run, stage, self.world)
@@ -1292,8 +1276,8 @@ class Training:
 
 # %% [markdown]
 r"""
-On a GPU, chapter 5's trials find the micro-batch, with the stage's own model. Of several processes
-one may have less memory than the others; so a number of rows fits if it fits for all.
+On a GPU, trials with the stage's own model find the micro-batch, and the memory of the optimizer is
+set aside. A number of rows fits if it fits for every process.
 """
 
 
@@ -1325,10 +1309,9 @@ def passes_per_step(recipe: Recipe, micro: int, world: Any) -> int:
 
 # %% [markdown]
 r"""
-`train_stage` hands all of it to the one loop of chapter 5. Two edges are easy to forget. A run
-killed *between* its last checkpoint and its mark has nothing left to do: its result lies in the
-checkpoint. And when memory runs out all the same, the sentence names the number to change, which is
-one of those that may be changed.
+`train_stage` hands all of it to the one loop of chapter 5. A run killed *between* its last
+checkpoint and its mark has nothing left to do: its result lies in the checkpoint. And when memory
+runs out for good, the sentence names the number to change, one of those that may be changed.
 """
 
 
@@ -1391,8 +1374,8 @@ def train_stage(
 
 # %% [markdown]
 r"""
-At the end the result is saved with the last checkpoint. The best one was kept beside the newest. If
-it is not the last, the stage has gone on for too long, and says so.
+At the end the result is saved with the last checkpoint. If the best one, kept beside it, is an
+earlier one, the stage has gone on for too long, and says so.
 """
 
 
@@ -1513,8 +1496,8 @@ def real_task(recipe: Recipe, kind: Any, split: str) -> Any:
 # %% [markdown]
 r"""
 With real conversations some generated ones stay in the mixture: nobody else will teach the model
-its name and its calculator. And with conversations of your own, a tenth of the mixture is yours.
-Nine thousand others and a file of fifty: yours are repeated twenty times.
+its name and its calculator. With conversations of your own, a tenth of the mixture is yours: beside
+nine thousand others a file of fifty is repeated twenty times.
 """
 
 
@@ -1546,9 +1529,8 @@ def chat_mixture(recipe: Recipe, stage: str) -> Mixture:
 
 # %% [markdown]
 r"""
-What is held out is generated from numbers that no stage reaches, and from the test split of the
-real conversations. Both stages are measured on the assistant's words alone, so that their losses
-can be compared.
+What is held out is generated from numbers that no stage reaches, or is the test split of the real
+conversations. Only the assistant's words count, so that the losses of both stages can be compared.
 """
 
 
@@ -1614,7 +1596,7 @@ def finetune(run: Run, stage_name: str, world: Any = None) -> dict[str, Any]:
 # %% [markdown]
 r"""
 Reinforcement learning practises one task. Its problems are generated, apart from those it is judged
-on, or the word problems of GSM8K. Some of these are so long that no reply would fit behind them.
+on, or those of GSM8K. Some of these leave no room for a reply, and are left out.
 """
 
 # %%
@@ -1696,8 +1678,7 @@ same wording, with the same number of tries. So there is one `judge`, and each s
 through all of it: the base model is asked to chat too, and fails, and that is a result. The items
 are chosen by fixed seeds, never by the seed of the run.
 
-Beside every score stands what guessing would bring: a quarter for one choice of four, nothing for a
-sum.
+Beside every score stands what guessing would bring.
 """
 
 # %%
@@ -1720,8 +1701,8 @@ def chance_levels(run: Run) -> dict[str, float]:
 
 # %% [markdown]
 r"""
-The exams of the tiny world (chapter 9) are three kinds of questions, their sum, and the choice by a
-single letter. Runs on real conversations sit MMLU, ARC-Easy and GSM8K in their place.
+The exams of the tiny world (chapter 9) have three kinds of questions; one is asked a second time,
+with letters to choose from. Runs on real conversations sit MMLU, ARC-Easy and GSM8K in their place.
 """
 
 
@@ -1753,9 +1734,9 @@ def real_exam_scores(engine: Engine, recipe: Recipe) -> dict[str, float]:
 
 # %% [markdown]
 r"""
-`judge` adds bits per byte and CORE (chapter 7), sums, each of them tried four times (chapter 10),
-spelling, and the questions about itself. The base model of a run on real conversations is spared
-its exams, which take long and which it cannot read.
+`judge` adds bits per byte and CORE (chapter 7), sums, each tried four times (chapter 10), spelling,
+and questions about the model itself. Only the base model of a run on real conversations is spared
+the exams, which take long.
 """
 
 
@@ -1817,8 +1798,7 @@ def exchange_questions(run: Run) -> list[tuple[str, str]]:
 
 # %% [markdown]
 r"""
-The replies are greedy, so that two runs of the same recipe say the same. What the model typed into
-its calculator is kept beside the reply.
+The replies are greedy, so that the same model always says the same.
 """
 
 
@@ -1890,8 +1870,7 @@ def run_stage_here(run: Run, stage: str, world: Any = None) -> dict[str, Any]:
 r"""
 For several processes we start the command line under torchrun's launcher: the ranks run
 `python -m nanochat pretrain --folder RUN`, open the same folder and find the same recipe. Rank 0
-alone writes. The process that launched them streams what they print, and if one of them stops with
-a mistake of the user, the same sentence is raised here.
+alone writes. If a rank stops with a mistake of the user, the same sentence is raised here.
 """
 
 
@@ -1936,8 +1915,8 @@ def machine_facts() -> dict[str, str]:
 r"""
 `run_stage` is what a person calls. It leaves a second mark, `done.json`, when the model has also
 been judged. A stage with that mark is skipped. The order at the end is deliberate: first the log,
-then the mark. A kill between them logs the stage twice, and whoever reads the log takes the later
-line; the other way round the log would miss it for ever.
+then the mark. A kill between them logs the stage twice, and readers take the later line; the other
+way round the log would miss it for ever.
 """
 
 
@@ -2111,7 +2090,7 @@ its log says why: it has become another experiment than the one in its recipe.
 ## 9. Was the forecast right?
 
 FLOPs per token times tokens, divided by what the GPUs deliver: a run's hours are a short sum. The
-one number that has to be guessed is the utilisation. What can be counted are the FLOPs:
+FLOPs can be checked; the utilisation has to be guessed.
 """
 
 # %%
@@ -2122,9 +2101,9 @@ assert abs(plan["flops"] / 3.92e19 - 1) < 0.01  # published
 
 # %% [markdown]
 r"""
-The assumptions: eight H100s at \$3.00 an hour each, 1.3 kW each with their share of the machine,
-40 % utilisation, and the world's mean of 436 g of CO2 for a kWh (chapter 5 has the sources). The
-published runs are the control: both took place, on the same machine, with nearly these recipes.
+We assume eight H100 at \$3.00 an hour and 1.3 kW each, 40 % utilisation, and the world's mean of
+436 g of CO2 for a kWh (sources in chapter 5). The control are two published runs with nearly these
+recipes, on the same machine.
 """
 
 # %%
@@ -2157,8 +2136,8 @@ for name, recipe in (
 
 # %% [markdown]
 r"""
-And this machine? Before the demo run of section 7 its speed was measured on two steps, and the
-estimate written to the log. Now it can be held against what came.
+And this machine? Before the demo run of section 7 the estimate was written to the log. Now it can
+be held against what came.
 """
 
 # %%
@@ -2172,14 +2151,13 @@ print(
 
 # %% [markdown]
 r"""
-(On a CPU the process holds Python, PyTorch and the data besides; chapter 5 compares the tensors
-alone. On a GPU the two numbers are of the same thing.)
+(On a CPU the process holds Python, PyTorch and the data besides.)
 
 ## 10. The report reads the log
 
 The trainer never draws. It writes lines; plots, tables and report are functions of those lines. So
-a report can be made of a run that is still going, of one that died, or on another machine, and it
-can be made again when we think of a better plot.
+a report can be made of a run that is still going, of one that died, or again when we think of a
+better plot.
 """
 
 # %%
@@ -2245,8 +2223,8 @@ def stage_table(run: Run) -> list[list[str]]:
 
 # %% [markdown]
 r"""
-The costs come from the log as well, with the machine that did the work, which need not be the one
-that writes the report.
+The costs come from the log as well, with the machine that did the work; another one may write the
+report.
 """
 
 
@@ -2266,8 +2244,7 @@ def machine_of(run: Run) -> dict[str, str]:
 
 # %% [markdown]
 r"""
-Judging takes time too, and all GPUs are paid for while one of them works: a run of eight processes
-pays eight times the hours, also those of the tokenizer.
+All GPUs are paid for while one of them works, and while a model is judged.
 """
 
 
@@ -2319,9 +2296,8 @@ def points(events: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
 
 # %% [markdown]
 r"""
-`plot_training` draws the loss of each step and, as dots, what the held-out data say. After
-pretraining that is bits per byte, on an axis of its own; after the chat stages it is a loss like
-the other. Reinforcement learning has no loss to look at, but a reward, and pass@k.
+`plot_training` draws the loss of each step and, as dots, what the held-out data say. Reinforcement
+learning has no loss to look at, but a reward, and pass@k.
 """
 
 
@@ -2362,8 +2338,7 @@ def plot_reward(run: Run) -> Any:
 
 # %% [markdown]
 r"""
-The last picture sets the stages side by side: a group of bars for each metric, a bar for each
-stage, and a dashed line where guessing would be.
+The last picture sets the stages side by side, with a dashed line where guessing would be.
 """
 
 
@@ -2393,7 +2368,7 @@ def plot_stages(run: Run) -> Any:
 # %% [markdown]
 r"""
 A model may say anything, also `<script>` or a vertical bar. In a table its words must stay words:
-everything that is written into Markdown or HTML is escaped first.
+everything that goes into Markdown or HTML is escaped first.
 """
 
 
@@ -2429,8 +2404,7 @@ assert markdown_table([["a|b"], ["c\nd"]]) == "| a\\|b |\n| --- |\n| c d |"
 
 # %% [markdown]
 r"""
-Two more tables: what the model said to the three questions, and whose code did the work, if the run
-used the reader's (section 2).
+Two more tables: the last answers to the three questions, and whose code did the work (section 2).
 """
 
 
@@ -2479,8 +2453,8 @@ def as_image(fig: Any) -> str:
 
 # %% [markdown]
 r"""
-What the report says is a list of titles and tables. `write_report` writes them twice, as Markdown
-and as the page with its pictures.
+What the report says is a list of titles and tables. `write_report` writes it twice, as Markdown and
+as the page with its pictures.
 """
 
 
@@ -2533,9 +2507,8 @@ r"""
 ## 11. The command line
 
 `python -m nanochat` lists the commands. Each stage is one, with the same flags everywhere:
-`--profile` and `--set FIELD=VALUE` name a run by its recipe, `--folder` by its folder. Each command
-is a function `do_NAME` of the parsed flags; one that has flags of its own has a function
-`NAME_options` beside it.
+`--profile` and `--set FIELD=VALUE` name a run by its recipe, `--folder` by its folder. A command is
+a function `do_NAME` of the parsed flags; flags of its own are added by `NAME_options` beside it.
 """
 # %%
 #| export cli
@@ -2635,8 +2608,7 @@ def newest_model(run: Run) -> str:
 
 # %% [markdown]
 r"""
-A stage's command runs `run_stage`. Started by the launcher of section 7, it is one rank of several
-and does its part alone.
+A stage's command runs `run_stage`, or, started by the launcher of section 7, one rank's part of it.
 """
 
 
@@ -2660,7 +2632,7 @@ def do_stage(args: argparse.Namespace, stage: str) -> None:
 # %% [markdown]
 r"""
 `make capstone` is papermill with this chapter's manners: a wrong setting is refused before a kernel
-starts, and a cell that fails becomes one sentence that says where the notebook lies.
+starts, and a cell that fails becomes one sentence.
 """
 
 
@@ -2676,6 +2648,8 @@ def capstone_notebook() -> Path:
     return path
 
 
+# %%
+#| export cli
 def execute_capstone(run: Run, executed: Path) -> None:
     """Run the capstone notebook for a run and leave it at `executed`, as far as it came.
 
@@ -2731,8 +2705,7 @@ def do_capstone(args: argparse.Namespace) -> None:
 
 # %% [markdown]
 r"""
-Two commands talk (chapter 11). The terminal chats with one model; the web page offers all models of
-a run, the last one first.
+Two commands talk (chapter 11). The web page offers all models of a run, the last one first.
 """
 
 
@@ -2774,7 +2747,7 @@ def serve_options(command: argparse.ArgumentParser) -> None:
 
 # %% [markdown]
 r"""
-`bench` measures how fast a model writes (chapter 8). Its last line is JSON, for programs.
+`bench` measures how fast a model writes (chapter 8).
 """
 
 
@@ -2806,9 +2779,9 @@ def bench_options(command: argparse.ArgumentParser) -> None:
 
 # %% [markdown]
 r"""
-`eval` has three forms. Alone it puts a run's model through `judge`. With `--core` it scores the 22
-tasks of CORE (chapter 7), of a run's model or of one of Hugging Face. Under torchrun each process
-takes a part of the items, and the main one alone fetches and prints.
+`eval` alone puts a run's model through `judge`. With `--core` it scores the 22 tasks of CORE
+(chapter 7), of a run's model or of one of Hugging Face. Under torchrun each process takes a part of
+the items.
 """
 
 # %%
@@ -2860,7 +2833,7 @@ def do_core(args: argparse.Namespace) -> None:
 
 # %% [markdown]
 r"""
-With `--chat` it scores ChatCORE (chapter 9), six tasks of which one is generated.
+With `--chat` it scores the six tasks of ChatCORE (chapter 9), one of them generated.
 """
 
 
@@ -2939,8 +2912,7 @@ def evaluate_samples(
 
 # %% [markdown]
 r"""
-Each task's result is kept in a file of its own, so a run that was broken goes on with the next
-task.
+Each task's result is kept in a file, so that an evaluation that was broken goes on with the next.
 """
 
 
@@ -3016,8 +2988,7 @@ def eval_options(command: argparse.ArgumentParser) -> None:
 
 # %% [markdown]
 r"""
-The last three are short: the report, the estimate of section 4, and a look at the environment
-(chapter 0).
+The last three print: the report's place, the estimate of section 4, and what the environment lacks.
 """
 
 
@@ -3053,8 +3024,7 @@ def do_doctor(args: argparse.Namespace) -> None:
 
 # %% [markdown]
 r"""
-`build_parser` puts the commands together. All but `doctor` are about a run; those about a model ask
-for its stage too.
+`build_parser` puts the commands together. All but `doctor` are about a run, some about one model.
 """
 
 
@@ -3111,9 +3081,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 # %% [markdown]
 r"""
-`main` draws the line between two kinds of failure. A mistake that a user can mend, a full disk for
-one, is one sentence and exit code 2. Anything else is our mistake and shows its traceback, because
-somebody has to find it.
+`main` draws the line between two kinds of failure. A mistake that a user can mend is one sentence
+and exit code 2. Anything else is our mistake and shows its traceback, because somebody has to find
+it.
 """
 
 # %%
@@ -3173,8 +3143,8 @@ for mistake in (
 
 # %% [markdown]
 r"""
-The last module is the first that runs: it must work, and say one sentence, where Python is too old
-or torch is missing. So it imports nothing at the top but `sys`.
+The last module is the first that runs. It must say one sentence where Python is too old or torch is
+missing, so it imports nothing at the top but `sys`.
 """
 
 # %%
@@ -3210,20 +3180,19 @@ r"""
 ## Recap
 
 `nanochat` can now run from one word to a model. `Recipe.for_depth`, `Recipe.for_profile` and
-`Recipe.changed` make a recipe, `scaled_settings` holds the rules, `check_recipe` refuses what
-cannot work. `Run.open` keeps it in a folder; `run_stage` does a stage once, in `process_count`
-processes, and resumes it; `judge` and `exchange` say what it brought. `pick_micro_batch` and
-`estimate` look ahead. `nanochat.report` draws what the log says
-(`stage_table`, `cost_table`, `plot_training`, `write_report`), and `python -m nanochat` puts a
-command on each of them.
+`Recipe.changed` make a recipe by the rules of `scaled_settings`; `check_recipe` refuses what cannot
+work. `Run.open` keeps it in a folder; `run_stage` does a stage once and resumes it; `judge` and
+`exchange` say what it brought. `pick_micro_batch` and `estimate` look ahead. `stage_table`,
+`cost_table`, `plot_training` and `write_report` show what the log says, and `python -m nanochat`
+puts a command on each of them.
 
 **Pitfalls**, each of which was shipped once by a real project:
 
 - *A bare assertion when the batch does not divide.* Four threads of users asked what it meant. Say
   which number divides.
 - *Speed counted over the wrong thing.* With gradient accumulation one project reported the tokens
-  of a single micro-batch per step's time: 594 tokens a second instead of many times that, and a
-  time left of weeks. Count the tokens of the whole step.
+  of a single micro-batch per step's time: 594 a second instead of many times that. Count the tokens
+  of the whole step.
 - *A checkpoint without its configuration and vocabulary.* Old ones stop loading, or load and talk
   nonsense. Save the sizes, the versions and the tokenizer's fingerprint beside the weights.
 - *Resuming almost.* Only one stage, only on the same GPUs, the place in the data approximately,
@@ -3231,10 +3200,14 @@ command on each of them.
 
 **Readings**
 
-- Karpathy, *nanochat* (2025-2026): the recipe, the dial and the rules that this chapter follows.
-- Hoffmann et al., *Training Compute-Optimal Large Language Models* (2022): tokens per parameter.
-- McCandlish et al., *An Empirical Model of Large-Batch Training* (2018): why the batch may grow.
-- Korthikanti et al., *Reducing Activation Recomputation in Large Transformer Models* (2022): the
-  activations of a transformer counted part by part.
-- Chowdhery et al., *PaLM* (2022), appendix B: model FLOPs utilisation defined.
+- Karpathy, [nanochat](https://github.com/karpathy/nanochat) (2025-2026): the recipe, the dial and
+  the rules that this chapter follows.
+- Hoffmann et al., [Training Compute-Optimal Large Language Models](https://arxiv.org/abs/2203.15556)
+  (2022): tokens per parameter.
+- McCandlish et al., [An Empirical Model of Large-Batch Training](https://arxiv.org/abs/1812.06162)
+  (2018): why the batch may grow.
+- Korthikanti et al., [Reducing Activation Recomputation in Large Transformer
+  Models](https://arxiv.org/abs/2205.05198) (2022): activations counted part by part.
+- Chowdhery et al., [PaLM](https://arxiv.org/abs/2204.02311) (2022), appendix B: model FLOPs
+  utilisation defined.
 """

@@ -839,7 +839,7 @@ class Training:
     """
 
     def __init__(self, run: Run, stage: str, world: Any = None):
-        self.run, self.stage, self.recipe = run, stage, run.recipe
+        self.stage, self.recipe = stage, run.recipe
         self.world = world or SingleProcess(pick_device(run.recipe.device))
         self.device, self.tokenizer = self.world.device, run.tokenizer()
         self.log = stage_log(run, stage, self.world)
