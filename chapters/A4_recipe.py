@@ -35,13 +35,13 @@ Each line is a **recipe**: all the settings of one run. Its name is one word, an
 sizes, rates, steps and data. `laptop` is the run of `make capstone`; `speedrun` is a model of
 GPT-2's quality.
 
-This appendix is not about learning but about the hours around it: the run that dies at three in the
-morning, the second GPU, the colleague who asks what the number in the table means.
+This appendix is about the hours around learning: the run that dies at three in the morning, the
+second GPU, the colleague who asks what the number in the table means.
 
 **What you will be able to do**
 
 - derive batch, steps and rates of a run from its depth, and say which rule gave each;
-- predict the memory of a training step part by part, and check it against a measurement;
+- predict the memory of a training step, its time and its price, and check them against what came;
 - write a stage that is skipped when it is done and resumes when it is not, and test that
   resuming is exact;
 - run the same stage in one process or in many;
@@ -118,33 +118,27 @@ cannot be set; what is in it is written to disk with the run.
 #| export
 @dataclass
 class Settings:
-    """Every number of a run.
+    """Every number of a run, and every word.
 
     Rates are the optimizer's initial rates at width 768 (chapter 4); `*_lr` of later stages are
-    factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes.
-    `model` is "classic" or "modern" (chapter 3). `micro_batch` 0 means as many rows as fit,
-    `processes` 0 one for each GPU; `fsdp` 1 cuts the model over them, 2 recomputes activations too
-    (chapter 6). `compile` is "auto" on GPUs only ("yes" and "no" decide it), `tracker` names a tool
-    that shows the run (chapter 5), `grid_grams` is the g of CO2 for a kWh where you are.
-    `own_chats` is a JSONL file of conversations that replace the identity, `lora_rank` above 0
-    fine-tunes (sft) with LoRA, `rl_task` is arithmetic, spelling or gsm8k (chapters 9 and 10).
-    `mine` is a folder of solved exercises whose functions replace the book's (section 2).
+    factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes. `fsdp` 1
+    cuts the model over the GPUs, 2 recomputes activations too (chapter 6).
     """
 
-    name: str = "laptop"
-    data: str = "tinyworld"
-    chat: str = "tinyworld"
-    own_chats: str = ""
+    name: str = "laptop"  # of the folder of the run
+    data: str = "tinyworld"  # or hub:NAME, or folder:PATH (chapter 2)
+    chat: str = "tinyworld"  # conversations; or hub, or folder:PATH
+    own_chats: str = ""  # a JSONL file of conversations that replace the identity (chapter 9)
     seed: int = 0
-    model: str = "classic"
-    depth: int = 4
-    aspect: int = 64
+    model: str = "classic"  # or modern (chapter 3)
+    depth: int = 4  # layers
+    aspect: int = 64  # width for each layer
     head_dim: int = 64
-    seq_len: int = 256
+    seq_len: int = 256  # tokens in a row
     vocab_size: int = 2048
-    tokenizer_chars: int = 2_000_000
+    tokenizer_chars: int = 2_000_000  # that the tokenizer is trained on
     batch_tokens: int = 4096
-    micro_batch: int = 16
+    micro_batch: int = 16  # rows at once; 0: as many as fit
     pretrain_steps: int = 600
     mid_steps: int = 120
     sft_steps: int = 120
@@ -153,27 +147,27 @@ class Settings:
     embedding_lr: float = 0.3
     head_lr: float = 0.008
     weight_decay: float = 0.0
-    warmdown: float = 0.5
+    warmdown: float = 0.5  # share of the steps in which the rate falls
     mid_lr: float = 0.5
     sft_lr: float = 0.3
-    lora_rank: int = 0
-    rl_task: str = "arithmetic"
+    lora_rank: int = 0  # above 0: sft trains an adapter (chapter 9)
+    rl_task: str = "arithmetic"  # or spelling, or gsm8k (chapter 10)
     rl_lr: float = 0.05
-    rl_questions: int = 16
-    rl_samples: int = 8
-    max_tokens: int = 96
-    exam_items: int = 120
+    rl_questions: int = 16  # for a step
+    rl_samples: int = 8  # replies to each question
+    max_tokens: int = 96  # of a reply
+    exam_items: int = 120  # of each exam
     val_tokens: int = 65_536
-    evals: int = 4
-    saves: int = 4
-    processes: int = 1
+    evals: int = 4  # times that a stage is measured on held-out data
+    saves: int = 4  # checkpoints of a stage
+    processes: int = 1  # 0: one for each GPU
     fsdp: int = 0
     device: str = "auto"
-    dtype: str = "auto"
-    compile: str = "auto"
-    tracker: str = ""
-    grid_grams: float = GRID_GRAMS
-    mine: str = ""
+    dtype: str = "auto"  # or float32, or bfloat16
+    compile: str = "auto"  # on GPUs only; or yes, or no
+    tracker: str = ""  # a tool that shows the run (chapter 5)
+    grid_grams: float = GRID_GRAMS  # g of CO2 for a kWh where you are
+    mine: str = ""  # a folder of solved exercises (section 2)
 
 
 # %% [markdown]
@@ -253,7 +247,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-The steps move in a saw: the batch jumps by a factor of two, and at each jump the steps halve.
+The steps move in a saw: they grow with the text, and fall where the batch doubles.
 
 Values also come from a command line, as text. `read_setting` reads them by the type of the
 default, so that "12" is a number, and refuses what it cannot read: "6.5" is no depth.
@@ -466,8 +460,20 @@ for field in small:
 
 # %% [markdown]
 r"""
-One number was turned, and six followed.
+One number was turned, and six followed. How long such a run trains, its horizon, can be asked for
+in three ways: as tokens for each parameter, as FLOPs, or as a time.
+"""
 
+# %%
+for name, recipe in (
+    ("12 tokens a parameter", Recipe.for_depth(12)),
+    ("1e18 FLOPs", Recipe.for_depth(12, flops=1e18)),
+    ("a quarter of an hour on 8xH100", Recipe.for_depth(12, hours=0.25)),
+):
+    print(f"depth 12, {name:31s}: {recipe.pretrain_steps:6,} steps of {recipe.batch_tokens:,}")
+
+# %% [markdown]
+r"""
 > **Exercise A4.1.** A friend has one GPU for one hour, at 40 % of $10^{15}$ FLOP/s. Which depth
 > should she train? *(`estimate` of section 4 counts the FLOPs; try depths 8 to 14.)*
 
@@ -475,7 +481,7 @@ One number was turned, and six followed.
 
 A run is a folder, and the folder is all there is: no database, no state in a notebook. Its
 `recipe.json` says what was asked for. Its `metrics.jsonl` says what happened, one line an event.
-Everything else is what a stage left behind. The folders of all runs lie side by side:
+The rest is what the stages left behind. The folders of all runs lie side by side:
 """
 
 # %%
@@ -531,7 +537,7 @@ def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 r"""
 Before a folder is made, `check_recipe` looks for numbers that cannot work. "The batch does not
 divide by the processes" is a sentence worth reading in the first second, not after the tokenizer
-has been trained. It also says which number would do.
+has been trained.
 """
 
 
@@ -633,7 +639,7 @@ def read_recipe(path: Path) -> Recipe:
 # %% [markdown]
 r"""
 A `Run` knows where everything lies in its folder and loads it: the tokenizer, a stage's checkpoint,
-an engine to chat with. A stage with the mark `done.json` is finished (section 7).
+an engine to chat with. A stage with the mark `done.json` is finished.
 
 A checkpoint knows the fingerprint of its tokenizer (chapter 1). With another vocabulary every id
 would mean another word, the loss would be absurd and nothing would crash; so `Run.checkpoint`
@@ -856,7 +862,7 @@ def compiles(recipe: Recipe, device: torch.device) -> bool:
 r"""
 On a CPU, where too much memory ends in a standstill and not in an error, the estimate decides, with
 a fifth of the free memory left over. On a GPU it is only the first guess for trials, each of them a
-step of the very model that will be trained.
+step of the model itself.
 """
 
 
@@ -1103,8 +1109,7 @@ r"""
 All four training stages begin and end alike. Each asks one question first: is there a checkpoint of
 *this* stage? Then resume it: weights, the optimizer's moments, the step, the place in the data,
 even the time already spent, for an honest bill. If not, start from the model of the stage before;
-only `base` may make a new one. The original project could resume pretraining only, approximately,
-and on the same number of GPUs; here it is one rule for all stages.
+only `base` may make a new one.
 """
 
 # %%
@@ -1151,9 +1156,9 @@ def is_cut(recipe: Recipe, stage: str, world: Any) -> bool:
 
 
 def starting_point(run: Run, stage: str, world: Any) -> tuple[GPT, Checkpoint | None, bool]:
-    """Return a stage's model, ready to train, the checkpoint it starts from, if it is the stage's.
+    """Return a stage's model, the checkpoint it starts from, and whether that is the stage's own.
 
-    None is the checkpoint of a new model. An adapter lies on top of the model of the stage before,
+    The checkpoint is None for a new model. An adapter lies on top of the model of the stage before,
     whatever the checkpoint. Raises UserError when the stage before has left none.
     """
     recipe, cut = run.recipe, is_cut(run.recipe, stage, world)
@@ -1276,8 +1281,8 @@ class Training:
 
 # %% [markdown]
 r"""
-On a GPU, trials with the stage's own model find the micro-batch, and the memory of the optimizer is
-set aside. A number of rows fits if it fits for every process.
+On a GPU, trials with the stage's own model find the micro-batch, with the memory of the optimizer
+set aside. Rows fit if they fit for every process. How many passes make a batch follows.
 """
 
 
@@ -1892,7 +1897,7 @@ def launch_stage(run: Run, stage: str, ranks: int) -> None:
 
 # %% [markdown]
 r"""
-A speed says little without its machine, so each stage notes in the log on which it ran.
+A speed says little without its machine, so the log names it.
 """
 
 
@@ -2027,8 +2032,8 @@ exact, careless = broken_run("exact", cut), broken_run("careless", cut)
 
 # %% [markdown]
 r"""
-One of the two resumes as described. The other is the baseline, how many tools resume: weights
-alone, the optimizer starts with empty moments, the data begin anew.
+One of the two resumes as described. The other is the baseline, the way in which many tools resume:
+the weights alone; the optimizer starts with empty moments, the data begin anew.
 """
 
 # %%
@@ -2102,7 +2107,7 @@ assert abs(plan["flops"] / 3.92e19 - 1) < 0.01  # published
 # %% [markdown]
 r"""
 We assume eight H100 at \$3.00 an hour and 1.3 kW each, 40 % utilisation, and the world's mean of
-436 g of CO2 for a kWh (sources in chapter 5). The control are two published runs with nearly these
+436 g of CO2 for a kWh (sources in chapter 5). Two published runs are the control: nearly these
 recipes, on the same machine.
 """
 
@@ -2123,19 +2128,6 @@ r"""
 With the utilisation that was measured, the sum for `classic` gives the published time to a few
 minutes; the guess of 40 % is pessimistic on such a machine.
 
-A horizon can be asked for in three ways: as a ratio, as FLOPs, or as a time.
-"""
-
-# %%
-for name, recipe in (
-    ("12 tokens a parameter", Recipe.for_depth(12)),
-    ("1e18 FLOPs", Recipe.for_depth(12, flops=1e18)),
-    ("a quarter of an hour on 8xH100", Recipe.for_depth(12, hours=0.25)),
-):
-    print(f"depth 12, {name:31s}: {recipe.pretrain_steps:6,} steps of {recipe.batch_tokens:,}")
-
-# %% [markdown]
-r"""
 And this machine? Before the demo run of section 7 the estimate was written to the log. Now it can
 be held against what came.
 """
@@ -2349,9 +2341,9 @@ def plot_stages(run: Run) -> Any:
     scores, chance = stage_scores(run), chance_levels(run)
     keys = ("exam", "mmlu", "arc_easy", "gsm8k", "arithmetic", "spelling", "identity")
     keys = [key for key in keys if any(key in found for found in scores.values())]
-    fig, ax = figure(
-        "Each stage moves its number", "", "share right", (6, 3), "Scores of each stage by metric."
-    )
+    title = "What each stage scores, and what guessing would (dashed)"
+    alt = "Bars of the scores by metric, one for each stage, with a line at the level of chance."
+    fig, ax = figure(title, "", "share right", (6, 3), alt)
     for i, stage in enumerate(s for s in MODELS if s in scores):
         values = [scores[stage].get(key, 0.0) for key in keys]
         ax.bar([x + 0.2 * i for x in range(len(keys))], values, 0.18, label=stage)
@@ -2428,7 +2420,7 @@ def mine_rows(run: Run) -> list[list[str]]:
 
 # %% [markdown]
 r"""
-The page is one file with its pictures inside: it can be mailed, and it needs no network.
+The page is one file with its pictures inside, and needs no network.
 """
 
 # %%
@@ -2606,6 +2598,12 @@ def newest_model(run: Run) -> str:
     return stages[-1]
 
 
+def open_model(args: argparse.Namespace) -> tuple[Run, str]:
+    """Return the run that the command line names and the stage: `--stage`, or the last trained."""
+    run = open_run(args)
+    return run, args.stage or newest_model(run)
+
+
 # %% [markdown]
 r"""
 A stage's command runs `run_stage`, or, started by the launcher of section 7, one rank's part of it.
@@ -2713,10 +2711,9 @@ Two commands talk (chapter 11). The web page offers all models of a run, the las
 #| export cli
 def do_chat(args: argparse.Namespace) -> None:
     """Chat in the terminal, or answer one prompt."""
-    run = open_run(args)
+    run, stage = open_model(args)
     settings = ChatSettings(temperature=args.temperature, max_tokens=args.max_tokens)
-    engine: Engine = run.engine(args.stage or newest_model(run), remember=1)
-    terminal_chat(engine, prompt=args.prompt, settings=settings)
+    terminal_chat(run.engine(stage, remember=1), prompt=args.prompt, settings=settings)
 
 
 def chat_options(command: argparse.ArgumentParser) -> None:
@@ -2755,8 +2752,8 @@ r"""
 #| export cli
 def do_bench(args: argparse.Namespace) -> None:
     """Measure how fast a stage's model writes; the last line is JSON."""
-    run = open_run(args)
-    loaded = run.engine(args.stage or newest_model(run))
+    run, stage = open_model(args)
+    loaded = run.engine(stage)
     most = loaded.model.config.seq_len
     if args.prompt < 1 or args.new < 2 or args.prompt + args.new > most:
         raise UserError(
@@ -2812,17 +2809,16 @@ def core_tasks(name: str, limit: int | None, world: Any) -> Any:
 
 def do_core(args: argparse.Namespace) -> None:
     """Score the tasks of CORE with a run's model or one of Hugging Face; results are kept."""
-    run = None if args.hf else open_run(args)
-    world = setup("auto" if run is None else run.recipe.device)
+    run, stage = (None, "") if args.hf else open_model(args)
+    world = setup(run.recipe.device if run else "auto")
     tasks = core_tasks(args.core, args.limit, world)
-    if run is None:
+    if run:
+        engine = run.engine(stage)
+        model, tokenizer, folder = engine.model, engine.tokenizer, run.directory / "core" / stage
+    else:
         dtype = torch.float32 if world.device.type == "cpu" else pick_dtype(world.device)
         model, tokenizer = load_hub_model(args.hf, world.device, dtype)
         folder = runs_directory() / "core" / re.sub(r"[^\w.-]+", "--", args.hf).strip("-.")
-    else:
-        stage = args.stage or newest_model(run)
-        engine = run.engine(stage)
-        model, tokenizer, folder = engine.model, engine.tokenizer, run.directory / "core" / stage
     folder = Path(args.results or folder)
     result = run_core(model, tokenizer, tasks, folder, args.limit, world)
     if world.is_main:
@@ -2933,9 +2929,8 @@ def chat_result(
 #| export cli
 def do_chat_core(args: argparse.Namespace) -> None:
     """Put the tasks of ChatCORE to a run's model; each result is kept, and the mean is printed."""
-    run = open_run(args)
-    world, stage = setup(run.recipe.device), args.stage or newest_model(run)
-    engine, results = run.engine(stage), {}
+    run, stage = open_model(args)
+    world, engine, results = setup(run.recipe.device), run.engine(stage), {}
     folder = Path(args.results or run.directory / "chat_core" / stage)
     about = {"model": model_digest(engine.model), "limit": args.limit, "samples": args.samples}
     for name, task in chat_exams(args.chat).items():
@@ -2965,12 +2960,13 @@ def do_eval(args: argparse.Namespace) -> None:
     """Judge a stage's model and print its scores; --core and --chat score the public tasks."""
     if args.chat is not None and (args.core is not None or args.hf):
         raise UserError("--chat judges a run's model by itself; leave --core and --hf out.")
+    if args.chat is None and args.samples != 1:
+        raise UserError("--samples goes with --chat; add it, or leave --samples out.")
     if args.chat is not None or args.core is not None:
         return do_core(args) if args.chat is None else do_chat_core(args)
     if args.hf or args.limit or args.results:
         raise UserError("--hf, --limit and --results go with --core; add it, or leave them out.")
-    run = open_run(args)
-    for name, value in judge(run, args.stage or newest_model(run)).items():
+    for name, value in judge(*open_model(args)).items():
         print(f"{name:24s} {value:.4f}" if isinstance(value, float) else f"{name:24s} {value}")
 
 
@@ -3122,7 +3118,7 @@ def main(argv: list[str] | None = None) -> int:
 
 # %% [markdown]
 r"""
-What do people get wrong? Let us try.
+What do people get wrong?
 """
 
 # %%

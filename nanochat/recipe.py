@@ -173,33 +173,27 @@ MODELS = ("base", "mid", "sft", "rl")
 
 @dataclass
 class Settings:
-    """Every number of a run.
+    """Every number of a run, and every word.
 
     Rates are the optimizer's initial rates at width 768 (chapter 4); `*_lr` of later stages are
-    factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes.
-    `model` is "classic" or "modern" (chapter 3). `micro_batch` 0 means as many rows as fit,
-    `processes` 0 one for each GPU; `fsdp` 1 cuts the model over them, 2 recomputes activations too
-    (chapter 6). `compile` is "auto" on GPUs only ("yes" and "no" decide it), `tracker` names a tool
-    that shows the run (chapter 5), `grid_grams` is the g of CO2 for a kWh where you are.
-    `own_chats` is a JSONL file of conversations that replace the identity, `lora_rank` above 0
-    fine-tunes (sft) with LoRA, `rl_task` is arithmetic, spelling or gsm8k (chapters 9 and 10).
-    `mine` is a folder of solved exercises whose functions replace the book's (section 2).
+    factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes. `fsdp` 1
+    cuts the model over the GPUs, 2 recomputes activations too (chapter 6).
     """
 
-    name: str = "laptop"
-    data: str = "tinyworld"
-    chat: str = "tinyworld"
-    own_chats: str = ""
+    name: str = "laptop"  # of the folder of the run
+    data: str = "tinyworld"  # or hub:NAME, or folder:PATH (chapter 2)
+    chat: str = "tinyworld"  # conversations; or hub, or folder:PATH
+    own_chats: str = ""  # a JSONL file of conversations that replace the identity (chapter 9)
     seed: int = 0
-    model: str = "classic"
-    depth: int = 4
-    aspect: int = 64
+    model: str = "classic"  # or modern (chapter 3)
+    depth: int = 4  # layers
+    aspect: int = 64  # width for each layer
     head_dim: int = 64
-    seq_len: int = 256
+    seq_len: int = 256  # tokens in a row
     vocab_size: int = 2048
-    tokenizer_chars: int = 2_000_000
+    tokenizer_chars: int = 2_000_000  # that the tokenizer is trained on
     batch_tokens: int = 4096
-    micro_batch: int = 16
+    micro_batch: int = 16  # rows at once; 0: as many as fit
     pretrain_steps: int = 600
     mid_steps: int = 120
     sft_steps: int = 120
@@ -208,27 +202,27 @@ class Settings:
     embedding_lr: float = 0.3
     head_lr: float = 0.008
     weight_decay: float = 0.0
-    warmdown: float = 0.5
+    warmdown: float = 0.5  # share of the steps in which the rate falls
     mid_lr: float = 0.5
     sft_lr: float = 0.3
-    lora_rank: int = 0
-    rl_task: str = "arithmetic"
+    lora_rank: int = 0  # above 0: sft trains an adapter (chapter 9)
+    rl_task: str = "arithmetic"  # or spelling, or gsm8k (chapter 10)
     rl_lr: float = 0.05
-    rl_questions: int = 16
-    rl_samples: int = 8
-    max_tokens: int = 96
-    exam_items: int = 120
+    rl_questions: int = 16  # for a step
+    rl_samples: int = 8  # replies to each question
+    max_tokens: int = 96  # of a reply
+    exam_items: int = 120  # of each exam
     val_tokens: int = 65_536
-    evals: int = 4
-    saves: int = 4
-    processes: int = 1
+    evals: int = 4  # times that a stage is measured on held-out data
+    saves: int = 4  # checkpoints of a stage
+    processes: int = 1  # 0: one for each GPU
     fsdp: int = 0
     device: str = "auto"
-    dtype: str = "auto"
-    compile: str = "auto"
-    tracker: str = ""
-    grid_grams: float = GRID_GRAMS
-    mine: str = ""
+    dtype: str = "auto"  # or float32, or bfloat16
+    compile: str = "auto"  # on GPUs only; or yes, or no
+    tracker: str = ""  # a tool that shows the run (chapter 5)
+    grid_grams: float = GRID_GRAMS  # g of CO2 for a kWh where you are
+    mine: str = ""  # a folder of solved exercises (section 2)
 
 
 def scaling_params(depth: int) -> int:
