@@ -2829,7 +2829,7 @@ def do_core(args: argparse.Namespace) -> None:
 
 # %% [markdown]
 r"""
-With `--chat` it scores the six tasks of ChatCORE (chapter 9), one of them generated.
+With `--chat` it scores the six tasks of ChatCORE (chapter 7), one of them generated.
 """
 
 
@@ -2976,7 +2976,7 @@ def eval_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--core", nargs="?", const="", metavar="FOLDER", help=about)
     command.add_argument("--hf", metavar="NAME", help="a Hugging Face model, name or folder")
     command.add_argument("--limit", type=int, help="at most so many items of each task")
-    about = "score ChatCORE (chapter 9): a folder of parquet files, or alone from the hub"
+    about = "score ChatCORE (chapter 7): a folder of parquet files, or alone from the hub"
     command.add_argument("--chat", nargs="?", const="hub", metavar="FOLDER", help=about)
     command.add_argument("--samples", type=int, default=1, help="for --chat: pass@k")
     command.add_argument("--results", metavar="FOLDER", help="where the results are kept")

@@ -78,6 +78,7 @@ __all__ = [
     "model_options",
     "named_recipe",
     "newest_model",
+    "open_model",
     "open_run",
     "run_options",
     "serve_options",
@@ -127,6 +128,12 @@ def newest_model(run: Run) -> str:
             f"train one with `python -m nanochat capstone --folder {run.directory}`."
         )
     return stages[-1]
+
+
+def open_model(args: argparse.Namespace) -> tuple[Run, str]:
+    """Return the run that the command line names and the stage: `--stage`, or the last trained."""
+    run = open_run(args)
+    return run, args.stage or newest_model(run)
 
 
 def do_stage(args: argparse.Namespace, stage: str) -> None:
@@ -207,10 +214,9 @@ def do_capstone(args: argparse.Namespace) -> None:
 
 def do_chat(args: argparse.Namespace) -> None:
     """Chat in the terminal, or answer one prompt."""
-    run = open_run(args)
+    run, stage = open_model(args)
     settings = ChatSettings(temperature=args.temperature, max_tokens=args.max_tokens)
-    engine: Engine = run.engine(args.stage or newest_model(run), remember=1)
-    terminal_chat(engine, prompt=args.prompt, settings=settings)
+    terminal_chat(run.engine(stage, remember=1), prompt=args.prompt, settings=settings)
 
 
 def chat_options(command: argparse.ArgumentParser) -> None:
@@ -239,8 +245,8 @@ def serve_options(command: argparse.ArgumentParser) -> None:
 
 def do_bench(args: argparse.Namespace) -> None:
     """Measure how fast a stage's model writes; the last line is JSON."""
-    run = open_run(args)
-    loaded = run.engine(args.stage or newest_model(run))
+    run, stage = open_model(args)
+    loaded = run.engine(stage)
     most = loaded.model.config.seq_len
     if args.prompt < 1 or args.new < 2 or args.prompt + args.new > most:
         raise UserError(
@@ -274,17 +280,16 @@ def core_tasks(name: str, limit: int | None, world: Any) -> Any:
 
 def do_core(args: argparse.Namespace) -> None:
     """Score the tasks of CORE with a run's model or one of Hugging Face; results are kept."""
-    run = None if args.hf else open_run(args)
-    world = setup("auto" if run is None else run.recipe.device)
+    run, stage = (None, "") if args.hf else open_model(args)
+    world = setup(run.recipe.device if run else "auto")
     tasks = core_tasks(args.core, args.limit, world)
-    if run is None:
+    if run:
+        engine = run.engine(stage)
+        model, tokenizer, folder = engine.model, engine.tokenizer, run.directory / "core" / stage
+    else:
         dtype = torch.float32 if world.device.type == "cpu" else pick_dtype(world.device)
         model, tokenizer = load_hub_model(args.hf, world.device, dtype)
         folder = runs_directory() / "core" / re.sub(r"[^\w.-]+", "--", args.hf).strip("-.")
-    else:
-        stage = args.stage or newest_model(run)
-        engine = run.engine(stage)
-        model, tokenizer, folder = engine.model, engine.tokenizer, run.directory / "core" / stage
     folder = Path(args.results or folder)
     result = run_core(model, tokenizer, tasks, folder, args.limit, world)
     if world.is_main:
@@ -369,9 +374,8 @@ def chat_result(
 
 def do_chat_core(args: argparse.Namespace) -> None:
     """Put the tasks of ChatCORE to a run's model; each result is kept, and the mean is printed."""
-    run = open_run(args)
-    world, stage = setup(run.recipe.device), args.stage or newest_model(run)
-    engine, results = run.engine(stage), {}
+    run, stage = open_model(args)
+    world, engine, results = setup(run.recipe.device), run.engine(stage), {}
     folder = Path(args.results or run.directory / "chat_core" / stage)
     about = {"model": model_digest(engine.model), "limit": args.limit, "samples": args.samples}
     for name, task in chat_exams(args.chat).items():
@@ -399,12 +403,13 @@ def do_eval(args: argparse.Namespace) -> None:
     """Judge a stage's model and print its scores; --core and --chat score the public tasks."""
     if args.chat is not None and (args.core is not None or args.hf):
         raise UserError("--chat judges a run's model by itself; leave --core and --hf out.")
+    if args.chat is None and args.samples != 1:
+        raise UserError("--samples goes with --chat; add it, or leave --samples out.")
     if args.chat is not None or args.core is not None:
         return do_core(args) if args.chat is None else do_chat_core(args)
     if args.hf or args.limit or args.results:
         raise UserError("--hf, --limit and --results go with --core; add it, or leave them out.")
-    run = open_run(args)
-    for name, value in judge(run, args.stage or newest_model(run)).items():
+    for name, value in judge(*open_model(args)).items():
         print(f"{name:24s} {value:.4f}" if isinstance(value, float) else f"{name:24s} {value}")
 
 
@@ -414,7 +419,7 @@ def eval_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--core", nargs="?", const="", metavar="FOLDER", help=about)
     command.add_argument("--hf", metavar="NAME", help="a Hugging Face model, name or folder")
     command.add_argument("--limit", type=int, help="at most so many items of each task")
-    about = "score ChatCORE (chapter 9): a folder of parquet files, or alone from the hub"
+    about = "score ChatCORE (chapter 7): a folder of parquet files, or alone from the hub"
     command.add_argument("--chat", nargs="?", const="hub", metavar="FOLDER", help=about)
     command.add_argument("--samples", type=int, default=1, help="for --chat: pass@k")
     command.add_argument("--results", metavar="FOLDER", help="where the results are kept")

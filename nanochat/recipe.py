@@ -781,9 +781,9 @@ def is_cut(recipe: Recipe, stage: str, world: Any) -> bool:
 
 
 def starting_point(run: Run, stage: str, world: Any) -> tuple[GPT, Checkpoint | None, bool]:
-    """Return a stage's model, ready to train, the checkpoint it starts from, if it is the stage's.
+    """Return a stage's model, the checkpoint it starts from, and whether that is the stage's own.
 
-    None is the checkpoint of a new model. An adapter lies on top of the model of the stage before,
+    The checkpoint is None for a new model. An adapter lies on top of the model of the stage before,
     whatever the checkpoint. Raises UserError when the stage before has left none.
     """
     recipe, cut = run.recipe, is_cut(run.recipe, stage, world)

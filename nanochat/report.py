@@ -161,9 +161,9 @@ def plot_stages(run: Run) -> Any:
     scores, chance = stage_scores(run), chance_levels(run)
     keys = ("exam", "mmlu", "arc_easy", "gsm8k", "arithmetic", "spelling", "identity")
     keys = [key for key in keys if any(key in found for found in scores.values())]
-    fig, ax = figure(
-        "Each stage moves its number", "", "share right", (6, 3), "Scores of each stage by metric."
-    )
+    title = "What each stage scores, and what guessing would (dashed)"
+    alt = "Bars of the scores by metric, one for each stage, with a line at the level of chance."
+    fig, ax = figure(title, "", "share right", (6, 3), alt)
     for i, stage in enumerate(s for s in MODELS if s in scores):
         values = [scores[stage].get(key, 0.0) for key in keys]
         ax.bar([x + 0.2 * i for x in range(len(keys))], values, 0.18, label=stage)
