@@ -143,16 +143,13 @@ $$\text{bytes per token} = 2 \cdot n_\text{layer} \cdot n_\text{kv\_head} \cdot 
 
 # %%
 #| export engine
-import ast
 import copy
 import math
-import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 import torch
@@ -556,17 +553,31 @@ the result as if it had written it, and goes on.
 
 The text comes from a model that anybody may talk to, so Python's `eval` is out of the question:
 with enough ingenuity, `eval` of a filtered string has always been broken. We parse the text into
-a syntax tree instead and compute the few kinds of node we know. What is not on the list has no
-meaning, hence no danger. Danger of the second kind is size: `9**9**9` is short and would run
-until the memory is full. So lengths, depths, exponents and values have limits, checked *before*
-the work.
+a syntax tree instead and compute the few kinds of node we know. `2*(3+4)` becomes
+
+```
+    Mult
+    ├── 2
+    └── Add
+        ├── 3
+        └── 4
+```
+
+What is not on the list of kinds has no meaning, hence no danger. Danger of the second kind is size:
+`9**9**9` is short and would run until the memory is full. So lengths, depths, exponents and values
+have limits, checked *before* the work.
 """
 
 # %%
-#| export engine
+#| export calculator
+import ast
+import math
+import re
+from decimal import Decimal
+
+from nanochat.tokenizer import Tokenizer
+
 MAX_LENGTH, MAX_DEPTH, MAX_VALUE, MAX_EXPONENT = 500, 50, 1e30, 100
-QUOTED = re.compile(r"""("[^"\\\n]*"|'[^'\\\n]*')""")
-THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
 OPERATORS = {
     ast.Add: lambda a, b: a + b,
     ast.Sub: lambda a, b: a - b,
@@ -587,8 +598,27 @@ def power(base: float, exponent: float) -> float:
     return base**exponent
 
 
+# %% [markdown]
+r"""
+One thing beside arithmetic is allowed, because counting letters is where tokens fail a model:
+`"strawberry".count("r")`. `evaluate` walks the tree from the leaves to the root.
+"""
+
+
 # %%
-#| export engine
+#| export calculator
+def count_call(node: ast.AST) -> int:
+    """Compute `"text".count("t")`, the one call there is; ValueError for any other node."""
+    match node:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
+            args=[ast.Constant(value=str(part))],
+            keywords=[],
+        ):
+            return text.count(part)
+    raise ValueError(f"{type(node).__name__} is not allowed")
+
+
 def evaluate(node: ast.AST, depth: int = 0) -> int | float:
     """Compute a syntax tree of allowed nodes; ValueError for any other node or size."""
     if depth > MAX_DEPTH:
@@ -607,18 +637,17 @@ def evaluate(node: ast.AST, depth: int = 0) -> int | float:
     return value
 
 
+# %% [markdown]
+r"""
+`calculate` stands at the door. It takes thousands commas out of the numbers, but not out of
+quoted text, lets no letters near the parser, and turns every refusal into `None`.
+"""
+
+
 # %%
-#| export engine
-def count_call(node: ast.AST) -> int:
-    """Compute `"text".count("t")`, the one call there is; ValueError for any other node."""
-    match node:
-        case ast.Call(
-            func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
-            args=[ast.Constant(value=str(part))],
-            keywords=[],
-        ):
-            return text.count(part)
-    raise ValueError(f"{type(node).__name__} is not allowed")
+#| export calculator
+QUOTED = re.compile(r"""("[^"\\\n]*"|'[^'\\\n]*')""")
+THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
 def format_number(value: int | float) -> str:
@@ -657,6 +686,55 @@ def calculate(expression: str) -> str | None:
 for expression in ("7/2", "0.1+0.2", "12/4", "1,234 * 2", "2**10", '"a, b, c".count(",")',
                    "9**9**9", "__import__('os')", "'a' * 10**9", "50%", "1/0"):  # fmt: skip
     print(f"{expression:24} -> {calculate(expression)}")
+
+# %% [markdown]
+r"""
+Results look as they do in the training data: 3.5, and 0.3 rather than 0.30000000000000004. After a
+refusal no output is forced, and the model has to cope.
+
+*Try it:* find an expression that you think should be refused, and is not. The tests hold more
+than a hundred.
+
+The model writes its call one token at a time. So something must watch the tokens go by, collect
+what stands between the two signs, and say what is to be forced after the second one.
+"""
+
+
+# %%
+#| export calculator
+class ToolCalls:
+    """Watches the ids that a model chooses, and answers its calls of the calculator."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.expression: list[int] | None = None  # ids since python_start; None outside of a call
+
+    def push(self, id: int) -> list[int]:
+        """Take one id; return the ids to force next: none unless it closes a call with a value."""
+        special = self.tokenizer.special
+        if id == special("python_start"):
+            self.expression = []
+        elif self.expression is None:
+            return []
+        elif id == special("python_end"):
+            value = calculate(self.tokenizer.decode(self.expression))
+            self.expression = None
+            if value is not None:
+                output = self.tokenizer.encode(value)
+                return [special("output_start"), *output, special("output_end")]
+        else:
+            self.expression.append(id)
+        return []
+
+
+# %%
+#| test
+_tokenizer = Tokenizer.train(["12 + 30 = 42"], 270)
+_calls, _special = ToolCalls(_tokenizer), _tokenizer.special
+for _text, _value in (("12+30", "42"), ("1/0", None)):
+    _call = [_special("python_start"), *_tokenizer.encode(_text), _special("python_end")]
+    *_before, _forced = [_calls.push(_id) for _id in [7, *_call]]
+    assert not any(_before) and _tokenizer.decode(_forced[1:-1]) == (_value or "")
 
 # %% [markdown]
 r"""
@@ -739,7 +817,7 @@ request differ from another lives here: its knobs, its random numbers, its budge
 # %%
 #| export engine
 class Row:
-    """One request on its way: its tokens, its own random numbers, and the calculator's state."""
+    """One request on its way: its tokens, its own random numbers, and its calls of the tool."""
 
     def __init__(
         self,
@@ -752,12 +830,11 @@ class Row:
         tools: bool = True,
     ):
         self.prompt, self.budget, self.tokenizer = list(prompt), budget, tokenizer
-        self.sampling, self.stop, self.tools = sampling, stop, tools
+        self.sampling, self.stop = sampling, stop
+        self.calls = ToolCalls(tokenizer) if tools else None
         self.ids, self.mask, self.logprobs = [], [], []
         self.queue: deque[int] = deque()  # tokens that must come next, whatever the model wants
-        self.expression: list[int] | None = None  # ids since python_start
-        self.special = {name.strip("<|>"): tokenizer.special(name) for name in SPECIAL_TOKENS}
-        self.stop_ids = {self.special["assistant_end"], self.special["bos"]}
+        self.stop_ids = {tokenizer.special("assistant_end"), tokenizer.special("bos")}
         self.finish_reason: str | None = None if budget else "length"
         self.error: Exception | None = None
         generator = torch.Generator().manual_seed(seed)
@@ -769,11 +846,11 @@ class Row:
         return len(self.prompt) + len(self.ids) - 1
 
     def take(self, id: int, logprob: float) -> None:
-        """Append the next token and decide what follows from it."""
+        """Append the next token and decide what follows from it; UserError for a logprob of NaN."""
         forced = bool(self.queue)
         if forced:
             self.queue.popleft()
-        elif logprob != logprob:
+        elif math.isnan(logprob):
             raise UserError("the model's output is not a number (NaN); load an earlier checkpoint.")
         self.ids.append(id)
         self.mask.append(int(not forced))
@@ -782,35 +859,15 @@ class Row:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.budget:
             self.finish_reason = "length"
-        elif self.tools and not forced:
-            self.watch(id)
+        elif self.calls and not forced:
+            self.queue.extend(self.calls.push(id))
 
-
-# %%
-#| export engine
-def _watch(self: Row, id: int) -> None:
-    """Collect a tool call; when it closes and has a value, queue the tokens of that value."""
-    if id == self.special["python_start"]:
-        self.expression = []
-    elif id == self.special["python_end"] and self.expression is not None:
-        value = calculate(self.tokenizer.decode(self.expression))
-        self.expression = None
-        if value is not None:
-            start, end = self.special["output_start"], self.special["output_end"]
-            self.queue.extend([start, *self.tokenizer.encode(value), end])
-    elif self.expression is not None:
-        self.expression.append(id)
-
-
-def _completion(self: Row) -> Completion:
-    """Return what the row has become."""
-    transcript = Transcript(self.tokenizer)
-    pieces = [transcript.push(id) for id in self.ids]
-    text = "".join(piece for kind, piece in pieces if kind == "text")
-    return Completion(self.ids, self.mask, text, self.logprobs, self.finish_reason or "length")
-
-
-Row.watch, Row.completion = _watch, _completion
+    def completion(self) -> Completion:
+        """Return what the row has become."""
+        transcript = Transcript(self.tokenizer)
+        pieces = [transcript.push(id) for id in self.ids]
+        text = "".join(piece for kind, piece in pieces if kind == "text")
+        return Completion(self.ids, self.mask, text, self.logprobs, self.finish_reason or "length")
 
 
 # %% [markdown]
@@ -913,40 +970,37 @@ no window reaches them.
 
 # %%
 #| export engine
-def _recent(self: RingCache, layer: int, length: int) -> Tensor:
+def recent_slots(ring: RingCache, layer: int, length: int) -> Tensor:
     """Return the slots of a row's last tokens in one layer, oldest first, int64."""
-    n = min(length, self.slots[layer])
-    back = torch.arange(-n, 0, device=self.clock.device)
-    return (self.clock + back) % self.slots[layer]
+    n = min(length, ring.slots[layer])
+    back = torch.arange(-n, 0, device=ring.clock.device)
+    return (ring.clock + back) % ring.slots[layer]
 
 
-def _put(self: RingCache, b: int, cache: KVCache, row: int, length: int) -> None:
-    """Seat the last `length` tokens of a row of a KVCache as row b."""
-    for layer in range(len(self.slots)):
-        where = self.recent(layer, length)
+def copy_in(ring: RingCache, b: int, cache: KVCache, number: int, length: int) -> None:
+    """Seat the last `length` tokens of row `number` of a KVCache as row b of the ring."""
+    for layer in range(len(ring.slots)):
+        where = recent_slots(ring, layer, length)
         part = slice(cache.length - len(where), cache.length)
-        self.keys[layer][b].index_copy_(1, where, cache.keys[layer, row, :, part])
-        self.values[layer][b].index_copy_(1, where, cache.values[layer, row, :, part])
-    self.lengths[b] = length
-    if self.before is not None:
-        self.before[b] = cache.last[row]
+        ring.keys[layer][b].index_copy_(1, where, cache.keys[layer, number, :, part])
+        ring.values[layer][b].index_copy_(1, where, cache.values[layer, number, :, part])
+    ring.lengths[b] = length
+    if ring.before is not None:
+        ring.before[b] = cache.last[number]
 
 
-def _row(self: RingCache, b: int, length: int) -> KVCache:
-    """Return row b, of `length` tokens, as a KVCache of one row."""
-    k = self.keys[0]
-    cache = KVCache(self.config, 1, length, k.device, k.dtype)
+def copy_out(ring: RingCache, b: int, length: int) -> KVCache:
+    """Return row b of the ring, of `length` tokens, as a KVCache of one row."""
+    k = ring.keys[0]
+    cache = KVCache(ring.config, 1, length, k.device, k.dtype)
     cache.keys.zero_(), cache.values.zero_()
-    for layer in range(len(self.slots)):
-        where = self.recent(layer, length)
-        cache.keys[layer, 0, :, length - len(where) :] = self.keys[layer][b][:, where]
-        cache.values[layer, 0, :, length - len(where) :] = self.values[layer][b][:, where]
+    for layer in range(len(ring.slots)):
+        where = recent_slots(ring, layer, length)
+        cache.keys[layer, 0, :, length - len(where) :] = ring.keys[layer][b][:, where]
+        cache.values[layer, 0, :, length - len(where) :] = ring.values[layer][b][:, where]
     cache.length = length
-    cache.last = None if self.before is None else self.before[b : b + 1].clone()
+    cache.last = None if ring.before is None else ring.before[b : b + 1].clone()
     return cache
-
-
-RingCache.recent, RingCache.put, RingCache.row = _recent, _put, _row
 
 
 # %% [markdown]
@@ -974,13 +1028,13 @@ with torch.no_grad():
     for _b in (0, 1):
         _cache = KVCache(_config, 1, 6)
         _model(_idx[_b : _b + 1, : _n[_b]], kv_cache=_cache)
-        _ring.put(_b, _cache, 0, _n[_b])
+        copy_in(_ring, _b, _cache, 0, _n[_b])
     for _step in range(8):
         if _step == 4:  # the first row moves out, and in again
-            _cache, _old = _ring.row(0, _n[0]), _ring
+            _cache, _old = copy_out(_ring, 0, _n[0]), _ring
             _ring = RingCache(_config, 2, 15)
-            _ring.put(0, _cache, 0, _n[0])
-            _ring.put(1, _old.row(1, _n[1]), 0, _n[1])
+            copy_in(_ring, 0, _cache, 0, _n[0])
+            copy_in(_ring, 1, copy_out(_old, 1, _n[1]), 0, _n[1])
         _next = torch.stack([_idx[_b, _n[_b]] for _b in (0, 1)])
         _ring.prepare()
         _out = _model(_next[:, None], kv_cache=_ring)
@@ -1048,7 +1102,7 @@ class Batch:
     def put(self, b: int, row: Row, cache: KVCache, number: int) -> None:
         """Seat a row that has chosen a token; what it read before is row `number` of the cache."""
         self.rows[b] = row
-        self.cache.put(b, cache, number, row.n_read)
+        copy_in(self.cache, b, cache, number, row.n_read)
         self.ids[b], self.made[b] = row.ids[-1], len(row.ids)
         self.knobs[b] = torch.tensor(row.sampling.numbers())
         self.counts[b] = torch.bincount(torch.tensor(row.ids), minlength=self.counts.size(1))
@@ -1181,7 +1235,7 @@ class Prefixes:
     """Keys and values of the last `limit` finished rows, for prompts that begin like them."""
 
     def __init__(self, limit: int):
-        self.entries: deque[tuple[list[int], KVCache]] = deque(maxlen=limit)
+        self.limit, self.entries = limit, deque(maxlen=limit)  # of (ids, KVCache)
 
     def keep(self, ids: list[int], cache: KVCache) -> None:
         """Remember a cache that holds exactly these ids; it replaces those that it continues."""
@@ -1240,12 +1294,14 @@ def next_group(waiting: deque[Row], free: int, max_tokens: int) -> list[Row]:
 #| export engine
 def prefill(
     model: GPT, rows: Sequence[Row], prefixes: Prefixes, chunk: int
-) -> Iterator[tuple[KVCache, Tensor] | None]:
-    """Read the prompts of rows in chunks; yields None after each, at last (cache, logits).
+) -> Iterator[tuple[KVCache, list[int], Tensor] | None]:
+    """Read the prompts of rows in chunks; yields None after each, at last the whole.
 
-    Row i of the cache and of the logits (B, V) belongs to the i-th different prompt.
+    That is (cache, numbers, logits): the i-th row is row numbers[i] of the cache, since equal
+    prompts are read once, and logits (B, V) are those after its prompt.
     """
     prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
+    numbers = [prompts.index(tuple(row.prompt)) for row in rows]
     longest = max(map(len, prompts))
     starts = [longest - len(prompt) for prompt in prompts]
     device, dtype = model.device, model.compute_dtype
@@ -1259,24 +1315,93 @@ def prefill(
         cache.prepare(part.size(1))
         logits = model(part, kv_cache=cache, last_only=True)[:, -1]
         yield None
-    yield cache, logits
+    yield cache, numbers, logits[torch.tensor(numbers, device=device)]
+
+
+# %% [markdown]
+r"""
+The logits after a prompt give its row the first token. From there on the batch takes over.
+"""
+
+
+# %%
+#| export engine
+def first_tokens(rows: Sequence[Row], logits: Tensor, known: int) -> None:
+    """Choose the first token of each row from logits (B, V); a row that has ended takes none."""
+    knobs = torch.tensor([row.sampling.numbers() for row in rows], device=logits.device)
+    uniform = torch.stack([row.uniforms[0] for row in rows]).to(logits.device)
+    counts, forced = logits.new_zeros(len(rows), known), torch.full_like(uniform, -1).long()
+    effort = max(row.sampling.effort for row in rows)
+    chosen = fetch(*choose(logits, knobs, uniform, counts, forced, effort))
+    for row, (id, logprob) in zip(rows, chosen):
+        if not row.finish_reason:
+            row.take(id, logprob)
 
 
 # %% [markdown]
 r"""
 ### The loop
 
-Now the waiter of the house. Rows wait at the door (`waiting`). Some of them study the menu
-(`reading`). The others sit at the table (`batch`) and get one token each, a step at a time. Who
-has finished, or has left without a word, frees a seat; when the table is too small, or far too
-large, everybody moves to another one. Sizes come from a short list, 1, 2, 3, 4, 6, 8, 12, 16, ...,
-so that moves are rare; where every size costs a compilation, the list is shorter still.
+Now the house that all requests share. Rows wait at the door (`waiting`). Some of them study the
+menu (`arriving`: their prompts are being read). The others sit at the table and get one token each,
+a step at a time. First the door.
 """
 
 
 # %%
 #| export engine
-CHUNK, GROUP_TOKENS, SMALLEST = 512, 16384, 64
+CHUNK, GROUP_TOKENS = 512, 16384
+
+
+class Door:
+    """Rows that wait, and those whose prompts are being read."""
+
+    def __init__(self, model: GPT, prefixes: Prefixes):
+        self.model, self.prefixes = model, prefixes
+        self.waiting: deque[Row] = deque()
+        self.arriving: list[Row] = []
+        self.reading: Iterator | None = None
+
+    def rows(self) -> list[Row]:
+        """Return all rows that have no seat yet."""
+        return [*self.waiting, *self.arriving]
+
+    def read(self, free: int) -> tuple[list[Row], KVCache, list[int], Tensor] | None:
+        """Read a chunk for at most `free` rows; when it was the last, return rows and `prefill`."""
+        if self.reading is None and self.waiting and free:
+            most = 1 if self.prefixes.limit else free  # each prompt has its own beginning
+            self.arriving = next_group(self.waiting, most, GROUP_TOKENS)
+            self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK)
+        found = next(self.reading) if self.reading else None
+        if found is None:
+            return None
+        rows, self.arriving, self.reading = self.arriving, [], None
+        if self.prefixes.limit:
+            self.prefixes.keep(rows[0].prompt, found[0])
+        return rows, *found
+
+    def leave(self) -> None:
+        """Let go of rows that have ended while they waited."""
+        self.waiting = deque(row for row in self.waiting if not row.finish_reason)
+
+    def clear(self) -> None:
+        """Forget everybody."""
+        self.waiting.clear()
+        self.arriving, self.reading = [], None
+
+
+# %% [markdown]
+r"""
+Then the table. Who has finished, or has left without a word, frees a seat. When the table is too
+small, or far too large, everybody moves to another one. Sizes come from a short list, 1, 2, 3, 4,
+6, 8, 12, 16, ..., so that moves are rare; where every size costs a compilation, the list is shorter
+still.
+"""
+
+
+# %%
+#| export engine
+SMALLEST = 64  # slots of a cache
 
 
 def bucket(n: int, coarse: bool = False) -> int:
@@ -1285,6 +1410,79 @@ def bucket(n: int, coarse: bool = False) -> int:
     return power * 3 // 4 if not coarse and power >= 4 and power * 3 // 4 >= n else power
 
 
+# %%
+#| export engine
+class Table:
+    """The rows that write: a batch with seats, which is exchanged when it does not fit."""
+
+    def __init__(self, model: GPT, known: int, max_batch: int, compiled: bool):
+        self.model, self.known, self.max_batch, self.compiled = model, known, max_batch, compiled
+        self.batch = self.empty = Batch(model, 0, 1, known)
+        self.kept: dict[tuple[int, int], Batch] = {}  # compiled ones, for the next time
+
+    def rows(self) -> list[Row]:
+        """Return the rows that have a seat."""
+        return [row for row in self.batch.rows if row]
+
+    def put(self, rows: Sequence[Row], cache: KVCache, numbers: Sequence[int]) -> None:
+        """Seat rows that have not ended; row i has read what is row numbers[i] of the cache."""
+        going = [(row, number) for row, number in zip(rows, numbers) if not row.finish_reason]
+        if not going:
+            return
+        seats, longest = len(self.rows()) + len(going), max(row.n_read for row, _ in going)
+        if seats > len(self.batch.rows) or longest >= self.batch.cache.size:
+            self.move(max(bucket(seats, self.compiled), len(self.batch.rows)), longest)
+        free = [b for b, row in enumerate(self.batch.rows) if row is None]
+        for b, (row, number) in zip(free, going):
+            self.batch.put(b, row, cache, number)
+
+    def move(self, seats: int, longest: int = 0) -> None:
+        """Move everybody to a batch of so many seats, with room for more than `longest` tokens."""
+        live = self.batch.live()
+        longest = max([longest, *(row.n_read for _, row in live)])
+        seats = min(seats, max(self.max_batch, len(live)))
+        room = max(longest + 1, 4 * SMALLEST if self.compiled else SMALLEST)
+        size = min(bucket(room, self.compiled), self.model.config.seq_len)
+        new = self.kept.get((seats, size)) or Batch(self.model, seats, size, self.known)
+        if self.compiled:
+            self.kept[seats, size] = new
+        new.rows = [None] * seats
+        for seat, (b, row) in enumerate(live):
+            new.put(seat, row, copy_out(self.batch.cache, b, row.n_read), 0)
+        self.batch = new
+
+    def step(self) -> None:
+        """Give every row a token, in a longer cache if this one is full."""
+        live = self.batch.live()
+        if live:
+            if max(row.n_read for _, row in live) >= self.batch.cache.size:
+                self.move(len(self.batch.rows))
+            step(self.batch, self.compiled)
+
+    def leave(self, prefixes: Prefixes, more: bool) -> None:
+        """Free the seats of rows that have ended; unless `more` rows come, move to fewer seats."""
+        for b, row in enumerate(self.batch.rows):
+            if row and row.finish_reason:
+                self.batch.rows[b] = None
+                if prefixes.limit and row.finish_reason != "cancelled":
+                    kept = copy_out(self.batch.cache, b, row.n_read)
+                    prefixes.keep(row.prompt + row.ids[:-1], kept)
+        seats = bucket(len(self.rows()), self.compiled)
+        if not self.rows():
+            self.batch = self.empty
+        elif not more and seats <= 0.75 * len(self.batch.rows):
+            self.move(seats)
+
+
+# %% [markdown]
+r"""
+And the loop itself: in each round rows leave, rows join, and everybody at the table gets a token.
+It has no thread of its own. Whoever wants a token runs it, and makes a step for all.
+"""
+
+
+# %%
+#| export engine
 class Loop:
     """One loop for all requests of an engine: rows join and leave between two steps.
 
@@ -1292,18 +1490,14 @@ class Loop:
     """
 
     def __init__(self, model: GPT, known: int, max_batch: int, remember: int, compiled: bool):
-        self.model, self.known, self.max_batch, self.compiled = model, known, max_batch, compiled
-        self.waiting: deque[Row] = deque()
-        self.arriving: list[Row] = []  # being read
-        self.reading: Iterator | None = None
-        self.batch: Batch | None = None
-        self.kept: dict[tuple[int, int], Batch] = {}  # compiled ones, for the next time
         self.prefixes, self.lock = Prefixes(remember), threading.Lock()
+        self.door = Door(model, self.prefixes)
+        self.table = Table(model, known, max_batch, compiled)
 
     def run(self, rows: Sequence[Row], done: Callable[[], bool]) -> None:
         """Make steps until done() is true; `rows` are new ones that join."""
         with self.lock:
-            self.waiting.extend(rows)
+            self.door.waiting.extend(rows)
         while True:
             with self.lock, torch.inference_mode():
                 if done():
@@ -1316,111 +1510,34 @@ class Loop:
 
     def rows(self) -> list[Row]:
         """Return all rows in the house."""
-        return [*self.waiting, *self.arriving, *(r for r in self.table() if r)]
+        return self.door.rows() + self.table.rows()
 
-    def table(self) -> list[Row | None]:
-        """Return the seats of the batch."""
-        return self.batch.rows if self.batch else []
+    def step(self) -> None:
+        """Let rows leave and join, read a chunk of a prompt, and give everybody a token."""
+        for row in self.rows():
+            if row.stop is not None and row.stop.is_set():
+                row.finish_reason = row.finish_reason or "cancelled"
+        self.leave()
+        found = self.door.read(self.table.max_batch - len(self.table.rows()))
+        if found:
+            rows, cache, numbers, logits = found
+            first_tokens(rows, logits, self.table.known)
+            self.table.put(rows, cache, numbers)
+        self.table.step()
+        self.leave()
+
+    def leave(self) -> None:
+        """Let go of rows that have ended."""
+        self.door.leave()
+        self.table.leave(self.prefixes, more=bool(self.door.rows()))
 
     def fail(self, error: BaseException) -> None:
         """After an error nobody can go on: end all rows, with the error if it is one."""
         for row in self.rows():
             row.error = error if isinstance(error, Exception) else None
             row.finish_reason = row.finish_reason or "cancelled"
-        self.waiting.clear()
-        self.arriving, self.reading, self.batch = [], None, None
-
-
-# %%
-#| export engine
-def _step(self: Loop) -> None:
-    """Let rows leave and join, read a chunk of a prompt, and give everybody a token."""
-    for row in self.rows():
-        if row.stop is not None and row.stop.is_set():
-            row.finish_reason = row.finish_reason or "cancelled"
-    self.leave()
-    free = self.max_batch - sum(row is not None for row in self.table())
-    if self.reading is None and self.waiting and free:
-        alone = bool(self.prefixes.entries.maxlen)  # each prompt has its own beginning
-        self.arriving = next_group(self.waiting, 1 if alone else free, GROUP_TOKENS)
-        self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK)
-    if self.reading is not None and (found := next(self.reading)) is not None:
-        self.seat(*found)
-    if self.batch and self.batch.live():
-        if max(row.n_read for _, row in self.batch.live()) >= self.batch.cache.size:
-            self.move(len(self.batch.rows))
-        step(self.batch, self.compiled)
-    self.leave()
-
-
-def _leave(self: Loop) -> None:
-    """Free the seats of rows that have ended; give up the table when it is empty."""
-    self.waiting = deque(row for row in self.waiting if not row.finish_reason)
-    for b, row in enumerate(self.table()):
-        if row and row.finish_reason:
-            self.batch.rows[b] = None
-            if row.finish_reason != "cancelled" and self.prefixes.entries.maxlen:
-                ids = row.prompt + row.ids[:-1]
-                self.prefixes.keep(ids, self.batch.cache.row(b, row.n_read))
-    if self.batch and not any(self.batch.rows):
-        self.batch = None
-    elif self.batch and not self.waiting and not self.arriving:
-        seats = bucket(len(self.batch.live()), self.compiled)
-        if seats <= 0.75 * len(self.batch.rows):
-            self.move(seats)
-
-
-Loop.step, Loop.leave = _step, _leave
-
-
-# %%
-#| export engine
-def _seat(self: Loop, cache: KVCache, logits: Tensor) -> None:
-    """Choose the first token of the rows that have been read and give them seats."""
-    rows, self.arriving, self.reading = self.arriving, [], None
-    if self.prefixes.entries.maxlen:
-        self.prefixes.keep(rows[0].prompt, cache)
-    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt) for r in rows))}
-    numbers = [places[tuple(row.prompt)] for row in rows]
-    logits = logits[torch.tensor(numbers, device=logits.device)]
-    knobs = torch.tensor([row.sampling.numbers() for row in rows], device=logits.device)
-    uniform = torch.stack([row.uniforms[0] for row in rows]).to(logits.device)
-    counts, forced = logits.new_zeros(len(rows), self.known), torch.full_like(uniform, -1).long()
-    effort = max(row.sampling.effort for row in rows)
-    for row, (id, logprob) in zip(
-        rows, fetch(*choose(logits, knobs, uniform, counts, forced, effort))
-    ):
-        if not row.finish_reason:
-            row.take(id, logprob)
-    going = [(row, number) for row, number in zip(rows, numbers) if not row.finish_reason]
-    if not going:
-        return
-    seats = sum(row is not None for row in self.table()) + len(going)
-    longest = max(row.n_read for row, _ in going)
-    if not self.batch or seats > len(self.batch.rows) or longest >= self.batch.cache.size:
-        self.move(max(bucket(seats, self.compiled), len(self.table())), longest)
-    free = [b for b, row in enumerate(self.batch.rows) if row is None]
-    for b, (row, number) in zip(free, going):
-        self.batch.put(b, row, cache, number)
-
-
-def _move(self: Loop, seats: int, longest: int = 0) -> None:
-    """Move everybody to a batch of so many seats (and room for `longest` tokens and more)."""
-    old, live = self.batch, self.batch.live() if self.batch else []
-    longest = max([longest, *(row.n_read for _, row in live)])
-    seats = min(seats, max(self.max_batch, len(live)))
-    room = max(longest + 1, 4 * SMALLEST if self.compiled else SMALLEST)
-    size = min(bucket(room, self.compiled), self.model.config.seq_len)
-    new = self.kept.get((seats, size)) or Batch(self.model, seats, size, self.known)
-    if self.compiled:
-        self.kept[seats, size] = new
-    new.rows = [None] * seats
-    for seat, (b, row) in enumerate(live):
-        new.put(seat, row, old.cache.row(b, row.n_read), 0)
-    self.batch = new
-
-
-Loop.seat, Loop.move = _seat, _move
+        self.door.clear()
+        self.table.batch = self.table.empty
 
 
 # %% [markdown]
@@ -1508,23 +1625,100 @@ def prepared_copy(model: GPT, dtype: torch.dtype) -> GPT:
 
 # %%
 #| export engine
-class EngineBase:
-    """What an Engine holds: the model, its tokenizer, the loop, and checks of what it is asked."""
+def check_tokenizer(model: GPT, tokenizer: Tokenizer) -> None:
+    """Raise UserError when the tokenizer has tokens that the model does not know."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
+            f"{model.config.vocab_size:,}; use the tokenizer that it was trained with."
+        )
+
+
+# %%
+#| export engine
+def request(
+    model: GPT, tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int, *options: Any
+) -> Row:
+    """Return the Row of a prompt, or UserError; `options` are those of Row from sampling on."""
+    seq_len, last = model.config.seq_len, tokenizer.vocab_size - 1
+    if not len(ids):
+        raise UserError("the prompt is empty; begin it with the token bos.")
+    if len(ids) > seq_len:
+        raise UserError(
+            f"the prompt has {len(ids):,} tokens and the model's context window holds "
+            f"{seq_len:,}; shorten the prompt or start a new conversation."
+        )
+    if not 0 <= min(ids) <= max(ids) <= last:
+        raise UserError(f"the prompt has an id outside 0 .. {last}, the tokens there are.")
+    if max_tokens < 0:
+        raise UserError(f"max_tokens is {max_tokens}; use 0 or more.")
+    return Row(ids, min(max_tokens, seq_len - len(ids)), tokenizer, *options)
+
+
+# %% [markdown]
+r"""
+The same model can also be asked the other way round: how likely is a text that is already there?
+"""
+
+
+# %%
+#| export engine
+@torch.inference_mode()
+def token_probabilities(
+    model: GPT, tokenizer: Tokenizer, ids: Sequence[int], top: int = 5
+) -> list[dict]:
+    """Tell for each id of a sequence how likely the model found it, and what else it expected.
+
+    One dict per id: id, text, probability (None for the first id, before which nothing was
+    read) and top, the `top` likeliest (text, probability) at that place. UserError for bad ids.
+    """
+    row = request(model, tokenizer, ids, 0, Sampling())
+    idx = torch.tensor([row.prompt], device=model.device)
+    p = model(idx)[0, :-1].softmax(dim=-1)  # (T - 1, V)
+    known = tokenizer.vocab_size
+    values, where = p[:, :known].topk(min(top, known), dim=-1)
+    own = p.gather(-1, idx[0, 1:, None]).squeeze(-1).tolist()
+    texts = [[tokenizer.decode([i]) for i in line] for line in where.tolist()]
+    tops = [list(zip(*pair)) for pair in zip(texts, values.tolist())]
+    return [
+        {"id": id, "text": tokenizer.decode([id]), "probability": own, "top": tops}
+        for id, own, tops in zip(row.prompt, [None, *own], [[], *tops])
+    ]
+
+
+# %%
+#| export engine
+def row_seeds(seed: int | Sequence[int], n: int) -> list[int]:
+    """Return a seed for each of n rows; UserError when those that are given are not n."""
+    if isinstance(seed, int):
+        return [seed + 1_000_003 * i for i in range(n)]
+    if len(seed) != n:
+        raise UserError(f"there are {n} prompts and {len(seed)} seeds; give one for each.")
+    return list(seed)
+
+
+# %% [markdown]
+r"""
+Now the front itself, which has little left to do.
+"""
+
+
+# %%
+#| export engine
+class Engine:
+    """Generates text with a model and its tokenizer: `generate` streams, `generate_batch` returns.
+
+    The model is the caller's own, so every change of its weights is seen; `dtype` makes a copy in
+    that dtype instead (bfloat16 is best on a GPU), until `refresh()`. At most `max_batch` rows
+    decode together. `remember` keeps keys and values of so many finished rows for prompts that
+    continue them: for weights that do not change. `compiled` compiles the step, once, for long.
+    """
 
     def __init__(
-        self,
-        model: GPT,
-        tokenizer: Tokenizer,
-        dtype: torch.dtype | None = None,
-        max_batch: int = 128,
-        remember: int = 0,
-        compiled: bool = False,
-    ):
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
-                f"{model.config.vocab_size:,}; use the tokenizer that it was trained with."
-            )
+        self, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype | None = None,
+        max_batch: int = 128, remember: int = 0, compiled: bool = False,
+    ):  # fmt: skip
+        check_tokenizer(model, tokenizer)
         self.source, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.options = (max_batch, remember, compiled)
         self.refresh()
@@ -1534,75 +1728,16 @@ class EngineBase:
         self.model = self.source if self.dtype is None else prepared_copy(self.source, self.dtype)
         self.loop = Loop(self.model, self.tokenizer.vocab_size, *self.options)
 
-    def row(self, ids: Sequence[int], max_tokens: int, *options: Any) -> Row:
-        """Check one request and return its Row. UserError for a bad prompt."""
-        config = self.model.config
-        if not len(ids):
-            raise UserError("the prompt is empty; begin it with the token bos.")
-        if len(ids) > config.seq_len:
-            raise UserError(
-                f"the prompt has {len(ids):,} tokens and the model's context window holds "
-                f"{config.seq_len:,}; shorten the prompt or start a new conversation."
-            )
-        if not 0 <= min(ids) <= max(ids) < self.tokenizer.vocab_size:
-            last = self.tokenizer.vocab_size - 1
-            raise UserError(f"the prompt has an id outside 0 .. {last}, the tokens there are.")
-        if max_tokens < 0:
-            raise UserError(f"max_tokens is {max_tokens}; use 0 or more.")
-        return Row(ids, min(max_tokens, config.seq_len - len(ids)), self.tokenizer, *options)
-
-
-# %%
-#| export engine
-@torch.inference_mode()
-def _token_probabilities(self: EngineBase, ids: Sequence[int], top: int = 5) -> list[dict]:
-    """Tell for each id of a sequence how likely the model found it, and what else it expected.
-
-    One dict per id: id, text, probability (None for the first id, before which nothing was
-    read) and top, the `top` likeliest (text, probability) at that place.
-    """
-    row = self.row(ids, 0, Sampling())
-    idx = torch.tensor([row.prompt], device=self.model.device)
-    p = self.model(idx)[0, :-1].softmax(dim=-1)  # (T - 1, V)
-    known = self.tokenizer.vocab_size
-    values, where = p[:, :known].topk(min(top, known), dim=-1)
-    own = p.gather(-1, idx[0, 1:, None]).squeeze(-1).tolist()
-    texts = [[self.tokenizer.decode([i]) for i in line] for line in where.tolist()]
-    tops = [list(zip(*pair)) for pair in zip(texts, values.tolist())]
-    return [
-        {"id": id, "text": self.tokenizer.decode([id]), "probability": own, "top": tops}
-        for id, own, tops in zip(row.prompt, [None, *own], [[], *tops])
-    ]
-
-
-EngineBase.token_probabilities = _token_probabilities
-
-
-# %%
-#| export engine
-class Engine(EngineBase):
-    """Generates text with a model and its tokenizer: `generate` streams, `generate_batch` returns.
-
-    By default the engine uses the caller's model itself and so sees every change of its weights.
-    `dtype` makes a copy of the weights in that dtype instead, prepared once (bfloat16 is best on
-    a GPU); `refresh()` copies them again. At most `max_batch` rows decode together. `remember`
-    keeps keys and values of so many finished rows for prompts that continue them; use it only
-    with weights that do not change. `compiled` compiles the decoding step: many seconds, once.
-    """
+    def row(self, *asked: Any) -> Row:
+        """Check one request and return its Row: see `request`."""
+        return request(self.model, self.tokenizer, *asked)
 
     def generate(
-        self,
-        ids: Sequence[int],
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int = 0,
-        stop: threading.Event | None = None,
-        tools: bool = True,
+        self, ids: Sequence[int], max_tokens: int = 256, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+        seed: int = 0, stop: threading.Event | None = None, tools: bool = True,
         frequency_penalty: float = 0.0,
-    ) -> Stream:
+    ) -> Stream:  # fmt: skip
         """Stream the Tokens that follow the prompt `ids`, the stopping token (text "") included.
 
         Ends at assistant_end or bos ("stop"), after max_tokens or at the end of the context window
@@ -1613,34 +1748,27 @@ class Engine(EngineBase):
         return Stream(self.row(ids, max_tokens, sampling, seed, stop, tools), self.loop)
 
     def generate_batch(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | Sequence[int] = 0,
-        stop: threading.Event | None = None,
-        tools: bool = True,
+        self, prompts: Sequence[Sequence[int]], max_tokens: int = 256, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+        seed: int | Sequence[int] = 0, stop: threading.Event | None = None, tools: bool = True,
         frequency_penalty: float = 0.0,
-    ) -> list[Completion]:
+    ) -> list[Completion]:  # fmt: skip
         """Complete many prompts, of any lengths, together; the results come in their order.
 
         `seed` is one number (row i then draws with seed + 1,000,003 i) or one per prompt. What a
         row becomes does not depend on the other rows, up to rounding.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, frequency_penalty)
-        n = len(prompts)
-        seeds = [seed + 1_000_003 * i for i in range(n)] if isinstance(seed, int) else list(seed)
-        if len(seeds) != n:
-            raise UserError(f"there are {n} prompts and {len(seeds)} seeds; give one for each.")
-        options = [(max_tokens, sampling, s, stop, tools) for s in seeds]
-        rows = [self.row(ids, *given) for ids, given in zip(prompts, options)]
+        pairs = zip(prompts, row_seeds(seed, len(prompts)))
+        rows = [self.row(ids, max_tokens, sampling, s, stop, tools) for ids, s in pairs]
         self.loop.run(rows, lambda: all(row.finish_reason for row in rows))
         for error in (row.error for row in rows if row.error):
             raise error
         return [row.completion() for row in rows]
+
+    def token_probabilities(self, ids: Sequence[int], top: int = 5) -> list[dict]:
+        """Tell how likely the model found each id of a sequence: see `token_probabilities`."""
+        return token_probabilities(self.model, self.tokenizer, ids, top)
 
 
 # %% [markdown]
@@ -1666,7 +1794,7 @@ def read_bandwidth(device: torch.device) -> float:
     return data.numel() * 4 / min(seconds)
 
 
-def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str, Any]:
+def benchmark(engine: Engine, batch: int, prompt: int, new: int) -> dict[str, Any]:
     """Time `batch` greedy requests of `prompt` tokens, `new` tokens each; return the figures.
 
     ttft_ms is until every row has its first token, tpot_ms the mean of each later step.
@@ -1680,7 +1808,7 @@ def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str
     synchronize(device)
     start = time.perf_counter()
     loop.run(rows, lambda: all(row.ids for row in rows))
-    first, cache = time.perf_counter() - start, loop.batch.cache
+    first, cache = time.perf_counter() - start, loop.table.batch.cache
     loop.run([], lambda: all(row.finish_reason for row in rows))
     synchronize(device)
     each = (time.perf_counter() - start - first) / (new - 1)
@@ -1701,7 +1829,7 @@ def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str
 # %%
 #| export engine
 def bench(
-    engine: EngineBase, batches: Sequence[int], prompt: int, new: int, repeats: int = 3
+    engine: Engine, batches: Sequence[int], prompt: int, new: int, repeats: int = 3
 ) -> dict[str, Any]:
     """Print a table of `benchmark` over batch sizes (the medians of repeats); return its facts."""
     device, results = engine.model.device, []
@@ -2004,6 +2132,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import signal
 import struct
 import subprocess
@@ -2028,6 +2157,7 @@ class Result:
     truncated: bool = False  # printed more than the output limit, and was stopped for it
     exit_code: int | None = None
     protections: tuple[str, ...] = ()
+    finished: bool = False  # reached its last line; a program that exits before has not
 
 
 # %%
@@ -2266,6 +2396,20 @@ def protect(folder: str, timeout: float, memory_mb: int) -> list[str]:
     return done
 
 
+# %% [markdown]
+r"""
+One question is left: did the program do what it was run for? Exit status 0 says only that it did
+not crash. HumanEval puts its tests behind a function that the model wrote. If that function calls
+`sys.exit(0)`, the program ends before any test has failed, with status 0. So the parent sends a
+random number along, the *proof*, and the child writes it to stderr after the program's last line.
+Only then is `finished` true.
+
+This catches every early exit. It does not catch a program that searches the interpreter's own
+frames for the number: who shares a process with the judge can bribe him. Training on rewards
+(chapter 10) finds such tricks, so read what is rewarded.
+"""
+
+
 # %%
 #| export sandbox
 def child() -> None:
@@ -2283,6 +2427,7 @@ def child() -> None:
         trace = error.__traceback__.tb_next  # without our own frame
         traceback.print_exception(type(error), error, trace)
         sys.exit(1)
+    os.write(2, request["proof"].encode())
 
 
 if __name__ == "__main__" and sys.argv[0].endswith("sandbox.py"):
@@ -2343,7 +2488,7 @@ def run_python(
     """
     script = find_spec("nanochat.sandbox").origin
     detach = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
-    pipe, timed_out = subprocess.PIPE, False
+    pipe, timed_out, proof = subprocess.PIPE, False, secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True) as folder:
         folder = os.path.realpath(folder)
         process = subprocess.Popen(
@@ -2354,7 +2499,7 @@ def run_python(
             Capture(stream, output_limit + extra, lambda: kill_tree(process))
             for stream, extra in ((process.stdout, 0), (process.stderr, 1024))
         ]
-        request = {"code": code, "timeout": timeout, "memory_mb": memory_mb}
+        request = {"code": code, "timeout": timeout, "memory_mb": memory_mb, "proof": proof}
         try:
             process.stdin.write(json.dumps(request).encode())
             process.stdin.close()
@@ -2370,20 +2515,21 @@ def run_python(
         for capture in captures:
             capture.join(1.0)
             capture.pipe.close()
-    return make_result(exit_code, timed_out, *captures)
+    return make_result(exit_code, timed_out, proof, *captures)
 
 
 # %%
 #| export sandbox
-def make_result(exit_code: int, timed_out: bool, out: Capture, err: Capture) -> Result:
-    """Put a Result together; the first line of stderr is the child's list of its walls."""
+def make_result(exit_code: int, timed_out: bool, proof: str, out: Capture, err: Capture) -> Result:
+    """Put a Result together of what stderr holds: the child's walls, its text, and the proof."""
     first, _, stderr = err.data.decode("utf-8", "replace").partition("\n")
     walls = tuple(json.loads(first)) if first.startswith("[") else ()
     stderr = stderr if walls else err.data.decode("utf-8", "replace")
     flooded = out.flooded or err.flooded
     ok = exit_code == 0 and not timed_out and not flooded
     stdout = out.data.decode("utf-8", "replace")
-    return Result(ok, stdout, stderr, timed_out, flooded, exit_code, walls)
+    text = stderr.replace(proof, "")
+    return Result(ok, stdout, text, timed_out, flooded, exit_code, walls, text != stderr)
 
 
 # %%
@@ -2413,6 +2559,8 @@ for name, code in programs.items():
 assert run_python("print(6 * 7)").stdout == "42\n"
 assert run_python("while True: pass", timeout=0.5).timed_out
 assert "ZeroDivisionError" in run_python("1/0").stderr
+_early, _whole = run_python("import sys; sys.exit(0)"), run_python("print('tested')")
+assert _early.ok and _whole.ok and _whole.finished and not _early.finished
 
 # %% [markdown]
 r"""
