@@ -10,8 +10,8 @@
 r"""
 # 8. Inference
 
-**By the end you have made a model write several times faster without changing a single token of
-what it writes, and let it use a calculator and run programs without being able to hurt you.**
+By the end of this chapter we have made a model write several times faster without changing a
+single token of what it writes, and let it use a calculator and run programs that cannot hurt us.
 
 First the finished thing: an engine, a prompt, and tokens that arrive one by one. The model is
 untrained, so it babbles. Everything around it already works.
@@ -40,9 +40,8 @@ r"""
 5. let a model call a calculator, token by token, and refuse everything that is not arithmetic;
 6. run a program you do not trust, and say which walls stood around it.
 
-Prerequisites: chapters 1, 3 and 5. Reading: 30 minutes. Running: under 60 seconds on two CPU
-cores, no network, under 1 GB. Times below are from such a machine; yours will differ, the shapes
-of the curves will not.
+Prerequisites: chapters 1, 3 and 5. Reading: 40 minutes. Running: under 60 seconds on two CPU
+cores, no network, under 1 GB. Times below are from such a machine; yours will differ.
 """
 
 # %% tags=["parameters"]
@@ -70,9 +69,8 @@ from nanochat.optim import build_optimizer, lr_multiplier, muon_momentum
 r"""
 ## A model to talk to
 
-We train a small GPT on the tiny world for some seconds, with the bare loop of chapter 5. It will
-know the sound of the language and little else. That is enough: this chapter is about *how*
-tokens come out, not about which.
+We train a small GPT on the tiny world for some seconds, with the bare loop of chapter 5. This
+chapter is about *how* tokens come out, not about which, so a little training is enough.
 """
 
 # %%
@@ -207,6 +205,14 @@ class KVCache:
         self.positions, self.mask = padded_view(self.starts, self.length, n_new)
 
 
+# %% [markdown]
+r"""
+`prepare` is for rows of different lengths. They need positions that are counted from where each row
+begins, and a mask that hides the padding before it. We come back to this when we write many rows at
+once.
+"""
+
+
 # %%
 #| export engine
 def padded_view(
@@ -228,9 +234,8 @@ def padded_view(
 
 # %% [markdown]
 r"""
-`padded_view` is for rows of different lengths; we come back to it. First the proof that the cache
-changes nothing. We feed a text whole, and again in chunks of any sizes; the logits must
-agree.
+Does the cache change anything? We feed a text whole, and again in chunks of several sizes; the
+logits must agree.
 """
 
 # %%
@@ -272,7 +277,7 @@ print(f"{naive_tokens} tokens in {cached_seconds[-1]:.2f} s, the same tokens")
 
 # %%
 fig, ax = figure(
-    "Without a cache the time grows with the square of the length",
+    "Without a cache the time grows quadratically",
     "tokens written", "seconds since the start",
     alt="Seconds over tokens written: a parabola for naive generation, a line with a cache.",
 )  # fmt: skip
@@ -299,8 +304,9 @@ $$t_\text{step} \ge \max\left(\frac{\text{bytes}}{\text{bandwidth}},
 \text{operations} = B\,(2P + 4 L\,d\,T)$$
 
 $P$ counts the weights that multiply (embeddings are only looked up), $b$ the bytes of a number,
-$B$ the rows of the batch, $T$ the tokens in the cache, $L$ the layers. The weights are fetched
-once for all rows: that is why batches pay. Let us measure the two ceilings of this machine and
+$B$ the rows of the batch, $T$ the tokens in the cache, $L$ the layers, $d$ the width of the model
+and $d_\text{kv}$ that of its keys. The weights are fetched once for all rows: that is why batches
+pay. Let us measure the two ceilings of this machine and
 put a large model on a large GPU beside it.
 """
 
@@ -352,17 +358,16 @@ as much as one. Then the cache takes over: from 64 rows of 1,024 tokens on, most
 keys and values, not weights, and larger batches gain little. That is the case for fewer key-value
 heads (grouped queries) and for windows.
 
-Our small model is far from its own floor when it writes alone: each token takes Python some
-milliseconds to say what is to be done. On a GPU that is the first thing to remove (CUDA graphs).
+Our small model is far from its own floor when it writes alone: most of a token's time goes into
+Python, which says what is to be done. On a GPU that is the first thing to remove.
 
 *Try it:* set the context to 2,048 and the key-value heads of `d24` to 2, and watch batch 512.
 
 ## Choosing the next token
 
 Greedy writing takes the likeliest token. It is repeatable and, for a small model, soon walks in
-circles. The other way is to draw from the distribution, which is honest and sometimes silly: a
-thousand unlikely tokens, each nearly impossible, are together not so unlikely. Four knobs move
-between the two.
+circles. The other way is to draw from the distribution, which is sometimes silly: a thousand tokens
+that are each nearly impossible are together not so unlikely. Four knobs move between the two.
 
 - **temperature** $\tau$: $p_i \propto e^{z_i / \tau}$. Below 1 sharpens, above 1 flattens, 0 is
   greedy.
@@ -418,6 +423,13 @@ class Sampling:
         top_p = 2.0 if self.top_p in (None, 1) else self.top_p
         cut = [self.top_k or math.inf, top_p, self.min_p or 0.0]
         return [self.temperature, *cut, self.frequency_penalty]
+
+
+# %% [markdown]
+r"""
+A batch may hold rows with different knobs. So the knobs of all rows come as one tensor, and all
+filters work on one sorted copy of the probabilities.
+"""
 
 
 # %%
@@ -552,8 +564,8 @@ compute it and *force* the next tokens: `output_start`, the result, `output_end`
 the result as if it had written it, and goes on.
 
 The text comes from a model that anybody may talk to, so Python's `eval` is out of the question:
-with enough ingenuity, `eval` of a filtered string has always been broken. We parse the text into
-a syntax tree instead and compute the few kinds of node we know. `2*(3+4)` becomes
+filters in front of it have always been broken. We parse the text into a syntax tree instead and
+compute the few kinds of node we know. `2*(3+4)` becomes
 
 ```
     Mult
@@ -738,19 +750,11 @@ for _text, _value in (("12+30", "42"), ("1/0", None)):
 
 # %% [markdown]
 r"""
-Results look as they do in the training data: 3.5, and 0.3 rather than 0.30000000000000004.
-Commas inside quotes survive, thousands commas go. A refusal is `None`: then no output is forced,
-and the model has to cope.
-
-*Try it:* find an expression that you think should be refused, and is not. The tests hold more
-than a hundred.
-
 ## One request on its way
 
-Now the parts that make up an answer: tokens for those who stream, a completion for those who
-wait, and a transcript that tells text from tool talk. A token may be half of a character
-(chapter 1), so pieces of text come from the stream decoder, which holds back bytes until they
-make a character.
+An answer is made of tokens for those who stream, a completion for those who wait, and a transcript
+that tells text from tool talk. A token may be half of a character, so pieces of text come from the
+stream decoder of chapter 1, which holds back bytes until they make a character.
 """
 
 
@@ -806,11 +810,11 @@ class Transcript:
 
 # %% [markdown]
 r"""
-A `Row` is one request. It decides, after each token, what follows from it: a stop token ends the
-row, a closed tool call fills the queue of forced tokens, the last token of the budget ends it
-too. The mask remembers which tokens the model chose (1) and which were forced on it (0);
-reinforcement learning must praise and blame the model for the first kind only. All that makes one
-request differ from another lives here: its knobs, its random numbers, its budget, its stop button.
+A `Row` is one request, with all that makes it differ from others: its knobs, random numbers, budget
+and stop button. It decides, after each token, what follows from it: a stop token ends the row, a
+closed tool call fills the queue of forced tokens, the last token of the budget ends it too. The
+mask remembers which tokens the model chose (1) and which were forced on it (0); reinforcement
+learning must praise and blame the model for the first kind only.
 """
 
 
@@ -1050,9 +1054,8 @@ r"""
 
 A batch is what the *device* holds of the rows: their cache, the token each chose last, their knobs
 and random numbers. `advance` reads those tokens, and chooses the next ones. Nothing in it asks a
-tensor for its value, grows or moves anything. That matters on a GPU. Python only *asks* for work
-there, and every look at a result makes it wait until all work is done; and a step that always uses
-the same memory can be recorded once and replayed as a whole.
+tensor for its value, grows or moves anything. On a GPU every look at a result makes Python wait
+until all work is done, and a step that always uses the same memory can be recorded and replayed.
 
 `choose` gives each row what its own knobs say. Finding the `k` likeliest or the top `p` takes a
 sort, which is slow, so we sort only when a row in the batch asks for it.
@@ -1165,11 +1168,10 @@ r"""
 `fast_step` is where the care pays off. `torch.compile` merges the many small operations of a step
 into few, and refuses (`fullgraph=True`) if Python had a say in between. On a CUDA GPU the whole
 step, choice included, is then recorded as one *CUDA graph*: a replay is one request in place of
-hundreds. Both need rehearsals, and a rehearsal must leave no trace: the small tensors are put back,
-and what it wrote into the cache lies in the slot that the real step writes next. Compiling takes
-half a minute, so an engine does this only when asked to (`compiled=True`). On one core of a CPU a
-step of our model took 3.0 ms compiled and 3.2 ms as it is: there it is not worth the wait. It is
-for GPUs, where a small step is all overhead.
+hundreds. Both need rehearsals that leave no trace: the small tensors are put back, and what was
+written into the cache lies in the slot that the real step writes next. Compiling takes half a
+minute and gains a few percent on a CPU (`benchmarks/RESULTS.md`). It is for GPUs, where a small
+step is all overhead, and only when asked for (`compiled=True`).
 """
 
 
@@ -1210,12 +1212,12 @@ A prompt is read in chunks, with a step for everybody else between two chunks, s
 prompt does not make the others wait. Prompts of similar length are read together, and one that
 several rows share is read once.
 
-In a chat every turn repeats all turns before it. Their keys and values have just been computed; an
-engine may keep those of its last few rows, and a prompt that begins like one of them starts from
-there. This is right only as long as the weights stay as they are, so it is off unless asked for
-(`remember=8`). One thing a cache of keys and values does not hold is `smear`'s look at the token
-before; we look that token up again. And a layer with a window has forgotten what fell out of its
-ring: such a row can only be continued where it ended.
+In a chat every turn repeats all turns before it. An engine may keep the keys and values of its last
+few rows, and a prompt that begins like one of them starts from there. This is right only as long as
+the weights stay as they are, so it is off unless asked for (`remember=8`). Two details: `smear`
+(chapter 3) looks at the token before, which no key or value holds, so we look it up again. And a
+layer with a window has forgotten what fell out of its ring: such a row can only be continued where
+it ended.
 """
 
 
@@ -1342,9 +1344,8 @@ def first_tokens(rows: Sequence[Row], logits: Tensor, known: int) -> None:
 r"""
 ### The loop
 
-Now the house that all requests share. Rows wait at the door (`waiting`). Some of them study the
-menu (`arriving`: their prompts are being read). The others sit at the table and get one token each,
-a step at a time. First the door.
+All requests share one house. Rows wait at the door; the prompts of some are being read there
+(`arriving`). The others sit at the table and get one token each, a step at a time. First the door.
 """
 
 
@@ -1392,10 +1393,9 @@ class Door:
 
 # %% [markdown]
 r"""
-Then the table. Who has finished, or has left without a word, frees a seat. When the table is too
-small, or far too large, everybody moves to another one. Sizes come from a short list, 1, 2, 3, 4,
-6, 8, 12, 16, ..., so that moves are rare; where every size costs a compilation, the list is shorter
-still.
+Then the table. Who has finished frees a seat. When the table is too small, or far too large,
+everybody moves to another one. Sizes come from a short list, 1, 2, 3, 4, 6, 8, 12, 16, ..., so that
+moves are rare; where every size costs a compilation, the list is shorter still.
 """
 
 
@@ -1476,8 +1476,8 @@ class Table:
 
 # %% [markdown]
 r"""
-And the loop itself: in each round rows leave, rows join, and everybody at the table gets a token.
-It has no thread of its own. Whoever wants a token runs it, and makes a step for all.
+In each round of the loop rows leave, rows join, and everybody at the table gets a token. It has no
+thread of its own: whoever wants a token runs it, and makes a step for all.
 """
 
 
@@ -1546,14 +1546,11 @@ r"""
 
 What remains is a front: check the request, make its rows, and stream one or return many. Streams
 *pull*: whoever asks for a token that is not there yet makes a step for everybody, and the others
-find theirs ready. So requests of several threads, or of a server that serves them in turn, become
-one batch without a thread of their own to run it.
+find theirs ready. So the requests of several threads become one batch.
 
 The engine holds the caller's model, not a copy, so a model that is being trained speaks with its
 newest weights. On a GPU a copy in bfloat16, made once, halves the bytes of every step. Eight-bit
-weights would halve them again. On our CPU that pays for large matrices alone: eight of 1,536 x
-6,144 took one row 16.9 ms in float32, 10.4 in bfloat16 and 5.5 in int8, but for eight rows 41.7,
-11.6 and 10.7. Our small model's weights lie in the processor's cache, and we leave it at that.
+weights would halve them again; we leave it at bfloat16.
 """
 
 
@@ -1699,7 +1696,7 @@ def row_seeds(seed: int | Sequence[int], n: int) -> list[int]:
 
 # %% [markdown]
 r"""
-Now the front itself, which has little left to do.
+The front itself has little left to do.
 """
 
 
@@ -1773,9 +1770,9 @@ class Engine:
 
 # %% [markdown]
 r"""
-And a ruler, because a fast engine that nobody measures becomes a slow one. `benchmark` times a
-batch of requests that no token can stop. The share of the bandwidth compares the bytes that a step
-cannot avoid with what the device can read in that time.
+A fast engine that nobody measures becomes a slow one. `benchmark` times a batch of requests that no
+token can stop. The share of the bandwidth compares the bytes that a step cannot avoid with what the
+device can read in that time.
 """
 
 
@@ -1794,6 +1791,8 @@ def read_bandwidth(device: torch.device) -> float:
     return data.numel() * 4 / min(seconds)
 
 
+# %%
+#| export engine
 def benchmark(engine: Engine, batch: int, prompt: int, new: int) -> dict[str, Any]:
     """Time `batch` greedy requests of `prompt` tokens, `new` tokens each; return the figures.
 
@@ -1857,7 +1856,7 @@ measured = bench(engine, (1, 4), prompt=64, new=16, repeats=1)
 
 # %% [markdown]
 r"""
-Now several beginnings at once, drawn at temperature 0.8.
+Several beginnings at once, drawn at temperature 0.8:
 """
 
 # %%
@@ -1882,7 +1881,7 @@ for _temperature in (0.0, 1.0):
 
 # %% [markdown]
 r"""
-Greedy writing is where circles show best, and where the penalty helps most.
+Greedy writing is where circles show best. The penalty breaks them.
 """
 
 # %%
@@ -1924,9 +1923,9 @@ plt.show()
 r"""
 ### What joining and leaving buys
 
-Sixteen requests, a table with four seats. The budgets differ widely, as answers do. With *fixed*
-batches, four sit down together, and the seats of those who finish stay empty until the slowest has
-finished. In the loop the next one sits down at once. Below, every line is a request.
+Sixteen requests of different lengths, a table with four seats. With *fixed* batches four sit down
+together, and the seats of those who finish stay empty until the slowest has finished. In the loop
+the next one sits down at once. Below, every line is a request.
 """
 
 
@@ -1966,6 +1965,7 @@ for ax, (name, spans), color in zip(axes, seated.items(), COLORS):
     steps = max(last for _, last in spans)
     ax.set_title(f"{name}: {steps} steps, {seconds[name]:.2f} s", fontsize=9, loc="left")
     ax.invert_yaxis()
+    ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
 axes[0].set_ylabel("request", fontsize=9)
 fig.supxlabel("step", fontsize=9)
@@ -2063,9 +2063,8 @@ except UserError as error:
 r"""
 ## The calculator at work
 
-The puppet now plays a well-trained assistant on a problem of the tiny world. It opens a call,
-writes the expression, closes it, and would then say "0000". Watch the forced tokens take that
-place.
+The puppet now plays a well-trained assistant. It opens a call, writes the expression, closes it,
+and would then say "0000". The forced tokens take that place.
 """
 
 # %%
@@ -2084,9 +2083,9 @@ print("text for the reader:", repr(stream.completion().text))
 
 # %% [markdown]
 r"""
-The log-probability tells the story from the model's side: it was sure of what it said, and never
-would have said what was forced. It is always the model's own, at temperature 1 and before any
-filter, because that is what reinforcement learning needs.
+The log-probability in the last column is the model's own, at temperature 1 and before any filter,
+as reinforcement learning needs it: the model was sure of what it said, and would never have said
+what was forced.
 
 `token_probabilities` turns the question round: how likely does the model find a text that is
 already there?
@@ -2101,10 +2100,9 @@ for entry in engine.token_probabilities(tokenizer.encode("The cat lives in", bos
 r"""
 ## Programs we did not write
 
-Some benchmarks ask for a Python function and run it (HumanEval, chapter 9). Then text from a
-model becomes a program on your machine. A filter on the text is hopeless here; the program needs
-walls *around* it, made by the operating system. So we run it in a child process, and let the
-child wall itself in before it looks at the program.
+Some benchmarks ask for a Python function and run it (HumanEval, chapter 9). A filter on the text is
+hopeless here; the program needs walls *around* it, made by the operating system. So we run it in a
+child process, and let the child wall itself in before it looks at the program.
 
 | danger | wall | where |
 |---|---|---|
@@ -2365,8 +2363,7 @@ def restrict_system_calls() -> list[str]:
 
 # %% [markdown]
 r"""
-The child puts up all walls the system has and then runs the program. The parent holds the clock
-and the knife.
+The child puts up all walls that the system has, one after another, and then runs the program.
 """
 
 
@@ -2432,6 +2429,13 @@ def child() -> None:
 
 if __name__ == "__main__" and sys.argv[0].endswith("sandbox.py"):
     child()
+
+
+# %% [markdown]
+r"""
+The parent holds the clock and the knife. A program may have started others, so all its kin is
+killed with it. What it prints is read while it runs, and who prints without end is killed for that.
+"""
 
 
 # %%
@@ -2567,12 +2571,11 @@ r"""
 ## Guessing ahead (optional)
 
 A step for nine tokens costs little more than a step for one, as long as memory is the limit. So if
-we could *guess* the next eight tokens, one pass would tell how many of them the model would have
-written, and we would keep those (*speculative decoding*; Leviathan et al. 2023). A small second
-model may guess. There is a guesser without a model, too: text repeats itself. We look for the last
-place where the last two tokens stood together, and propose what followed them there
-(*prompt lookup*). Wrong guesses cost a little time and never a token: a pass always yields one
-token that is the model's own.
+we *guess* the next eight tokens, one pass tells how many of them the model would have written, and
+we keep those (*speculative decoding*; Leviathan et al. 2023). A small second model may guess. But
+text also repeats itself: we look for the last place where the last two tokens stood together, and
+propose what followed them there (*prompt lookup*). A wrong guess costs a little time and never a
+token: a pass always yields one token that is the model's own.
 """
 
 
@@ -2619,9 +2622,9 @@ print(f"{naive_tokens} tokens in {passes} passes, {seconds:.2f} s; one by one "
 
 # %% [markdown]
 r"""
-Our model walks in circles, so the guesser has an easy life here. With ordinary prose it is right
-rarely, and with code, quotations and tool results often. Sampled text needs a rule for accepting
-guesses that keeps the distribution; greedy text needs only equality.
+Our model walks in circles, so the guesser has an easy life here. Ordinary prose repeats itself less
+than code and quotations do. Sampled text needs a rule for accepting guesses that keeps the
+distribution; greedy text needs only equality.
 
 ## The signature result
 
@@ -2660,7 +2663,8 @@ for name, rate in rates.items():
 
 # %%
 fig, ax = figure(
-    "Same tokens, three speeds", "tokens per second", "", size=(5, 2),
+    f"The same tokens, {rates['cache, one batch'] / rates['naive, one by one']:.0f} times as fast",
+    "tokens per second", "", size=(5, 2),
     alt="Bars of tokens per second: naive, with cache, and with cache in a batch.",
 )  # fmt: skip
 ax.barh(list(rates)[::-1], list(rates.values())[::-1], color=COLORS[:3])
@@ -2673,30 +2677,25 @@ r"""
 
 `nanochat` can write now:
 - `Engine(model, tokenizer)` with `generate` (a `Stream` of `Token`), `generate_batch` (a list of
-  `Completion`) and `token_probabilities`; `Sampling` holds the knobs;
-- streams of one engine share its `Loop`: they join, leave and cancel between two steps, each
-  with its own `Sampling`, seed and budget; `remember` keeps what a chat has read, `compiled`
-  compiles the step;
-- `KVCache`, `RingCache`, `sample`, `next_token_probabilities`, `generate_with_lookup` and
-  `calculate` for those who build their own loop;
+  `Completion`) and `token_probabilities`; `Sampling` holds the knobs. Requests share its `Loop`;
+  `remember` keeps what a chat has read, `compiled` compiles the step;
+- `KVCache`, `RingCache`, `sample`, `next_token_probabilities` and `generate_with_lookup` for
+  those who build their own loop;
+- `nanochat.calculator`: `calculate`, and `ToolCalls` that answers calls in a stream of tokens;
 - `nanochat.sandbox.run_python` with `Result` for programs of strangers;
-- `benchmark`, which `python -m nanochat bench` and `benchmarks/inference.py` print: time to the
-  first token, time per token, tokens per second and the share of the bandwidth.
+- `bench`, which `python -m nanochat bench` and `benchmarks/inference.py` call.
 
 **Pitfalls, all of them met in real projects**
-- A calculator behind a time limit made of signals works in the main thread of a POSIX system
-  only. Limits on the *input* work everywhere.
-- Removing all commas before computing breaks `"a,b".count(",")`: the tool then lies with
-  confidence.
+- A time limit made of signals works in the main thread of a POSIX system only. Limits on the
+  calculator's *input* work everywhere.
+- Removing all commas before computing breaks `"a,b".count(",")`: the tool then lies.
 - Printing each token's own text breaks every character that spans tokens.
-- One random generator for a batch: all rows change when one row is added. Give each row its
-  seed.
-- Keys and values that are kept across turns while the weights are trained: old thoughts in a new
-  head. Forget them with the weights (`refresh`).
+- One random generator for a batch: all rows change when one row is added.
+- Keys and values kept across turns while the weights are trained. Forget them (`refresh`).
 - A head padded to a round size has logits for tokens that do not exist. They must not be drawn.
-- Weights kept in float32 and cast in each step are read at four bytes and written at two, for
-  every token.
+- Weights kept in float32 and cast in each step: four bytes read and two written, every token.
 - A sandbox that removes functions from modules is not a wall: the program can import them anew.
+- Exit status 0 taken for "all tests passed": `sys.exit(0)` has it too.
 
 **Readings**
 - Pope et al. (2022), *Efficiently Scaling Transformer Inference*: the roofline of decoding, in
