@@ -377,8 +377,7 @@ that are each nearly impossible are together not so unlikely. Four knobs move be
 - **min-p**: only tokens at least $p$ times as likely as the likeliest.
 
 A fifth knob is against circles: **frequency penalty** $f$ takes $f$ times the number of its
-appearances so far from a token's logit. (Subtracting is safer than dividing: a softmax does not
-change when a constant is added to all logits, but it does when they are scaled.)
+appearances so far from a token's logit.
 """
 
 
@@ -541,13 +540,8 @@ def sample(
 # %%
 #| test
 _p = torch.tensor([0.5, 0.0, 0.3, 0.2])
-assert [int(draw(_p[None], torch.tensor([u]))) for u in (0.0, 0.49, 0.5, 0.79, 0.99)] == [
-    0,
-    0,
-    2,
-    2,
-    3,
-]
+_drawn = [int(draw(_p[None], torch.tensor([u]))) for u in (0.0, 0.49, 0.5, 0.79, 0.99)]
+assert _drawn == [0, 0, 2, 2, 3]
 _ids = sample(_p.log().expand(5000, 4), generator=torch.Generator().manual_seed(0))
 assert torch.allclose(_ids.bincount(minlength=4) / 5000, _p, atol=0.03)
 assert int(sample(_p.log()[None], temperature=0)) == 0
@@ -884,16 +878,14 @@ before a short prompt hold padding. Rotary positions are counted from where the 
 and a mask hides the padding: `padded_view` above. A padding slot may see itself, since a softmax
 over nothing is 0/0, and a NaN in the cache would spread.
 
-Writing together is harder, because people do not arrive together. One row has written four
-hundred tokens when the next one brings its prompt, and a third one stops. We want rows to **join
-and leave between two steps** (*continuous batching*; Yu et al. 2022), each with its own length,
-and no memory to move.
+Writing together is harder, because requests do not come and end together. We want rows to **join
+and leave between two steps** (*continuous batching*; Yu et al. 2022), each with its own length, and
+no memory to move.
 
-The trick is a clock. All rows write into the same slot: the clock modulo the number of slots, as
-the hand of a clock goes round. A row of length $n$ is, wherever the hand stands, *the last $n$
-slots before it*. So a row that joins is copied to the $n$ slots before the hand; a row that leaves
-is simply forgotten; and a slot is visible to a row if its *age*, the steps since it was written, is
-not more than the row's length.
+The trick is a clock. All rows write into the same slot, the clock modulo the number of slots: there
+the hand stands. A row of length $n$ is always *the last $n$ slots before the hand*. So a row that
+joins is copied to the $n$ slots before the hand; a row that leaves is simply forgotten; and a slot
+is visible to a row if its *age*, the steps since it was written, is not more than the row's length.
 
 ```
 slots      0   1   2   3   4   5   6   7        the hand is at 2: age of slot 1 is 1,
@@ -2551,12 +2543,13 @@ programs = {
     "your files": "print(open('/etc/passwd').read())",
     "kill its parent": "import os; os.kill(os.getppid(), 9)",
     "your secrets": "import os; print(os.environ.get('HOME'))",
+    "an early exit": "import sys; sys.exit(0)",
 }
 for name, code in programs.items():
     done = run_python(code, timeout=1.5)
     last = (done.stderr.strip().splitlines() or [done.stdout[:20].strip()])[-1]
     how = "time is up" if done.timed_out else "output cut" if done.truncated else last
-    print(f"{name:16} ok={done.ok!s:6} {how[:70]}")
+    print(f"{name:16} ok={done.ok!s:6} finished={done.finished!s:6} {how[:64]}")
 
 # %%
 #| test
@@ -2693,7 +2686,6 @@ r"""
 - One random generator for a batch: all rows change when one row is added.
 - Keys and values kept across turns while the weights are trained. Forget them (`refresh`).
 - A head padded to a round size has logits for tokens that do not exist. They must not be drawn.
-- Weights kept in float32 and cast in each step: four bytes read and two written, every token.
 - A sandbox that removes functions from modules is not a wall: the program can import them anew.
 - Exit status 0 taken for "all tests passed": `sys.exit(0)` has it too.
 
