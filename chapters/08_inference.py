@@ -306,8 +306,7 @@ $$t_\text{step} \ge \max\left(\frac{\text{bytes}}{\text{bandwidth}},
 $P$ counts the weights that multiply (embeddings are only looked up), $b$ the bytes of a number,
 $B$ the rows of the batch, $T$ the tokens in the cache, $L$ the layers, $d$ the width of the model
 and $d_\text{kv}$ that of its keys. The weights are fetched once for all rows: that is why batches
-pay. Let us measure the two ceilings of this machine and
-put a large model on a large GPU beside it.
+pay. We measure the two ceilings of this machine and put a large model on a large GPU beside it.
 """
 
 
@@ -645,8 +644,8 @@ def evaluate(node: ast.AST, depth: int = 0) -> int | float:
 
 # %% [markdown]
 r"""
-`calculate` stands at the door. It takes thousands commas out of the numbers, but not out of
-quoted text, lets no letters near the parser, and turns every refusal into `None`.
+`calculate` takes thousands commas out of the numbers, but not out of quoted text, lets no letters
+near the parser, and turns every refusal into `None`.
 """
 
 
@@ -1646,7 +1645,8 @@ def request(
 
 # %% [markdown]
 r"""
-The same model can also be asked the other way round: how likely is a text that is already there?
+An engine can also read: how likely does the model find each token of a text that is already there,
+and what did it expect in its place?
 """
 
 
@@ -1688,7 +1688,8 @@ def row_seeds(seed: int | Sequence[int], n: int) -> list[int]:
 
 # %% [markdown]
 r"""
-The front itself has little left to do.
+Both ways of asking make rows. A stream hands its row to the loop when somebody wants the first
+token; a batch hands in all rows and waits for the last one to end.
 """
 
 
@@ -1700,7 +1701,7 @@ class Engine:
     The model is the caller's own, so every change of its weights is seen; `dtype` makes a copy in
     that dtype instead (bfloat16 is best on a GPU), until `refresh()`. At most `max_batch` rows
     decode together. `remember` keeps keys and values of so many finished rows for prompts that
-    continue them: for weights that do not change. `compiled` compiles the step, once, for long.
+    continue them: for weights that do not change. `compiled` compiles the step: many seconds, once.
     """
 
     def __init__(
@@ -1762,7 +1763,7 @@ class Engine:
 
 # %% [markdown]
 r"""
-A fast engine that nobody measures becomes a slow one. `benchmark` times a batch of requests that no
+Is it fast? `benchmark` times a batch of requests that no
 token can stop. The share of the bandwidth compares the bytes that a step cannot avoid with what the
 device can read in that time.
 """
@@ -2079,8 +2080,7 @@ The log-probability in the last column is the model's own, at temperature 1 and 
 as reinforcement learning needs it: the model was sure of what it said, and would never have said
 what was forced.
 
-`token_probabilities` turns the question round: how likely does the model find a text that is
-already there?
+And here is what the model thinks of a sentence that it did not write:
 """
 
 # %%

@@ -941,7 +941,7 @@ class Engine:
     The model is the caller's own, so every change of its weights is seen; `dtype` makes a copy in
     that dtype instead (bfloat16 is best on a GPU), until `refresh()`. At most `max_batch` rows
     decode together. `remember` keeps keys and values of so many finished rows for prompts that
-    continue them: for weights that do not change. `compiled` compiles the step, once, for long.
+    continue them: for weights that do not change. `compiled` compiles the step: many seconds, once.
     """
 
     def __init__(
