@@ -628,8 +628,8 @@ class Prefix:
 
 # %% [markdown]
 r"""
-One function must know what kind of model it has before it. Ours takes
-a `kv_cache`, those of Hugging Face `past_key_values`; anything else reads everything at once.
+One function must know what kind of model it has before it. Ours takes a `kv_cache`, those of
+Hugging Face `past_key_values`; anything else reads everything at once.
 """
 
 
@@ -820,7 +820,7 @@ r"""
 > `shots` and the kind of the task above, and see.
 
 Most of the gain comes from not doing work; the rest from keeping the machine busy, which counts for
-more on a GPU. What matters is the line below it: the same decisions either way.
+more on a GPU. The last line of the cell checks what matters more: the decisions are the same.
 
 A task is now a loop over its items. The choice with the lowest mean loss wins; on an exact tie,
 the first. That rule explains the cold open: to a newborn model all choices are tied, so it always
@@ -1031,7 +1031,8 @@ seven published runs of one nanochat recipe scored from 0.2512 to 0.2677. So a d
 between two single runs shows nothing. Bits per byte is steadier; CORE tells whether the steadier
 number means anything.
 
-Now the two functions people will call: one task, and a list of tasks.
+`evaluate_task` scores one task, `evaluate_core` a list of them, and `summarize` puts the error bar
+on their mean.
 """
 
 
@@ -1425,7 +1426,7 @@ r"""
 The tasks of nanochat's CORE are published as one zip archive of about 160 MB. Three things can be
 wrong with a file from the network, and each has its guard:
 
-- *It is another file*, by accident or by intent. We know the SHA-256 of the right one and compare.
+- *It is another file*. We know the SHA-256 of the right one and compare.
 - *It writes where it should not.* A name inside an archive may be `../../.bashrc`, or a link to
   somewhere else. We accept plain relative names and plain files.
 - *It is a bomb*: a megabyte that unpacks to a terabyte of zeros. The sizes written in an archive
@@ -1784,7 +1785,7 @@ a published one to the last digit. Two published lists differ in the baselines o
 (`commonsense_qa`, `agi_eval_lsat_ar` and `bigbench_language_identification`), so they also give two
 values of CORE for one model; `core.md` shows which were used.
 
-Results are read in a table and in a picture. Both show the interval and the baseline, always.
+Results are read in a table and in a picture. Both show the interval and the baseline.
 """
 
 
@@ -2038,8 +2039,8 @@ for name in ("people: sentences", "places: sentences", "things: sentences"):
 
 # %% [markdown]
 r"""
-A score without its rule is half a number. One more experiment, on shots. We ask the same
-questions about things with 0, 1, 2 and 4 solved examples in front. Everything else stays.
+The two rules give two scores for one model, so a score is told with its rule. What about shots? We
+ask the same questions about things with 0, 1, 2 and 4 solved examples in front.
 """
 
 # %%
@@ -2100,10 +2101,9 @@ assert learned and bpb_after < 0.5 * bpb_before
 
 # %% [markdown]
 r"""
-The loss fell by more than half. Yet in most tasks about facts the model is hardly better than
-guessing: it has learned how texts of this world *sound* before learning what they *say*. Both are
-true of one and the same model, and only the second can be seen in a table like this one. Chapter
-12 trains longer, and the facts arrive.
+The bits per byte fell by more than half. Yet in most tasks about facts the model is hardly better
+than guessing: it has learned how texts of this world *sound* before learning what they *say*, and
+only a table like this one shows it.
 
 ## Has the exam leaked?
 
@@ -2196,7 +2196,7 @@ assert shares[:3].tolist() == [1.0, 0.8, 0.0] and math.isnan(shares[3])
 # %% [markdown]
 r"""
 To see that it finds what it should, we plant a leak: every fifth question about people goes into
-the training text, answer included, in one document among hundreds.
+the training text, answer included, each in one document.
 """
 
 # %%
@@ -2302,10 +2302,9 @@ with a `bootstrap_interval`, and `compare` two models item by item; run `control
 
 **Pitfalls** (all of them happened somewhere)
 - A validation set that moves: "the last shard on disk" is another shard after the next download.
-- Bits per byte with the wrong bytes: measuring the decoded text of a token gives 3 bytes for
-  every broken character. Two figures computed in these two ways are not comparable.
+- Bits per byte with the wrong bytes: the decoded text of a token has 3 bytes for every broken
+  character.
 - Evaluation that depends on the batch size, because means are averaged.
-- Fewer items than shots: nothing to draw from. Here fewer are drawn, with a warning.
 - A scorer nobody checked. Our tests compare ours, item by item, with a slow one written from the
   rules.
 - Results of an older checkpoint, found in the folder and quietly averaged with new ones.

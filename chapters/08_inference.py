@@ -234,8 +234,7 @@ def padded_view(
 
 # %% [markdown]
 r"""
-Does the cache change anything? We feed a text whole, and again in chunks of several sizes; the
-logits must agree.
+Does the cache change anything? We feed a text whole, and in chunks; the logits must agree.
 """
 
 # %%
@@ -696,9 +695,6 @@ for expression in ("7/2", "0.1+0.2", "12/4", "1,234 * 2", "2**10", '"a, b, c".co
 r"""
 Results look as they do in the training data: 3.5, and 0.3 rather than 0.30000000000000004. After a
 refusal no output is forced, and the model has to cope.
-
-*Try it:* find an expression that you think should be refused, and is not. The tests hold more
-than a hundred.
 
 The model writes its call one token at a time. So something must watch the tokens go by, collect
 what stands between the two signs, and say what is to be forced after the second one.
@@ -1957,6 +1953,7 @@ for ax, (name, spans), color in zip(axes, seated.items(), COLORS):
     ax.barh(range(16), [b - a for a, b in spans], left=[a for a, _ in spans], color=color)
     steps = max(last for _, last in spans)
     ax.set_title(f"{name}: {steps} steps, {seconds[name]:.2f} s", fontsize=9, loc="left")
+    ax.set_yticks(range(0, 16, 5))
     ax.invert_yaxis()
     ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
