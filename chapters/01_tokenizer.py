@@ -35,9 +35,9 @@ r"""
   text without ever printing half a character;
 - measure what vocabulary size, digit grouping and training text do to a tokenizer and a model.
 
-**Prerequisites:** Python; chapter 0. **Reading:** 40 minutes. **Running:** about 40 seconds on two
-CPU cores, no GPU, no network. The package `numba` is optional (`pip install nanochat[fast]`): it
-makes training on large texts faster and changes nothing else.
+**Prerequisites:** Python; chapter 0. **Reading:** 40 minutes. **Running:** about half a minute on
+two CPU cores, no GPU, no network. The package `numba` is optional (`pip install nanochat[fast]`):
+it makes training on large texts faster and changes nothing else.
 """
 
 # %% tags=["parameters"]
@@ -255,7 +255,7 @@ print(f"390 MB, 32,503 merges, at this rate: {390e6 * 32503 * one_step / 86400:.
 
 # %% [markdown]
 r"""
-The last line is the size at which we train in earnest, for a GPT of chapter 12.
+The last line is for a real training text and a real vocabulary. We come back to it.
 
 **It merges across words.** Some symbols above contain a space in the middle, or a full stop and
 the beginning of the next sentence. Such symbols waste vocabulary: `dog.`, `dog!` and `dog?` would
@@ -291,8 +291,8 @@ r"""
 Two properties matter. The chunks together are the text, nothing lost and nothing twice. And a word
 takes its space with it, so `cat` at the beginning and ` cat` in the middle are different chunks.
 
-**Try it:** change `sentence`. What happens to a tab? To `2nd`? To a web address?
-
+> **Play.** Change `sentence`. What happens to a tab? To `2nd`? To a web address?
+>
 > **Exercise 1.1.** Change the pattern so that a dot between two digits stays with them (`3.50` is
 > one chunk). What does that do to the number of different chunks in a text full of prices?
 
@@ -316,12 +316,13 @@ The remedy is the same idea once more: *split what is different, not what is the
 spaces is far cheaper than our pattern, so we count words first and run the pattern over different
 words.
 
-May we? A cut is safe if the pattern would have cut there too. Look at a space with a visible
-character after it: every alternative that takes such a space begins with it, and no alternative
-that begins earlier can run past it. So there is always a cut *before* a space that is not followed
-by white space, and we may call whatever lies between two such cuts a word. In prose every space is
-one, and we cut at plain spaces, which is quickest. In program code and verse some space has white
-space or nothing after it; there we first mark the good ones, and some words contain spaces.
+May we? A cut is safe if the pattern would have cut there too. Take `the cat`: every alternative
+that takes a space with a visible character after it begins with that space, and no alternative
+that begins earlier can run past it. So the pattern always cuts before such a space, and we may call
+whatever lies between two such cuts a *word*. In `the  cat`, with two spaces, the first is not safe:
+white space follows it. In prose every space is safe and we cut at plain spaces, which is quickest.
+In program code and verse some are not; there we first mark the safe ones, and some words contain
+spaces.
 
 The counting itself is done by Apache Arrow, the library that also reads our parquet files. It
 keeps a million strings in one block of memory and counts them without making a Python object of
@@ -358,10 +359,8 @@ def _string_array(texts: list[str]) -> pa.StringArray:
 
 # %% [markdown]
 r"""
-`count_words` cuts documents into words and counts them; `count_batches` splits what has to be
-split. There a thousand different words become one string, so that the pattern is called once; we
-find our way back because each word begins with a space and no other chunk does. Words that contain
-a space are rare and go one by one.
+`count_words` cuts documents into words and counts them. The first word of a document has no space
+before it, so it comes back apart.
 """
 
 
@@ -380,6 +379,16 @@ def count_words(batch: pa.StringArray) -> Iterator[tuple[list[str], pa.StructArr
         yield first, pc.list_flatten(pc.list_slice(words, 1)).value_counts()
 
 
+# %% [markdown]
+r"""
+`count_batches` runs the pattern over the different words. A thousand of them become one string, so
+that the pattern is called once; we find our way back because each word begins with a space and no
+other chunk does. Words that contain a space are rare and go one by one.
+"""
+
+
+# %%
+#| export bpe
 def count_batches(batches: Iterable[pa.StringArray], pattern: str = SPLIT_PATTERN) -> Counter[str]:
     """Split texts with the pattern and count each different chunk, in this process.
 
@@ -591,7 +600,7 @@ for places, color, name in (((0, 3, 9), COLORS[0], "th"), ((1, 4), COLORS[1], "h
     for one, other in zip(places, places[1:]):
         ends = dict(xytext=(one + 0.5, 0.95), xy=(other + 0.5, 0.95))
         ax.annotate("", **ends, arrowprops=arrow | {"color": color})
-    ax.text(places[0] + 0.5, 1.15, name, color=color, fontsize=11, ha="center")
+    ax.text(places[-1] + 0.85, 1.1, name, color=color, fontsize=11, ha="center")
 for x in begins[1:]:
     ax.plot([x, x], [-0.15, 1.05], color=COLORS[6], lw=2)
 ax.set(xlim=(-0.2, len(letters) + 0.2), ylim=(-0.6, 2.3))
@@ -846,8 +855,9 @@ machine).
 ## From merges to a tokenizer
 
 A merge is a recipe: symbol 256 is `a` followed by `b`. Written out, each symbol is a string of
-bytes. The table from byte strings to numbers is called the *ranks*, since the number is also the
-order in which merges apply: when two merges are possible, the one learned earlier goes first.
+bytes, a **token**. The table from byte strings to numbers is called the *ranks*, since the number
+is also the order in which merges apply: when two merges are possible, the one learned earlier goes
+first.
 """
 
 
@@ -958,12 +968,9 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 r"""
 ### The class
 
-Everything that other chapters need from a tokenizer, in one place, in two parts: first where a
-tokenizer comes from and goes to, then what it does. `encode` gives ordinary tokens
-only; `special("user_start")` gives the number of a mark. `token_bytes` lists how many bytes each
-token stands for, which chapter 7 needs for bits per byte: special tokens count as 0 bytes, and a
-token that holds half a character counts its real bytes. (The first nanochat measured the decoded
-string, where such a token shows as a replacement sign of three bytes: 193 entries were wrong.)
+Everything that other chapters need from a tokenizer, in one place and in two parts. The first is
+where a tokenizer comes from and goes to: `train`, `save`, `load`, and a `fingerprint` by which two
+tokenizers are compared.
 """
 
 
@@ -1028,6 +1035,16 @@ class TokenizerFiles:
                 f"{str(facts.get('fingerprint'))[:12]}; copy both again or train again."
             )
         return tokenizer
+
+
+# %% [markdown]
+r"""
+The second part is what a tokenizer does. `encode` gives ordinary tokens only;
+`special("user_start")` gives the number of a mark. `token_bytes` lists how many bytes each token
+stands for, which chapter 7 needs for bits per byte: special tokens count as 0 bytes, and a token
+that holds half a character counts its real bytes. (The first nanochat measured the decoded string,
+where such a token shows as a replacement sign of three bytes: 193 entries were wrong.)
+"""
 
 
 # %%
@@ -1163,14 +1180,21 @@ stack, and "building" it hands us its fields. Every opcode that is not on the li
 `REDUCE`, which calls things, is refused.
 """
 
-
 # %%
 #| export
 PUSHED = ("BININT", "BININT1", "BININT2", "BINUNICODE", "SHORT_BINUNICODE")
 PUSHED_BYTES = ("BINBYTES", "SHORT_BINBYTES")
 ENCODING = ("tiktoken.core", "Encoding")  # stands for the class; nothing is imported
 
+# %% [markdown]
+r"""
+The machine has three parts: the `stack`, the places of `marks` in it (a dictionary is filled with
+everything above the last mark), and the `memo`, in which a pickle keeps what it uses again.
+"""
 
+
+# %%
+#| export
 def pickled_fields(data: bytes) -> Any:
     """Return the plain values in a pickle; nothing in it is imported or called.
 
@@ -1350,7 +1374,7 @@ explorer
 
 # %% [markdown]
 r"""
-**Try it:** type in the box. On paper, this is what it shows:
+> **Play.** Type in the box. On paper, this is what it shows:
 """
 
 # %%
@@ -1365,7 +1389,7 @@ learn that they are the same word.
 
 How long are the tokens? The histogram below counts them twice: once as entries of the vocabulary,
 once as they occur in held-out text. Full stops and commas never merge with a word, so single bytes
-are few in the vocabulary and many in the text.
+have a larger share of the text than of the vocabulary.
 """
 
 # %%
@@ -1375,7 +1399,7 @@ entries = Counter(lengths[: tokenizer.bos_id].tolist())
 used = Counter(lengths[flow].tolist())
 xs = range(1, 16)
 fig, ax = figure(
-    "Most tokens have two to six bytes; single bytes are used most",
+    "Most tokens have two to six bytes, in the vocabulary and in use",
     "bytes in the token",
     "share (%)",
     alt="Bars of token length in the vocabulary and in held-out text",
@@ -1434,7 +1458,7 @@ ax.axhline(ceiling, color=COLORS[6], ls=":", label=f"ceiling: whole chunks ({cei
 ax.axhline(1, color=COLORS[3], ls="--", label="bytes (1.00)")
 ax.set_xticks(sizes, sizes)
 ax.minorticks_off()
-ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.92))
+ax.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.55))
 plt.show()
 
 # %% [markdown]
@@ -1703,7 +1727,8 @@ the training text chooses for whom the model is cheap.
 - `.special(name)`, `.bos_id`, `.token_bytes()`, `.fingerprint()`, `.save`, `Tokenizer.load`;
 - `StreamDecoder` for chats, `tokens_as_html` and `token_explorer` for pictures;
 - `read_nanochat_pickle` for tokenizers of the original nanochat;
-- the parts: `count_chunks`, `learn_merges`, `ranks_from_merges`, `SPLIT_PATTERN`.
+- the parts: `count_chunks`, `learn_merges`, `ranks_from_merges`, `SPLIT_PATTERN`,
+  `SPECIAL_TOKENS`.
 
 **Pitfalls**
 
@@ -1715,10 +1740,8 @@ the training text chooses for whom the model is cheap.
 - *Another tokenizer, same size.* Nothing fails, the text is nonsense. Compare fingerprints.
 - *Glitch tokens.* A vocabulary trained on one text and a model trained on another leave entries
   that the model never saw. Train both on the same text.
-- *A pickle from a stranger.* Loading it runs it.
-- *Losses per token* of two tokenizers say nothing about who is better. Bits per byte do.
 
-**Further reading**
+**Readings**
 
 1. P. Gage, "A New Algorithm for Data Compression", The C Users Journal, 1994: the original BPE.
 2. R. Sennrich, B. Haddow, A. Birch, "Neural Machine Translation of Rare Words with Subword Units",
