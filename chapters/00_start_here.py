@@ -424,7 +424,7 @@ generalises better: run `make capstone` and ask that one.
 | documents to batches | [2 Data](02_data.ipynb) | `data` |
 | the function with the knobs | [3 The model](03_model.ipynb) | `model` |
 | how the knobs are turned | [4 The optimizer](04_optimizer.ipynb) | `optim` |
-| the loop, checkpoints, cost | [5 Pretraining](05_pretraining.ipynb) | `train`, `checkpoint`, `budget`, `convert` |
+| the loop | [5 Pretraining](05_pretraining.ipynb) | `train`, `checkpoint`, `budget`, `convert` |
 | (not here) several GPUs | [6 Many processes](06_distributed.ipynb) | `distributed` |
 | bits per byte and exams | [7 Evaluation](07_evaluation.ipynb) | `evaluation`, `core` |
 | writing token by token, tools | [8 Inference](08_inference.ipynb) | `engine`, `sandbox` |
@@ -434,7 +434,7 @@ generalises better: run `make capstone` and ask that one.
 | all stages, larger | [12 The capstone](12_capstone.ipynb) | |
 | (not here) predicting large runs | [A2 Scaling laws](A2_scaling_laws.ipynb) | `scaling` |
 | (not here) speed on GPUs | [A3 Fast kernels](A3_fast_kernels.ipynb) | `kernels` |
-| (not here) one command for all stages | [A4 The recipe of a run](A4_recipe.ipynb) | `recipe`, `report`, `cli` |
+| (not here) one command | [A4 The recipe of a run](A4_recipe.ipynb) | `recipe`, `report`, `cli` |
 
 **How to read.** `make lab` opens JupyterLab on your own copy of the chapters, in the folder
 `work/`: change whatever you like, the originals stay. Each chapter starts with the finished

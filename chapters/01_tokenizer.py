@@ -238,7 +238,7 @@ symbols look like pieces of words after a few rounds. Two things are wrong.
 **It is slow.** Each round walks through the whole text twice to change a little of it. With $M$
 merges and a text of $N$ symbols the work is about $M \times N$. A larger vocabulary only pays with
 more text, so in practice both grow together: twice the vocabulary on twice the text takes four
-times as long. That is quadratic. Let us see it.
+times as long. That is quadratic.
 """
 
 # %%
@@ -459,9 +459,8 @@ imports `nanochat.bpe`, which is why that module does without torch: it starts i
 It reads batches of text from its standard input and writes its counts to its standard output, both
 in Arrow's format, which is plain data: nothing in it can be executed.
 
-Python's own `multiprocessing` would run our main program a second time in each worker (on macOS
-and Windows always), and it cannot find a function that lives in a notebook cell. A plain child
-process has neither trouble.
+Python's own `multiprocessing` would run our main program again in each worker, and it cannot find
+a function that lives in a notebook cell. A plain child process has neither trouble.
 """
 
 
@@ -625,8 +624,7 @@ Ties are broken in a fixed way, smallest pair first, so the result depends on th
 same rule stands in `rustbpe`, the trainer that nanochat uses; our tests compare the two rank for
 rank. One more thing has to be equal: in `aaa` the pair `aa` begins twice, and which one is replaced
 decides what is left. We go from left to right, so positions must stand in their list in ascending
-order. They do so by themselves if we always enter at the end. (A trainer that enters at the front
-learns something slightly different: of 32,768 ranks about 8,600 agree.)
+order. They do so by themselves if we always enter at the end.
 
 The code holds the lists in plain arrays. `earlier[i]` and `later[i]` are the neighbours of position
 `i` in its list. The list of a pair closes to a ring through an entry of its own behind the
@@ -1112,7 +1110,7 @@ class Tokenizer(TokenizerFiles):
 
 # %% [markdown]
 r"""
-Train the one we keep, and look at what it does.
+The tokenizer that the rest of the chapter looks at:
 """
 
 # %%
@@ -1331,8 +1329,8 @@ print("streamed:  ", [stream_decoder.push(i) for i in ids] + [stream_decoder.flu
 r"""
 ## Look at tokens
 
-A picture of tokens tells more than a table. We colour them in turn; hovering shows the id. The
-same helper returns in chapter 9, where it shows which tokens of a conversation are trained on.
+We colour tokens in turn; hovering shows the id. The same helper returns in chapter 9, where it
+shows which tokens of a conversation are trained on.
 """
 
 
@@ -1623,10 +1621,9 @@ for group in ("{1}", "{1,2}", "{1,3}"):
 r"""
 One digit at a time is long. Two are a third shorter, and the hundred pairs are all learned. Three
 look better on paper, but there are over a thousand groups, most of them too rare to earn an entry
-in so small a vocabulary: a number falls apart in a different way each time, and
-the sum is no shorter. With a larger vocabulary the groups of three do become tokens; whether the
-model then calculates better has to be measured. Groups are also cut from the left, so the ones
-and tens of `12345` and `1234` stand in different places. Two digits are a compromise, not a law.
+in so small a vocabulary: a number falls apart in a different way each time, and the sum is no shorter.
+Groups are also cut from the left, so the ones and tens of `12345` and `1234` stand in different
+places. Two digits are a compromise, not a law.
 
 ## Other texts
 
@@ -1734,7 +1731,6 @@ the training text chooses for whom the model is cheap.
 
 - *Special tokens from user text.* A tokenizer that parses `<|assistant_end|>` in what a user types
   lets the user speak as the assistant. Ours cannot.
-- *Counting characters instead of bytes* in `token_bytes` makes bits per byte wrong by a little.
 - *A stale cache.* `tiktoken.load.load_tiktoken_bpe` caches files by path: overwrite the file and
   the old vocabulary comes back. We read the file ourselves.
 - *Another tokenizer, same size.* Nothing fails, the text is nonsense. Compare fingerprints.

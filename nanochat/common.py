@@ -47,7 +47,7 @@ __all__ = [
 class UserError(Exception):
     """A mistake a user can mend: one sentence with what is wrong, what was found, what to do.
 
-    The command line prints the sentence without a traceback and exits with code 2 (chapter 12).
+    The command line prints the sentence without a traceback and exits with code 2 (appendix A4).
     """
 
 
@@ -334,8 +334,8 @@ def figure(
 ) -> tuple[Any, Any]:
     """Return (fig, ax) in the book's style: small, quiet, colour-blind-safe, title = the finding.
 
-    `alt` describes the picture in words; it is kept in the figure's metadata for the printed
-    notebook. A long title takes several lines. Colours after Okabe and Ito (2008).
+    `size` is in inches. `alt` describes the picture in words and is kept as the figure's label
+    (`fig.get_label()`). A long title takes several lines. Colours after Okabe and Ito (2008).
     """
     import matplotlib.pyplot as plt
 
