@@ -1329,8 +1329,7 @@ print("streamed:  ", [stream_decoder.push(i) for i in ids] + [stream_decoder.flu
 r"""
 ## Look at tokens
 
-We colour tokens in turn; hovering shows the id. The same helper returns in chapter 9, where it
-shows which tokens of a conversation are trained on.
+We colour tokens in turn; hovering shows the id.
 """
 
 

@@ -2262,8 +2262,8 @@ with `bos` is at a loss without it. Ours always gives it one.
   must make progress on any length.
 - *Resuming at the nearest group of rows.* nanochat skips to the next one and drops its packing
   buffer, and needs the same number of GPUs. Two such runs cannot be compared.
-- *A garbage collector in the loop.* nanochat met pauses of half a second in Python's; a prefetch
-  hides short ones, and long runs switch it off.
+- *A garbage collector in the loop.* nanochat met pauses of half a second in Python's. A prefetch
+  hides short ones, and chapter 5 spares it most of its work.
 
 **Readings**
 
