@@ -388,7 +388,7 @@ fig, ax = figure(
     "",
     "share of right replies",
     size=(4.6, 2.8),
-    alt="Before SFT no right replies; after SFT most with trained wordings, far fewer with new.",
+    alt="Before SFT no right replies; after SFT nearly all with trained wordings, fewer with new.",
 )
 for number, label in enumerate(("wordings from the training", "control: new wordings")):
     drawn = ax.bar(
@@ -404,9 +404,9 @@ plt.show()
 # %% [markdown]
 r"""
 Look at the control. With the wordings it was trained on, the model is nearly always right; with
-new ones far less often. Much of what it has learnt is the *questions by heart*, not what they ask
-for. The number without its control would have told us a nicer and wrong story, which is why the
-results in this book have one. A larger model, trained longer on more kinds of conversation,
+new ones clearly less often. Much of what it has learnt is the *questions by heart*, not what they
+ask for. The number without its control would have told us a nicer and wrong story, which is why
+the results in this book have one. A larger model, trained longer on more kinds of conversation,
 generalises better: run `make capstone` and ask that one.
 
 > **Exercise 0.1.** Double `sft_steps`. Which of the three bars of the SFT model move, and in which

@@ -1455,7 +1455,7 @@ ax.axhline(ceiling, color=COLORS[6], ls=":", label=f"ceiling: whole chunks ({cei
 ax.axhline(1, color=COLORS[3], ls="--", label="bytes (1.00)")
 ax.set_xticks(sizes, sizes)
 ax.minorticks_off()
-ax.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.55))
+ax.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.46), frameon=False)
 plt.show()
 
 # %% [markdown]
@@ -1620,9 +1620,9 @@ for group in ("{1}", "{1,2}", "{1,3}"):
 r"""
 One digit at a time is long. Two are a third shorter, and the hundred pairs are all learned. Three
 look better on paper, but there are over a thousand groups, most of them too rare to earn an entry
-in so small a vocabulary: a number falls apart in a different way each time, and the sum is no shorter.
-Groups are also cut from the left, so the ones and tens of `12345` and `1234` stand in different
-places. Two digits are a compromise, not a law.
+in so small a vocabulary: a number falls apart in a different way each time, and the sum is no
+shorter. Groups are also cut from the left, so the ones and tens of `12345` and `1234` stand in
+different places. Two digits are a compromise, not a law.
 
 ## Other texts
 

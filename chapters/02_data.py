@@ -190,8 +190,8 @@ validation set moved with each download, and a failed download turned a training
 validation shard without a word. We name the shard in everything that we record, and a missing one
 is an error.
 
-Hub exports often name their splits in the file name (`train-00000-of-00002.parquet`). If a folder
-has such names we obey them, since nothing is guessed then; `test` files are left alone.
+Hub exports often name their splits in the file name (`train-00000-of-00002.parquet`). Where a name
+says `train` or `val` we obey it, since nothing is guessed then; `test` files are left alone.
 """
 
 
@@ -200,15 +200,15 @@ has such names we obey them, since nothing is guessed then; `test` files are lef
 def split_shards(names: Iterable[str]) -> dict[str, list[str]]:
     """Assign shard names to splits: {"train": [...], "val": [...]}, each in name order.
 
-    Files called train*, val* and test* go where they say (test: nowhere). Otherwise, or when no
-    file says val, the last training shard in name order is validation.
+    Files called train*, val* and test* go where they say (test: nowhere); if none is called train*,
+    those that say nothing are for training. If none says val, the last training shard in name
+    order is validation.
     """
-    names = sorted(names)
-    said = {name: re.match(r"(train|val)(idation)?(?![a-z])", Path(name).name) for name in names}
-    train = [name for name in names if said[name] and said[name][1] == "train"]
-    val = [name for name in names if said[name] and said[name][1] == "val"]
-    if not train:
-        train, val = names, []
+    said: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
+    for name in sorted(names):
+        match = re.match(r"(train|val|test)(idation)?(?![a-z])", Path(name).name)
+        said[match[1] if match else ""].append(name)
+    train, val = said["train"] or said[""], said["val"]
     if not val:
         train, val = train[:-1], train[-1:]
     return {"train": train, "val": val}
@@ -1004,8 +1004,8 @@ def open_index(folder: Path, source: Source, tokenizer: Tokenizer, split: str) -
 
 # %% [markdown]
 r"""
-A shard may also disappear later, or be cut short by a copy that was broken off. Because the index knows how many documents each shard holds, we can make that one shard again and
-keep the others.
+A shard may also disappear later, or be cut short by a copy that was broken off. Because the index
+knows how many documents each shard holds, we can make that one shard again and keep the others.
 """
 
 

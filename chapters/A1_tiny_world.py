@@ -2179,7 +2179,7 @@ for name, (x, y) in places.items():
     wild = name in WILDS
     ax.scatter(x, y, s=90, color=COLORS[2 if wild else 1], marker="^" if wild else "s", zorder=3)
     label = f"{name} ({WILDS[name][0]})" if wild else name
-    ax.text(x, y + 0.17, label, fontsize=8, ha="center")
+    ax.text(x, y + 0.17, label, fontsize=8, ha="center", bbox=box, zorder=4)
 ax.set_xlim(-0.6, 3.6)
 ax.set_ylim(-0.4, 3.5)
 ax.set_xticks(range(4))

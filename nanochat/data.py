@@ -147,15 +147,15 @@ def write_shard(path: str | Path, texts: Sequence[str]) -> None:
 def split_shards(names: Iterable[str]) -> dict[str, list[str]]:
     """Assign shard names to splits: {"train": [...], "val": [...]}, each in name order.
 
-    Files called train*, val* and test* go where they say (test: nowhere). Otherwise, or when no
-    file says val, the last training shard in name order is validation.
+    Files called train*, val* and test* go where they say (test: nowhere); if none is called train*,
+    those that say nothing are for training. If none says val, the last training shard in name
+    order is validation.
     """
-    names = sorted(names)
-    said = {name: re.match(r"(train|val)(idation)?(?![a-z])", Path(name).name) for name in names}
-    train = [name for name in names if said[name] and said[name][1] == "train"]
-    val = [name for name in names if said[name] and said[name][1] == "val"]
-    if not train:
-        train, val = names, []
+    said: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
+    for name in sorted(names):
+        match = re.match(r"(train|val|test)(idation)?(?![a-z])", Path(name).name)
+        said[match[1] if match else ""].append(name)
+    train, val = said["train"] or said[""], said["val"]
     if not val:
         train, val = train[:-1], train[-1:]
     return {"train": train, "val": val}
