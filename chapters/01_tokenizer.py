@@ -319,9 +319,9 @@ words.
 May we? A cut is safe if the pattern would have cut there too. Take `the cat`: every alternative
 that takes a space with a visible character after it begins with that space, and no alternative
 that begins earlier can run past it. So the pattern always cuts before such a space, and we may call
-whatever lies between two such cuts a *word*. In `the  cat`, with two spaces, the first is not safe:
-white space follows it. In prose every space is safe and we cut at plain spaces, which is quickest.
-In program code and verse some are not; there we first mark the safe ones, and some words contain
+whatever lies between two such cuts a *word*. Of two spaces in a row the first is not safe: white
+space follows it. In prose every space is safe and we cut at plain spaces, which is quickest. In
+program code and verse some are not; there we first mark the safe ones, and some words contain
 spaces.
 
 The counting itself is done by Apache Arrow, the library that also reads our parquet files. It
@@ -847,8 +847,8 @@ r"""
 
 On 387 MB of real text with a vocabulary of 32,768 the whole training takes 18.5 seconds on two
 cores, `rustbpe`, which is written in Rust, 22.2, and Hugging Face's `tokenizers` 59
-(`benchmarks/RESULTS.md` has the table, and `python benchmarks/tokenizer.py` repeats it on your
-machine).
+(`benchmarks/RESULTS.md` has the table, and `python benchmarks/tokenizer.py --corpus FOLDER` repeats
+it on your machine and text).
 
 ## From merges to a tokenizer
 
