@@ -255,7 +255,7 @@ print(f"390 MB, 32,503 merges, at this rate: {390e6 * 32503 * one_step / 86400:.
 
 # %% [markdown]
 r"""
-The last line is for a real training text and a real vocabulary. We come back to it.
+The last line is for a real training text and a real vocabulary.
 
 **It merges across words.** Some symbols above contain a space in the middle, or a full stop and
 the beginning of the next sentence. Such symbols waste vocabulary: `dog.`, `dog!` and `dog?` would
@@ -819,7 +819,7 @@ plt.show()
 r"""
 The tiny world repeats itself so much that the kept trainer soon has nothing left to learn. So
 here is a text with more different chunks: the manual that comes with Python, and the source code of
-a few of its modules. Both are on your machine already.
+a few of its modules.
 """
 
 # %%

@@ -2030,8 +2030,7 @@ r"""
 Two bytes a token are not much, yet a disk can be full. `TokenStream` tokenises when a window of
 documents is needed and keeps nothing. Everything else stays: packing, state, exact resume. What is
 lost: documents come in the order of the source (only the rows of a window are shuffled), and
-every process tokenises everything, so it suits one GPU, not eight. In a `Prefetch`, whose
-thread works while the GPU does, it keeps up with a small model.
+every process tokenises everything, so it suits one GPU, not eight.
 """
 
 
@@ -2225,9 +2224,8 @@ Three seeds of a tiny run can only hint, and the bars say so. Ten seeds and 150 
 | ... with document masks | -0.055 ± 0.004 | -0.057 ± 0.004 |
 
 First, **the ruler decides**: cropping and padding throw ends away, so they look better on
-beginnings than on whole documents. nanochat's log says the same of its own change: bits per byte
-fell partly artificially. Second, the kept packer wins on whole documents although every step has a
-few slots fewer for text. Padding is behind after 60 steps, when it has seen less text, and ahead
+beginnings than on whole documents. Second, the kept packer wins on whole documents although every
+step has a few slots fewer for text. Padding is behind after 60 steps, when it has seen less text, and ahead
 of concatenating after 150, perhaps because most of its rows hold one document only. Masks give
 that to every row, and gain most: our documents are short, and neighbours in a row have nothing to
 do with each other. On web text, where rows hold one or two, nanochat found no gain from masks.
@@ -2255,8 +2253,8 @@ with `bos` is at a loss without it. Ours always gives it one.
 
 - *A validation set that moves* with the files that happen to be there. Name the shard, and print a
   hash of what is judged.
-- *A new packer that improves the loss*, because its rows are easier to predict. Judge the old and
-  the new one on one ruler.
+- *A new packer that improves the loss*, partly because its rows are easier to predict, as nanochat
+  says of its own. Judge the old and the new one on one ruler.
 - *A document longer than a row.* nanochat's packer for conversations cut nothing: with short rows
   its buffer filled up with conversations that never fit, and the loss became NaN (0/0). A packer
   must make progress on any length.
