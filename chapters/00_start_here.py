@@ -379,7 +379,7 @@ plt.show()
 # %% [markdown]
 r"""
 Then the right replies, with the wordings that were trained and, as a control, with those that were
-kept out. Each bar stands on a dozen questions, so one reply moves it by about eight points.
+kept out. A bar stands on about a dozen questions, so one reply moves it by eight points or so.
 """
 
 # %%

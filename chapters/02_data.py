@@ -2225,10 +2225,10 @@ Three seeds of a tiny run can only hint, and the bars say so. Ten seeds and 150 
 
 First, **the ruler decides**: cropping and padding throw ends away, so they look better on
 beginnings than on whole documents. Second, the kept packer wins on whole documents although every
-step has a few slots fewer for text. Padding is behind after 60 steps, when it has seen less text, and ahead
-of concatenating after 150, perhaps because most of its rows hold one document only. Masks give
-that to every row, and gain most: our documents are short, and neighbours in a row have nothing to
-do with each other. On web text, where rows hold one or two, nanochat found no gain from masks.
+step has a few slots fewer for text. Padding is behind after 60 steps, when it has seen less text,
+and ahead of concatenating after 150, perhaps because most of its rows hold one document only. Masks
+give that to every row, and gain most: our documents are short, and neighbours in a row have nothing
+to do with each other. On web text, where rows hold one or two, nanochat found no gain from masks.
 That is why `TokenBatches` passes the boundaries on and does not insist.
 
 The same check at the size of the laptop capstone (depth 4, 2.5 million tokens, one seed each):
