@@ -523,12 +523,12 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the device multiplies it in hardware, float32 elsewhere.
 
-    In hardware means CUDA with compute capability 8.0 or more, or a CPU with AMX tiles.
+    In hardware means CUDA with compute capability 8.0 or more, or a CPU with AVX-512 BF16 or AMX.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    if device.type == "cpu" and has_amx():
+    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if device.type == "cpu" and has_bfloat16():
         return torch.bfloat16
     return torch.float32
 
