@@ -182,7 +182,9 @@ def normalise(outputs: list[dict], places: dict[str, str]) -> list[dict]:
             else:
                 clean.append(output)
             continue
-        output["metadata"], data = {}, output.get("data", {})
+        alt = output["metadata"].get("image/png", {}).get("alt")
+        output["metadata"] = {"image/png": {"alt": alt}} if alt else {}
+        data = output.get("data", {})
         if data.pop(WIDGET, None) is not None and set(data) <= {"text/plain"}:
             data["text/plain"] = "(a widget: run this cell to use it)"
         for kind, value in data.items():

@@ -53,10 +53,26 @@ def peak_memory():
         thread.join()
 
 
+ALT_TEXT = """
+def alt_text(figure, include=None, exclude=None):
+    return {}, {"image/png": {"alt": figure.get_label()}}
+
+pictures = get_ipython().display_formatter.mimebundle_formatter
+pictures.for_type_by_name("matplotlib.figure", "Figure", alt_text)
+del alt_text, pictures
+"""
+
+
 @contextlib.contextmanager
 def kernel_environment(book: Book, folder: str):
-    """Offline, this book's package first, inline figures, and no personal IPython settings."""
+    """Offline, this book's package first, inline figures, and no personal IPython settings.
+
+    A figure's label goes beside its picture as alt text.
+    """
     old = dict(os.environ)
+    startup = Path(folder, ".ipython", "profile_default", "startup")
+    startup.mkdir(parents=True)
+    (startup / "alt_text.py").write_text(ALT_TEXT, encoding="utf-8")
     path = os.pathsep.join(filter(None, [str(book.root), old.get("PYTHONPATH")]))
     os.environ.update(PYTHONPATH=path, HF_HUB_OFFLINE="1", IPYTHONDIR=f"{folder}/.ipython")
     os.environ.update(MPLBACKEND="module://matplotlib_inline.backend_inline")

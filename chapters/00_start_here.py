@@ -901,8 +901,9 @@ def figure(
 ) -> tuple[Any, Any]:
     """Return (fig, ax) in the book's style: small, quiet, colour-blind-safe, title = the finding.
 
-    `size` is in inches. `alt` describes the picture in words and is kept as the figure's label
-    (`fig.get_label()`). A long title takes several lines. Colours after Okabe and Ito (2008).
+    `size` is in inches. `alt` describes the picture in words; it is kept as the figure's label,
+    and printed notebooks have it as alt text. A long title takes several lines. Colours after Okabe
+    and Ito (2008).
     """
     import matplotlib.pyplot as plt
 
