@@ -289,8 +289,7 @@ for _loss, _grad in _found[1:]:
 # %% [markdown]
 r"""
 > **Exercise 5.1.** A micro-batch in which *no* target counts has a mean loss of 0/0. What does
-> `accumulate_gradients` make of it, and what would the mean of means have made? *(Predict both,
-> then try them on the pieces of the test.)*
+> `accumulate_gradients` make of it, and what would the mean of means have made? *(Predict first.)*
 
 ## 3. Numbers of 16 and of 32 bits
 
@@ -365,8 +364,8 @@ r"""
 So we keep **master weights** in float32 and multiply in the fast format. `Linear` of chapter 3
 does that: it casts its weight to the type of its input. Whoever trains sets
 `model.compute_dtype = pick_dtype(device)` and is done. (The small runs of this chapter stay in
-float32, so that they come out alike everywhere.) The older 16-bit format, float16, has
-precision but little range; its gradients vanish unless the loss is scaled up first. We leave it.
+float32, so that they come out alike everywhere.) The older format, float16, has little range: its
+gradients vanish unless the loss is scaled up. We leave it.
 
 ## 4. The rate, and its fall
 
@@ -418,8 +417,8 @@ for name, losses in found.items():
 # %% [markdown]
 r"""
 Low rates do not get far in so few steps; high ones bounce. The fall lets a run be bold first and
-exact later. It also means that **the loss of an unfinished run is no forecast**, since a part of
-the gain comes at the end, and that a run must know its length before it starts.
+exact later. So **the loss of an unfinished run is no forecast**, since a part of the gain comes at
+the end, and a run must know its length before it starts.
 
 > **Play.** Make `sweep_steps` four times as large. Where does the best rate go?
 
@@ -597,9 +596,8 @@ class Meter:
 
     def add(self, **step: Any) -> None:
         """Take a step that has been handed to the device; read the one before."""
-        self.pending, before = step, self.pending
-        if before:
-            self.read(**before)
+        self.settle()
+        self.pending = step
         if self.world.device.type != "cuda":  # the work is done: nothing to overlap with
             self.settle()
 
@@ -665,7 +663,7 @@ import ctypes, resource, sys, time
 import numpy as np
 if sys.argv[1] == "keep":
     library = ctypes.CDLL(None)
-    library.mallopt(-3, 2**30), library.mallopt(-1, 2**31 - 1)
+    library.mallopt(-3, 2**30), library.mallopt(-1, 2**31 - 1)  # as keep_freed_memory does
 began = time.process_time()
 for _ in range(50):
     np.ones(2**22)  # 32 MiB, freed at once
@@ -816,7 +814,7 @@ r"""
 The loss in nats per token depends on the tokenizer: longer tokens are fewer, and each is harder to
 guess. **Bits per byte** takes that out. It divides the nats of all targets by the bytes that they
 stand for, and by $\ln 2$. Special tokens stand for no bytes and are left out. (Chapter 7 exports
-this function; here is its core.)
+this function.)
 """
 
 
@@ -877,27 +875,12 @@ class Shuffled:
 
 model, batches = GPT(config), TokenBatches(train, 8, 128)
 began = time.perf_counter()
-evaluate = lambda step: validate(model)  # noqa: E731
-result = fit(
-    model,
-    build_optimizer(model),
-    batches,
-    steps,
-    log=log.bind(run="text"),
-    label="text",
-    evaluate=evaluate,
-    eval_every=steps // 4,
-)
+options = dict(log=log.bind(run="text"), label="text")
+options |= dict(evaluate=lambda step: validate(model), eval_every=steps // 4)
+result = fit(model, build_optimizer(model), batches, steps, **options)
 took = time.perf_counter() - began
-other = GPT(config)
-fit(
-    other,
-    build_optimizer(other),
-    Shuffled(),
-    control_steps,
-    log=log.bind(run="control"),
-    label="control",
-)
+other, options = GPT(config), dict(log=log.bind(run="control"), label="control")
+fit(other, build_optimizer(other), Shuffled(), control_steps, **options)
 print(f"forecast {steps * fastest:.0f} s, it took {took:.0f} s with five evaluations")
 print(f"that is {result['tokens_per_second'] / 1024 * flops / 1e9:.0f} GFLOP per second")
 
@@ -1080,8 +1063,7 @@ r"""
 `GLOBAL` looks up any function of any module by name, `REDUCE` calls it. These names are harmless.
 But whoever made the file chose them, and could have chosen `os system` and a command: **loading a
 pickle runs it**, and checkpoints are passed around between strangers. (PyTorch's
-`weights_only=True` allows a list of names only. That is better; a format without instructions is
-better still.)
+`weights_only=True` allows a list of names only; a format without instructions is safer still.)
 
 The second flaw is that while `torch.save` writes over the old file, there is no good file:
 """
@@ -1142,11 +1124,10 @@ What belongs into a checkpoint? Everything that the rest of the run depends on:
 |---|---|
 | the parameters | `model.safetensors` |
 | the optimizer's memory: momentum, squares, step counts | `optimizer.safetensors` |
-| the place in the data, one integer (chapter 2) | `meta.json`, written by the caller |
-| the step, from which rate and momentum follow | `meta.json` |
-| the sizes of the model, the fingerprint of the tokenizer | `meta.json` |
+| the place in the data (chapter 2), the tokenizer's fingerprint | `meta.json`, from the caller |
+| the step, from which rate and momentum follow; the model's sizes | `meta.json` |
 | the state of random generators | nowhere: all draws depend on seed and position |
-| what the files should be, a SHA-256 of each | `meta.json` |
+| a SHA-256 of each file | `meta.json` |
 
 The last line is for what no rename can prevent: a disk that flips a bit, a copy that was cut off. A
 file that is not the one we wrote is refused when it is loaded.
@@ -1847,7 +1828,6 @@ the table above, with what the additions of chapter 3 bring.
 # %%
 #| export budget
 import bisect
-import contextlib
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -2031,16 +2011,15 @@ def step_fits(run: torch.nn.Module, model: GPT, rows: int, reserve: int = 0) -> 
     `reserve` bytes are held meanwhile, for what is not there yet (the optimizer's state). `run` is
     the model, perhaps compiled. Leaves no gradients behind.
     """
-    idx, enough = None, True
-    with contextlib.ExitStack() as stack:
-        stack.callback(model.zero_grad, set_to_none=True)
-        try:
-            held = torch.empty(reserve, dtype=torch.uint8, device=model.device)
-            idx = torch.zeros(rows, model.config.seq_len, dtype=torch.int64, device=model.device)
-            run(idx, idx, reduction="sum").backward()
-            del held
-        except torch.OutOfMemoryError:
-            enough = False
+    held, enough = None, True
+    try:
+        held = torch.empty(reserve, dtype=torch.uint8, device=model.device)
+        idx = torch.zeros(rows, model.config.seq_len, dtype=torch.int64, device=model.device)
+        run(idx, idx, reduction="sum").backward()
+    except torch.OutOfMemoryError:
+        enough = False
+    del held
+    model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()  # does nothing without a GPU
     return enough
 
@@ -2082,7 +2061,11 @@ GRID_GRAMS = 436.0  # g CO2 for a kWh: world's mean of 2022, Ember, Global Elect
 
 
 def footprint(
-    seconds: float, devices: int = 1, price: float = 3.0, watts: float = 1300.0, grid=GRID_GRAMS
+    seconds: float,
+    devices: int = 1,
+    price: float = 3.0,
+    watts: float = 1300.0,
+    grid: float = GRID_GRAMS,
 ) -> dict[str, float]:
     """Return hours, dollars, kWh and kg of CO2 of a run that takes so many seconds.
 
@@ -2132,7 +2115,7 @@ blocks grow with its cube, the tokens with the weights, and the cost with their 
 head, which grows more slowly, dampens that. Depth 24 costs forty times as much as depth 12. Small
 models come out worse than the table on a GPU: their matrices are too small to keep it busy.
 
-## 11. What was predicted, and what came
+## 11. Muon against AdamW, forecast against run
 
 Is the optimizer of chapter 4 worth its price? Muon's steps cost more than AdamW's, so the fair
 comparison is not at equal steps but at equal *time*. We train the model of section 6 with Muon for
@@ -2207,9 +2190,8 @@ r"""
 
 `nanochat` can now
 
-- train: `fit`, with `accumulate_gradients`, `SingleProcess` and its helpers (`Gradients`,
-  `EarlyWarnings`, `Meter`), shown in a browser by `open_tracker` and `TrackedLog` (all in
-  `nanochat.train`);
+- train: `fit` and what it is made of, `accumulate_gradients`, `SingleProcess`, `Gradients`,
+  `EarlyWarnings`, `Meter`, with `open_tracker` and `TrackedLog` for a browser (`nanochat.train`);
 - lose the machine: `save_checkpoint`, `load_checkpoint`, `BackgroundSaver`, `saved_steps`,
   `latest_step`, `best_step` (`nanochat.checkpoint`);
 - say beforehand what a run takes: `memory_estimate`, `peak_bytes`, `largest_that_fits`,
