@@ -712,11 +712,11 @@ def fit(
 ) -> dict[str, float]:
     """Train for n_steps optimizer steps: the one loop of pretraining, midtraining and SFT.
 
-    `batches.next()` gives (inputs, targets), each (B, T) int64. `schedule(step, n_steps)` is the
-    factor on every rate; Muon's momentum and decay follow chapter 4. `evaluate(step)` returns
-    metrics to log, every `eval_every` steps and at the end; `save(step)` keeps a checkpoint after
-    that many steps. `start_step` resumes. Events "step", "eval" and "warning" go to `log`. Returns
-    the last loss and the speed. Raises UserError when the loss is no longer a number.
+    A step takes `accumulation` pairs (inputs, targets) from `batches.next()`, each (B, T) int64.
+    `schedule(step, n_steps)` is the factor on every rate; momentum and decay follow chapter 4.
+    `evaluate(step)` returns metrics to log, every `eval_every` steps and at the end; `save(step)`
+    keeps a checkpoint after so many steps; `start_step` resumes. Events "step", "eval", "warning"
+    go to `log`. Returns the last loss (nats) and the speed. UserError if the loss is not finite.
     """
     world, log = world or SingleProcess(model.device), log or MetricsLog(None)
     if model.device.type == "cpu":
@@ -2156,7 +2156,7 @@ for name, value in ended.items():
 fig, ax = figure(
     "At equal time Muon is ahead, though its steps are dearer",
     "seconds of processor time",
-    "loss (nats per token, mean of 9 steps)",
+    "nats per token, mean of 9 steps",
     alt="Falling curves over time; that of Muon lies below those of AdamW, or on the lower one.",
 )
 for name, (times, losses) in curves.items():
@@ -2212,10 +2212,13 @@ r"""
 
 **Readings**
 
-- McCandlish et al., *An Empirical Model of Large-Batch Training* (2018): the noise of gradients and
-  the useful size of a batch.
-- Micikevicius et al., *Mixed Precision Training* (2017): master weights.
-- Hoffmann et al., *Training Compute-Optimal Large Language Models* (2022): tokens per parameter.
-- Chowdhery et al., *PaLM* (2022): FLOPs and utilisation.
-- Karpathy, *nanochat* (2025): the rules of section 8, with the log of the experiments behind them.
+- McCandlish et al., [An Empirical Model of Large-Batch Training](https://arxiv.org/abs/1812.06162)
+  (2018): the noise of gradients and the useful size of a batch.
+- Micikevicius et al., [Mixed Precision Training](https://arxiv.org/abs/1710.03740) (2017): master
+  weights.
+- Hoffmann et al., [Training Compute-Optimal Large Language
+  Models](https://arxiv.org/abs/2203.15556) (2022): tokens per parameter.
+- Chowdhery et al., [PaLM](https://arxiv.org/abs/2204.02311) (2022): FLOPs and utilisation.
+- Karpathy, [nanochat](https://github.com/karpathy/nanochat) (2025): the rules of section 8, with
+  the log of the experiments behind them.
 """

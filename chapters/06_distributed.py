@@ -107,8 +107,7 @@ r"""
 
 A training job on several GPUs is several copies of one program. Each copy is a **process** with its
 own memory and, usually, its own GPU. Each has a number, its **rank**, from 0 to `world_size - 1`.
-That number is all that tells the copies apart. (People also say "rank" for the process itself, and
-so do we.)
+That number is all that tells the copies apart, and we call the process itself a rank, too.
 
 Processes share nothing, so they must send messages. We do not write those messages one by one. We
 use **collectives**: operations that all ranks call at the same time, each with its own tensor.
@@ -154,6 +153,7 @@ ax.set(
     yticklabels=["rank 1", "rank 0"],
 )
 ax.grid(False)
+ax.spines[:].set_visible(False)
 plt.show()
 
 # %% [markdown]
@@ -286,7 +286,7 @@ def exchange(store: dist.Store, key: str, rank: int, n_ranks: int, value: Any) -
 
 # %% [markdown]
 r"""
-`ProcessGroup` puts these together. Its first three methods are those of `SingleProcess`.
+`ProcessGroup` puts these together.
 """
 
 
@@ -444,8 +444,7 @@ def report_errors() -> None:
 
 # %% [markdown]
 r"""
-The traceback has reached the file. Now the two refusals: a mistake is not tried again, and a rank
-does not outlive its launcher.
+A mistake is not tried again, and a rank does not outlive its launcher:
 """
 
 
@@ -1120,7 +1119,6 @@ its buckets became full, and from then on that is the order for all.
 *Compilation.* `torch.compile` makes one graph of a model, and its backward pass hands all gradients
 over at the end: there is nothing left to overlap with. Chapter 5's trainer compiles the whole
 model, so in the recipe only the exchange of weights overlaps, with the optimizer.
-(`benchmarks/distributed.py` can compile block by block, so that gradients come block by block.)
 
 *Size.* A small bucket starts early and pays the start-up time; a large one is efficient and starts
 late. AdamW's small tensors share one bucket. A bucket of Muon holds at least one matrix for each
@@ -1390,7 +1388,7 @@ r"""
 ## 8. Models that outgrow one GPU
 
 Weights and gradients are still whole on every rank: 8 bytes a parameter. A model of 30 billion
-parameters needs 240 GB for them, and no GPU has that. The remedy is to cut the weights too: each
+parameters needs 240 GB for them, and an H200 has 141. The remedy is to cut the weights too: each
 rank stores `1 / n` of the rows of every matrix, and collects the rest just before it is needed.
 
 PyTorch calls this **FSDP** (fully sharded data parallel); it is stage 3 of ZeRO. A parameter that
@@ -1476,6 +1474,38 @@ def recut(rows: Tensor, like: Tensor, n: int, start: int, end: int) -> Tensor:
     return cut.redistribute(placements=[Shard(end)]).to_local()
 
 
+# %% [markdown]
+r"""
+Who owns what follows from the cuts: of AdamW's tensors the rows that FSDP has left on a rank, of
+`k` stacked matrices the ones that `recut` brings.
+"""
+
+
+# %%
+#| export
+def share_rows(groups: list[dict[str, Any]], n_ranks: int) -> list[list[list[Piece]]]:
+    """Share parameters out as `fully_shard` and `recut` cut them; [group][rank] -> pieces.
+
+    AdamW's tensors are cut by rows, as many on each rank (the last has fewer, or none). Muon's
+    matrices stay whole and go to the ranks in order, as many to each.
+    """
+    shares = []
+    for group in groups:
+        params, share = group["params"], [[] for _ in range(n_ranks)]
+        many = -(-len(params) // n_ranks)  # matrices a rank, and below rows a rank, rounded up
+        for i, param in enumerate(params):
+            if group["kind"] == "muon":
+                share[i // many].append(Piece(param, 0, param.numel()))
+                continue
+            height = param.shape[0]
+            row, rows = param.numel() // height, -(-height // n_ranks)
+            for rank in range(-(-height // rows)):
+                stop = min((rank + 1) * rows, height)
+                share[rank].append(Piece(param, rank * rows * row, stop * row))
+        shares.append(share)
+    return shares
+
+
 # %%
 #| export
 class FullyShardedMuonAdamW(ShardedMuonAdamW):
@@ -1487,21 +1517,7 @@ class FullyShardedMuonAdamW(ShardedMuonAdamW):
 
     def __init__(self, param_groups: list[dict[str, Any]], world: Any):
         MuonAdamW.__init__(self, param_groups)
-        self.world, n = world, world.world_size
-        self.shares = []
-        for group in self.param_groups:
-            params, share = group["params"], [[] for _ in range(n)]
-            many = -(-len(params) // n)  # matrices a rank, and below rows a rank, rounded up
-            for i, param in enumerate(params):
-                if group["kind"] == "muon":
-                    share[i // many].append(Piece(param, 0, param.numel()))
-                    continue
-                height = param.shape[0]
-                row, rows = param.numel() // height, -(-height // n)
-                for rank in range(-(-height // rows)):
-                    stop = min((rank + 1) * rows, height)
-                    share[rank].append(Piece(param, rank * rows * row, stop * row))
-            self.shares.append(share)
+        self.world, self.shares = world, share_rows(self.param_groups, world.world_size)
 
     def overlap(self, passes: int = 1) -> None:
         """Do nothing: FSDP sends gradients while the backward pass runs, in every pass."""
@@ -1563,14 +1579,19 @@ sys.argv = argv
 alone = json.loads(captured.getvalue())
 print(len(runs), "records from two ranks, and one from one process")
 
+
 # %%
+def distance(run):
+    """The largest difference of a weight in the sample from that of the one process."""
+    return max(abs(a - b) for a, b in zip(run["sample"], alone["sample"]))
+
+
 by_way = {run["way"]: run for run in runs if run["rank"] == 0}
 print(f"{'':12} last loss  off one process  off other rank   state a rank (MB)  weights kept (MB)")
 for way, run in {"one process": alone, **by_way}.items():
-    error = max(abs(a - b) for a, b in zip(run["sample"], alone["sample"]))
     both = [r for r in [*runs, alone] if r["way"] == run["way"]]
     state, kept = (" and ".join(f"{r[k] / 1e6:.2f}" for r in both) for k in ("state", "weights"))
-    row = f"{way:12}{run['losses'][-1]:10.4f}{error:17.1e}{2 * run['gap']:16.1e}"
+    row = f"{way:12}{run['losses'][-1]:10.4f}{distance(run):17.1e}{2 * run['gap']:16.1e}"
     print(f"{row}{state:>20}{kept:>19}")
 
 # %%
@@ -1589,19 +1610,15 @@ ax.plot(alone["losses"], color=COLORS[6], linewidth=5, alpha=0.3, label="one pro
 styles = {"averaged": "-", "overlapped": ":", "cut": "-.", "no exchange": "--"}
 for color, (way, style) in zip(COLORS, styles.items()):
     ax.plot(by_way[way]["losses"], color=color, linestyle=style, label=f"two processes, {way}")
+ax.set_xticks(range(0, n_steps, 5))
 ax.legend(fontsize=7)
 plt.show()
 
-
 # %%
-def distance(way):
-    return max(abs(a - b) for a, b in zip(by_way[way]["sample"], alone["sample"]))
-
-
 for way in ("averaged", "sharded", "overlapped", "cut"):
-    assert distance(way) < 1e-3 and by_way[way]["gap"] == 0
+    assert distance(by_way[way]) < 1e-3 and by_way[way]["gap"] == 0
 assert by_way["sharded"]["early"] == 0 < by_way["overlapped"]["early"]
-assert by_way["no exchange"]["gap"] > 1e-2 and distance("uneven") > 1e-2
+assert by_way["no exchange"]["gap"] > 1e-2 and distance(by_way["uneven"]) > 1e-2
 
 # %% [markdown]
 r"""
@@ -1930,8 +1947,6 @@ prediction beside them, and has not run on GPUs yet.
   ranks clip by different factors, and the mean is not the clipped mean.
 - The optimizer's state saved by rank 0 only, while every rank held another part of it: such a
   checkpoint cannot be resumed.
-- A parameter count that does not divide by the number of ranks. Ours need not: the last piece is
-  shorter, and padding is never read.
 - Threads: two ranks with eight threads each on eight cores. Set `OMP_NUM_THREADS`; `launch` does.
 - Results that depend on the number of ranks because each rank *draws* its own data. Draw globally,
   then take your share, as `TokenBatches` of chapter 2 does.

@@ -78,6 +78,7 @@ __all__ = [
     "setup",
     "shard_model",
     "share_out",
+    "share_rows",
     "start_all_gather",
     "start_reduce_scatter",
     "step_range",
@@ -867,6 +868,29 @@ def recut(rows: Tensor, like: Tensor, n: int, start: int, end: int) -> Tensor:
     return cut.redistribute(placements=[Shard(end)]).to_local()
 
 
+def share_rows(groups: list[dict[str, Any]], n_ranks: int) -> list[list[list[Piece]]]:
+    """Share parameters out as `fully_shard` and `recut` cut them; [group][rank] -> pieces.
+
+    AdamW's tensors are cut by rows, as many on each rank (the last has fewer, or none). Muon's
+    matrices stay whole and go to the ranks in order, as many to each.
+    """
+    shares = []
+    for group in groups:
+        params, share = group["params"], [[] for _ in range(n_ranks)]
+        many = -(-len(params) // n_ranks)  # matrices a rank, and below rows a rank, rounded up
+        for i, param in enumerate(params):
+            if group["kind"] == "muon":
+                share[i // many].append(Piece(param, 0, param.numel()))
+                continue
+            height = param.shape[0]
+            row, rows = param.numel() // height, -(-height // n_ranks)
+            for rank in range(-(-height // rows)):
+                stop = min((rank + 1) * rows, height)
+                share[rank].append(Piece(param, rank * rows * row, stop * row))
+        shares.append(share)
+    return shares
+
+
 class FullyShardedMuonAdamW(ShardedMuonAdamW):
     """MuonAdamW for a model that `shard_model` has cut: it keeps state for what a rank owns.
 
@@ -876,21 +900,7 @@ class FullyShardedMuonAdamW(ShardedMuonAdamW):
 
     def __init__(self, param_groups: list[dict[str, Any]], world: Any):
         MuonAdamW.__init__(self, param_groups)
-        self.world, n = world, world.world_size
-        self.shares = []
-        for group in self.param_groups:
-            params, share = group["params"], [[] for _ in range(n)]
-            many = -(-len(params) // n)  # matrices a rank, and below rows a rank, rounded up
-            for i, param in enumerate(params):
-                if group["kind"] == "muon":
-                    share[i // many].append(Piece(param, 0, param.numel()))
-                    continue
-                height = param.shape[0]
-                row, rows = param.numel() // height, -(-height // n)
-                for rank in range(-(-height // rows)):
-                    stop = min((rank + 1) * rows, height)
-                    share[rank].append(Piece(param, rank * rows * row, stop * row))
-            self.shares.append(share)
+        self.world, self.shares = world, share_rows(self.param_groups, world.world_size)
 
     def overlap(self, passes: int = 1) -> None:
         """Do nothing: FSDP sends gradients while the backward pass runs, in every pass."""

@@ -249,11 +249,11 @@ def fit(
 ) -> dict[str, float]:
     """Train for n_steps optimizer steps: the one loop of pretraining, midtraining and SFT.
 
-    `batches.next()` gives (inputs, targets), each (B, T) int64. `schedule(step, n_steps)` is the
-    factor on every rate; Muon's momentum and decay follow chapter 4. `evaluate(step)` returns
-    metrics to log, every `eval_every` steps and at the end; `save(step)` keeps a checkpoint after
-    that many steps. `start_step` resumes. Events "step", "eval" and "warning" go to `log`. Returns
-    the last loss and the speed. Raises UserError when the loss is no longer a number.
+    A step takes `accumulation` pairs (inputs, targets) from `batches.next()`, each (B, T) int64.
+    `schedule(step, n_steps)` is the factor on every rate; momentum and decay follow chapter 4.
+    `evaluate(step)` returns metrics to log, every `eval_every` steps and at the end; `save(step)`
+    keeps a checkpoint after so many steps; `start_step` resumes. Events "step", "eval", "warning"
+    go to `log`. Returns the last loss (nats) and the speed. UserError if the loss is not finite.
     """
     world, log = world or SingleProcess(model.device), log or MetricsLog(None)
     if model.device.type == "cpu":
