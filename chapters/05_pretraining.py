@@ -91,6 +91,7 @@ from nanochat.optim import MuonAdamW, decay_multiplier, lr_multiplier, muon_mome
 
 # %%
 import copy
+import os
 import subprocess
 import sys
 
@@ -654,7 +655,8 @@ r"""
 The other is the operating system. A step allocates activations and frees them again. On Linux,
 large blocks go back to the system at once, and for the next step it must find new pages and fill
 each with zeros, so that no program can read what another left behind. `keep_freed_memory` of
-chapter 0 asks the C library to keep the blocks. The same fifty arrays, in two small programs:
+chapter 0 asks the C library to keep the blocks. Two small programs make the same fifty arrays, of
+8,192 pages each:
 """
 
 # %%
@@ -672,9 +674,11 @@ print(f"{sys.argv[1]:>6}: {1000 * (time.process_time() - began) / 50:.1f} ms an 
       f"{faults:,} pages asked for")
 """
 if sys.platform == "linux":
+    small_pages = {**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0"}  # as torch has them
     for how in ("return", "keep"):
-        run = [sys.executable, "-c", program, how]
-        print(subprocess.run(run, capture_output=True, text=True).stdout.rstrip())
+        command = [sys.executable, "-c", program, how]
+        done = subprocess.run(command, env=small_pages, capture_output=True, text=True)
+        print(done.stdout.rstrip())
 
 # %% [markdown]
 r"""
