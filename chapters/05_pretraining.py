@@ -124,10 +124,10 @@ for step in range(10):
 
 # %% [markdown]
 r"""
-It works, and for a tiny model it would do. What it lacks shows when a run gets long and dear: the
-batch must fit into memory at once, all arithmetic is done in 32 bits, the rate never changes, the
-losses are printed and gone, a dead process loses everything, and nobody knew beforehand how long it
-would take. The following sections mend these in turn.
+It works. What it lacks shows when a run gets long and dear: the batch must fit into memory at once,
+all arithmetic is done in 32 bits, the rate never changes, the losses are printed and gone, a dead
+process loses everything, and nobody knew beforehand how long it would take. The following sections
+mend these in turn.
 
 ## 2. The batch
 
@@ -2207,8 +2207,7 @@ r"""
 - *Counting micro-batches as steps.* With accumulation, one project's fine-tuning ran past the end
   of its schedule to a rate of minus 127 times the base rate, and the run "succeeded". `fit` counts
   optimizer steps only.
-- *The mean of means.* It turns wrong silently when masks arrive. A fully masked micro-batch even
-  gives 0/0.
+- *The mean of means.* It turns wrong silently when masks arrive.
 - *A speed without the accumulation.* A user saw 594 tokens per second where it was many times
   that: the count left out the micro-batches. Count trained tokens, as the loss does.
 - *Resuming "about there".* Skipping to the next file, or losing the optimizer's memory, gives a run

@@ -1766,11 +1766,10 @@ for step in range(start, n_steps):
     if (step + 1) % 4 == 0:
         save_together(world, folder, step + 1, model, optimizer, {})
 """)
-
-# %%
 done = []
 
 
+# %%
 def note(line):
     if line.startswith("["):
         done.append(json.loads(line))
@@ -1947,7 +1946,6 @@ prediction beside them, and has not run on GPUs yet.
   ranks clip by different factors, and the mean is not the clipped mean.
 - The optimizer's state saved by rank 0 only, while every rank held another part of it: such a
   checkpoint cannot be resumed.
-- Threads: two ranks with eight threads each on eight cores. Set `OMP_NUM_THREADS`; `launch` does.
 - Results that depend on the number of ranks because each rank *draws* its own data. Draw globally,
   then take your share, as `TokenBatches` of chapter 2 does.
 
