@@ -11,9 +11,8 @@ r"""
 # 5. Pretraining
 
 By the end of this chapter you have written the loop that trains every model of the book. You have
-shown that its loss falls below what any table of token pairs can reach, killed a run with a
-signal that no program can catch, and resumed it to end, to the last bit, where an undisturbed run
-ends.
+shown that its loss falls below that of a table of all token pairs, killed a run with a signal that
+no program can catch, and resumed it to end, to the last bit, where an undisturbed run ends.
 """
 
 # %%
@@ -44,7 +43,8 @@ print(f"the loss was {math.log(1024):.2f} before the first step and is {trial['l
 r"""
 That is the finished thing: a model, an optimizer, something that gives batches, a number of
 steps. The same call trains this toy in a second and, with other arguments, the speedrun of
-chapter 12 on eight GPUs. The chapter is about what has to be true inside for that to work.
+chapter 12 on eight GPUs. This chapter writes what is inside of `fit`, and what a run needs around
+it.
 
 **What you will be able to do**
 
@@ -91,6 +91,7 @@ from nanochat.optim import MuonAdamW, decay_multiplier, lr_multiplier, muon_mome
 
 # %%
 import copy
+import os
 import subprocess
 import sys
 
@@ -123,18 +124,17 @@ for step in range(10):
 
 # %% [markdown]
 r"""
-It works, and for a tiny model it would do. What it lacks shows when a run gets long and dear. The
-batch must fit into memory at once. All arithmetic is done in 32 bits. The rate never changes. The
-losses are printed and gone. If the process dies, everything is lost. And nobody knew beforehand
-how long it would take. Each of the following sections mends one of these.
+It works. What it lacks shows when a run gets long and dear: the batch must fit into memory at once,
+all arithmetic is done in 32 bits, the rate never changes, the losses are printed and gone, a dead
+process loses everything, and nobody knew beforehand how long it would take. The following sections
+mend these in turn.
 
 ## 2. The batch
 
 How many tokens should one step look at? The gradient of a few rows is a noisy estimate of the
 gradient of all text. We measure the noise: the *cosine* between the gradient of $n$ rows and that
-of 64 other rows, 1 if they point the same way and 0 if they have nothing in common. We do so for
-two models: the naive one, which has just begun, and that from the top of the page, which has got
-further.
+of 64 other rows, 1 if they point the same way and 0 if they have nothing in common. We compare two
+models: the naive one, and that from the top of the page, whose loss is much lower.
 """
 
 
@@ -156,7 +156,7 @@ def agreement(model, sizes):
 
 
 sizes, cosines = (1, 4, 16, 64), {}
-for name, trained in (("loss 5.6", naive), ("loss 3.8", model)):
+for name, trained in (("the naive model", naive), ("the one from the top", model)):
     cosines[name] = agreement(trained, sizes)
     print(name, [round(c, 2) for c in cosines[name]])
 
@@ -165,7 +165,7 @@ fig, ax = figure(
     "Later in training, a good gradient takes more rows",
     "rows of 128 tokens in the batch",
     "cosine with 64 other rows",
-    alt="Two curves that rise with the number of rows; that of the further model lies far lower.",
+    alt="Two curves that rise with the rows; that of the better-trained model lies far lower.",
 )
 for name, values in cosines.items():
     ax.semilogx(sizes, values, marker="o", base=4, label=name)
@@ -175,10 +175,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-At the beginning all text pulls the same way: frequencies must be learnt, and a few rows tell
-that. A larger batch hardly improves such a step; the tokens are better spent on *more* steps. Later
-the signal gets finer, the rows disagree, and averaging over more of them pays. So the useful
-batch grows with the length of the run. Section 8 has the rule that we use.
+At the beginning all text pulls the same way: frequencies must be learnt, and even one row tells
+something of them. Later the signal gets finer, the rows disagree, and averaging over more of them
+pays. So the useful batch grows with the length of the run; section 8 has our rule.
 
 Large models want half a million tokens and more, and no GPU holds the activations of so many.
 But a gradient is a sum, and a sum can be taken in parts. We cut the **global batch** into
@@ -197,11 +196,10 @@ for n_rows, accumulation, processes in ((32, 1, 8), (32, 8, 1), (4, 64, 1)):
 
 # %% [markdown]
 r"""
-All three are the same step: eight large GPUs at once, one large GPU eight times, one small GPU 64
-times. Or rather, they *should* be the same. The obvious way to add up is to average the losses of
-the micro-batches. In fine-tuning only some targets count (the others are -1, chapter 9), and then
-the average of averages is wrong. Take two micro-batches, one with 8 trained tokens and one with
-128.
+These *should* all be the same step: eight large GPUs at once, one large GPU eight times, one small
+GPU 64 times. The obvious way to add up is to average the losses of the micro-batches. In
+fine-tuning only some targets count (the others are -1, chapter 9), and then the average of averages
+is wrong. Take two micro-batches, one with 8 trained tokens and one with 128.
 """
 
 # %%
@@ -218,13 +216,13 @@ print(f"a token of the short part weighs {(1 / 16) / (1 / 256):.0f} times one of
 
 # %% [markdown]
 r"""
-The two gradients are different directions, and nothing warns us: the run goes on and is a little
-worse. The remedy is one line. Every micro-batch takes the **sum** of its losses, divided by the
-number of trained tokens in the *whole* global batch.
+The two gradients have different directions, and nothing warns us: the run goes on and is a little
+worse. The remedy: every micro-batch takes the **sum** of its losses, divided by the number of
+trained tokens in the *whole* global batch.
 
 For that number the processes must talk. All that the loop wants to know of them fits into a small
 object, the *world*: who am I, how many are we, add this up. With one process it does nothing;
-chapter 6 writes the other one, and the loop will not know the difference.
+chapter 6 writes the one for many.
 """
 
 
@@ -292,8 +290,7 @@ for _loss, _grad in _found[1:]:
 # %% [markdown]
 r"""
 > **Exercise 5.1.** A micro-batch in which *no* target counts has a mean loss of 0/0. What does
-> `accumulate_gradients` make of it, and what would the mean of means have made? *(Predict both,
-> then try them on the pieces of the test.)*
+> `accumulate_gradients` make of it, and what would the mean of means have made? *(Predict first.)*
 
 ## 3. Numbers of 16 and of 32 bits
 
@@ -368,8 +365,8 @@ r"""
 So we keep **master weights** in float32 and multiply in the fast format. `Linear` of chapter 3
 does that: it casts its weight to the type of its input. Whoever trains sets
 `model.compute_dtype = pick_dtype(device)` and is done. (The small runs of this chapter stay in
-float32, so that they come out alike everywhere.) The older 16-bit format, float16, has
-precision but little range; its gradients vanish unless the loss is scaled up first. We leave it.
+float32, so that they come out alike everywhere.) The older format, float16, has little range: its
+gradients vanish unless the loss is scaled up. We leave it.
 
 ## 4. The rate, and its fall
 
@@ -421,18 +418,18 @@ for name, losses in found.items():
 # %% [markdown]
 r"""
 Low rates do not get far in so few steps; high ones bounce. The fall lets a run be bold first and
-exact later. It also means that **the loss of an unfinished run is no forecast**: half of the gain
-comes at the end, and a run must know its length before it starts.
+exact later. So **the loss of an unfinished run is no forecast**, since a part of the gain comes at
+the end, and a run must know its length before it starts.
 
 > **Play.** Make `sweep_steps` four times as large. Where does the best rate go?
 
 ## 5. The loop we keep
 
-Before the loop, two helpers for what can go wrong in it. The first gives way. If memory runs out,
-it cuts every micro-batch in two and does the step again: the batch, and with it what is learnt,
-stays the same. If `torch.compile`, which fuses small operations into large ones, does not work on
-this machine, it goes on without. Both are said in one line. (With several processes only a common
-decision would help; there the error comes through, and appendix A4 measures beforehand what fits.)
+Two helpers deal with what can go wrong in a loop. `Gradients` gives way. If memory runs out, it
+cuts every micro-batch in two and does the step again: what is learnt stays the same. If
+`torch.compile`, which fuses small operations into large ones, does not work on this machine, it
+goes on without. (With several processes only a common decision would help; there the error comes
+through.)
 """
 
 
@@ -493,13 +490,10 @@ print(f"loss {loss:.4f}; all eight rows at once would give {GPT(config)(*batch):
 
 # %% [markdown]
 r"""
-The second helper watches. Most runs that die were ill for a while before, and the log knew it: so
-something should look at it while the run goes on. Four numbers are enough. A **loss** that is not
-finite ends the run at once: a day of training on NaN is a day lost. A **gradient** ten times as
-long as usual comes before most explosions. So does a **residual stream** that has grown a
-hundredfold, of which we take the size now and then from the last block. And a loop that waits for
-**data** is not ill but dear: the GPU is paid by the hour. Each warning is one sentence, once a run,
-on the screen and in the log.
+`EarlyWarnings` watches four numbers while the run goes on. A **loss** that is not finite ends the
+run at once. A **gradient** ten times as long as usual, or a **residual stream** that has grown a
+hundredfold, announces an explosion. And a loop that waits for **data** is dear, since the GPU is
+paid by the hour. Each warning is one sentence, once a run, on the screen and in the log.
 """
 
 
@@ -541,6 +535,15 @@ class EarlyWarnings:
         return new
 
 
+# %% [markdown]
+r"""
+Two of the numbers have to be computed. The size of the stream takes a forward pass of one row, so
+we ask for it only now and then.
+"""
+
+
+# %%
+#| export
 def gradient_norm(model: torch.nn.Module) -> Tensor:
     """Return the length of the whole gradient, a 0-d tensor on the model's device."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -572,11 +575,11 @@ assert [kind for kind, _ in _watch.check(math.inf, 1.0, 1.0, 0.9)] == ["loss", "
 
 # %% [markdown]
 r"""
-One thing more before the loop: *when* to read the loss. A GPU works behind Python's back. Whoever
-asks for the value of a loss waits until the device has got there, and meanwhile the device gets no
-new work: at every step it stands still while Python prepares the next one. So on a GPU the numbers
-of a step are read when the *next* step has been handed over. `Meter` does that, keeps the clock,
-and writes the log.
+*When* should the loss be read? A GPU works behind Python's back. Whoever asks for the value of a
+loss waits until the device has got there, and then the device stands still while Python prepares
+the next step. So on a GPU the numbers of a step are read when the *next* step has been handed over.
+`Meter` does that, keeps the clock, and writes the log. The first steps it leaves out of the speed:
+they compile and warm up.
 """
 
 
@@ -587,16 +590,15 @@ class Meter:
 
     def __init__(self, log: MetricsLog, bar: Progress, world: Any, start_step: int, n_steps: int):
         self.log, self.bar, self.world, self.n_steps = log, bar, world, n_steps
-        self.first_timed = start_step + min(10, n_steps // 4)  # before, it compiles and warms up
+        self.first_timed = start_step + min(10, n_steps // 4)
         self.warnings, self.pending = EarlyWarnings(), None
         self.loss, self.seconds, self.tokens = math.nan, 0.0, 0
         self.clock = time.perf_counter()
 
     def add(self, **step: Any) -> None:
         """Take a step that has been handed to the device; read the one before."""
-        self.pending, before = step, self.pending
-        if before:
-            self.read(**before)
+        self.settle()
+        self.pending = step
         if self.world.device.type != "cuda":  # the work is done: nothing to overlap with
             self.settle()
 
@@ -629,11 +631,9 @@ class Meter:
 
 # %% [markdown]
 r"""
-Now `fit`, the loop for pretraining, midtraining and fine-tuning. Three decisions shape it. It
-counts **optimizer steps**, whatever the accumulation. It **knows nothing about** files, plots or
-metrics: it calls `evaluate` and `save`, in this order, so that a checkpoint can carry its score.
-And it can begin **anywhere**: `start_step` is all it needs to take up a run, because the schedule
-is a function of the step.
+Two things outside of our program steal time from a loop. One is Python's garbage collector, which
+now and then walks over every object of the program, and can stop a run for half a second. We tell
+it that what exists before the run will stay.
 """
 
 
@@ -648,6 +648,50 @@ def spared_garbage():
         yield
     finally:
         gc.unfreeze()
+
+
+# %% [markdown]
+r"""
+The other is the operating system. A step allocates activations and frees them again. On Linux,
+large blocks go back to the system at once, and for the next step it must find new pages and fill
+each with zeros, so that no program can read what another left behind. `keep_freed_memory` of
+chapter 0 asks the C library to keep the blocks. Two small programs make the same fifty arrays, of
+8,192 pages each:
+"""
+
+# %%
+program = """
+import ctypes, resource, sys, time
+import numpy as np
+if sys.argv[1] == "keep":
+    library = ctypes.CDLL(None)
+    library.mallopt(-3, 2**30), library.mallopt(-1, 2**31 - 1)  # as keep_freed_memory does
+began = time.process_time()
+for _ in range(50):
+    np.ones(2**22)  # 32 MiB, freed at once
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(f"{sys.argv[1]:>6}: {1000 * (time.process_time() - began) / 50:.1f} ms an array, "
+      f"{faults:,} pages asked for")
+"""
+if sys.platform == "linux":
+    small_pages = {**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0"}  # as torch has them
+    for how in ("return", "keep"):
+        command = [sys.executable, "-c", program, how]
+        done = subprocess.run(command, env=small_pages, capture_output=True, text=True)
+        print(done.stdout.rstrip())
+
+# %% [markdown]
+r"""
+Training the model of the laptop capstone takes 30 % less time with it (`benchmarks/RESULTS.md`).
+
+Now `fit`, the loop for pretraining, midtraining and fine-tuning. It counts **optimizer steps**,
+whatever the accumulation. It **knows nothing about** files, plots or metrics: it calls `evaluate`
+and `save`, in this order, so that a checkpoint can carry its score. And it can begin **anywhere**:
+`start_step` is all it needs to take up a run, because the schedule is a function of the step.
+
+`compile_model=True` needs a C++ compiler and costs up to a minute before the first step. It pays on
+GPUs, and on a CPU in runs of many minutes.
+"""
 
 
 # %%
@@ -672,11 +716,11 @@ def fit(
 ) -> dict[str, float]:
     """Train for n_steps optimizer steps: the one loop of pretraining, midtraining and SFT.
 
-    `batches.next()` gives (inputs, targets), each (B, T) int64. `schedule(step, n_steps)` is the
-    factor on every rate; Muon's momentum and decay follow chapter 4. `evaluate(step)` returns
-    metrics to log, every `eval_every` steps and at the end; `save(step)` keeps a checkpoint after
-    that many steps. `start_step` resumes. Events "step", "eval" and "warning" go to `log`. Returns
-    the last loss and the speed. Raises UserError when the loss is no longer a number.
+    A step takes `accumulation` pairs (inputs, targets) from `batches.next()`, each (B, T) int64.
+    `schedule(step, n_steps)` is the factor on every rate; momentum and decay follow chapter 4.
+    `evaluate(step)` returns metrics to log, every `eval_every` steps and at the end; `save(step)`
+    keeps a checkpoint after so many steps; `start_step` resumes. Events "step", "eval", "warning"
+    go to `log`. Returns the last loss (nats) and the speed. UserError if the loss is not finite.
     """
     world, log = world or SingleProcess(model.device), log or MetricsLog(None)
     if model.device.type == "cpu":
@@ -703,57 +747,14 @@ def fit(
             waited = time.perf_counter() - began
             loss, n_tokens = gradients.add_up(micro_batches)
             norm = gradient_norm(model)
-            looking = step % look_every == 0
-            size = stream_size(model, micro_batches[0][0][:1]) if looking else None
+            size = None if step % look_every else stream_size(model, micro_batches[0][0][:1])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             meter.add(step=step, loss=loss, norm=norm, tokens=n_tokens, waited=waited, size=size)
         meter.settle()
     if evaluate:
         log.write("eval", step=n_steps, **evaluate(n_steps))
-    speed = meter.tokens / meter.seconds if meter.seconds else 0.0
-    return {"loss": meter.loss, "tokens_per_second": speed}
-
-
-# %% [markdown]
-r"""
-Some lines have a story. The time of the first steps is not counted, since compiling and warming up
-would make the speed look bad. Python's garbage collector, which walks over every object of the
-program now and then, is told that what exists before the run will stay; otherwise it would stop a
-long run for half a second, again and again. And `compile_model=True` costs up to a minute and needs
-a C++ compiler before the first step: on GPUs it always pays, on a CPU in runs of many minutes (a
-recipe of appendix A4 asks for it with `compile=yes`).
-
-`keep_freed_memory` is the cheapest third of speed in this book. A step allocates a few hundred
-megabytes of activations and frees them again. On Linux, large blocks go back to the system at once,
-and for the next step it must find new pages and fill each with zeros, so that no program can read
-what another left behind. The processor does that work, not ours. Asked not to, the C library keeps
-the blocks. The same fifty arrays, in two small programs:
-"""
-
-# %%
-program = """
-import ctypes, resource, sys, time
-import numpy as np
-if sys.argv[1] == "keep":
-    library = ctypes.CDLL(None)
-    library.mallopt(-3, 2**30), library.mallopt(-1, 2**31 - 1)
-began = time.process_time()
-for _ in range(50):
-    np.ones(2**22)  # 32 MiB, freed at once
-faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-print(f"{sys.argv[1]:>6}: {1000 * (time.process_time() - began) / 50:.1f} ms an array, "
-      f"{faults:,} pages asked for")
-"""
-if sys.platform == "linux":
-    for how in ("return", "keep"):
-        run = [sys.executable, "-c", program, how]
-        print(subprocess.run(run, capture_output=True, text=True).stdout.strip())
-
-# %% [markdown]
-r"""
-Training the model of the capstone takes a third less time with it (`benchmarks/RESULTS.md`).
-"""
+    return {"loss": meter.loss, "tokens_per_second": meter.tokens / max(meter.seconds, 1e-9)}
 
 
 # %%
@@ -789,8 +790,8 @@ except UserError as error:
 r"""
 ## 6. Lines that give a loss its meaning
 
-A loss of 3.1 says nothing by itself. Before the run we draw lines that it can be read against,
-each one a model that is easy to understand, and all measured on validation text.
+A loss of 3.1 says nothing by itself. Before the run we draw lines that it can be read against, each
+one a model that is easy to understand, measured on validation text.
 
 - **No opinion**: every token has probability $1/V$; the loss is $\ln V$.
 - **Unigram**: the frequency of each token, whatever came before.
@@ -814,10 +815,10 @@ print({name: round(value, 2) for name, value in lines.items()})
 
 # %% [markdown]
 r"""
-The loss in nats per token depends on the tokenizer: with longer tokens there are fewer of them,
-and each is harder to guess. **Bits per byte** takes that out. It divides the nats of all targets
-by the bytes that they stand for, and by $\ln 2$. Special tokens stand for no bytes and are left
-out. (Chapter 7 exports this function; here is its core.)
+The loss in nats per token depends on the tokenizer: longer tokens are fewer, and each is harder to
+guess. **Bits per byte** takes that out. It divides the nats of all targets by the bytes that they
+stand for, and by $\ln 2$. Special tokens stand for no bytes and are left out. (Chapter 7 exports
+this function.)
 """
 
 
@@ -857,8 +858,8 @@ print(f"forecast: {steps} steps x {1000 * fastest:.0f} ms = {steps * fastest:.0f
 # %% [markdown]
 r"""
 Now the run itself. Beside it, the **control**: the same model on the same tokens, shuffled over
-the whole training text. Only their frequencies are left to learn, so it should stop at the
-unigram line, however long it trains. If it went lower, something would be leaking.
+the whole training text. Only their frequencies are left to learn, so it should come down to the
+unigram line and stop there. If it went lower, something would be leaking.
 """
 
 
@@ -878,34 +879,19 @@ class Shuffled:
 
 model, batches = GPT(config), TokenBatches(train, 8, 128)
 began = time.perf_counter()
-evaluate = lambda step: validate(model)  # noqa: E731
-result = fit(
-    model,
-    build_optimizer(model),
-    batches,
-    steps,
-    log=log.bind(run="text"),
-    label="text",
-    evaluate=evaluate,
-    eval_every=steps // 4,
-)
+options = dict(log=log.bind(run="text"), label="text")
+options |= dict(evaluate=lambda step: validate(model), eval_every=steps // 4)
+result = fit(model, build_optimizer(model), batches, steps, **options)
 took = time.perf_counter() - began
-other = GPT(config)
-fit(
-    other,
-    build_optimizer(other),
-    Shuffled(),
-    control_steps,
-    log=log.bind(run="control"),
-    label="control",
-)
+other, options = GPT(config), dict(log=log.bind(run="control"), label="control")
+fit(other, build_optimizer(other), Shuffled(), control_steps, **options)
 print(f"forecast {steps * fastest:.0f} s, it took {took:.0f} s with five evaluations")
 print(f"that is {result['tokens_per_second'] / 1024 * flops / 1e9:.0f} GFLOP per second")
 
 # %% [markdown]
 r"""
 **The trainer never draws.** It has written one line of JSON per event, and the figure is made from
-that file: now, tomorrow, or on another machine while the run goes on.
+that file: now, or on another machine while the run goes on.
 """
 
 # %%
@@ -914,7 +900,7 @@ for line in log.path.read_text().splitlines()[8:10]:
 
 # %%
 fig, ax = figure(
-    "The model passes both tables, its control stops at the first",
+    "The model passes both tables, its control neither",
     "step",
     "loss (nats per token)",
     alt="The loss falls from ln V past the unigram and the bigram line; the control stays above.",
@@ -943,7 +929,6 @@ plt.show()
 first = read_metrics(log.path, "step", run="text")[0]["loss"]
 last = [e["loss"] for e in read_metrics(log.path, "step", run="control")][-10:]
 end = checks[-1]
-crossed = next((e["step"] for e in checks if e["val_loss"] < lines["bigram"]), None)
 print(f"first loss {first:.3f} (ln V = {math.log(V):.3f})")
 print(f"bits per byte: {checks[0]['bits_per_byte']:.2f} -> {end['bits_per_byte']:.2f}")
 print(f"validation {end['val_loss']:.2f}, bigram table {lines['bigram']:.2f}")
@@ -954,25 +939,32 @@ assert abs(first - math.log(V)) < 0.01 and sum(last) / 10 > lines["unigram"] - 0
 r"""
 Read it from the left. The first point lies on $\ln V$: the model is put together right (chapter
 3). In a few steps it drops through the unigram line, for frequencies are easy. Then it slows,
-learns which token follows which, and after some sixty steps crosses the bigram line: from here
-on it uses more than the token before. The rate falls from the middle on, and the loss with it.
-Training and validation agree, because no row is seen twice: the training loss of one pass is
-measured on text that was new at that moment.
+learns which token follows which, and between steps 40 and 80 crosses the bigram line: from here on
+it uses more than the token before. Training and validation agree, because no row is seen twice.
 
 A curve that does otherwise tells what is wrong. Starting above $\ln V$: the initial weights.
 Staying on the unigram line: the model cannot see the past, or the targets do not belong to the
 inputs. Falling *suspiciously* low: it sees the future, or the validation text. Going up after a
 while: the rate.
 
-Some people follow their runs in a browser, with Weights & Biases, TensorBoard or trackio. For us a
-**tracker** is a function that takes the dict of one event. The log hands each of its lines on to
-it, and remains the record: a tracker that is missing one day loses nothing.
+To follow a run in a browser there are Weights & Biases, TensorBoard and trackio. For us a
+**tracker** is a function that takes the dict of one event. `plain_numbers` picks from it what can
+be plotted, and `open_tracker` makes the function for one of the three tools.
 """
 
 
 # %%
 #| export
-TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+def plain_numbers(event: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of an event, named "<stage>/<field>"."""
+    stage = event.get("stage", "train")
+    numbers = {k: v for k, v in event.items() if isinstance(v, (int, float))}
+    return {f"{stage}/{k}": v for k, v in numbers.items() if not isinstance(v, bool)}
+
+
+# %%
+#| export
+TRACKERS = ("wandb", "tensorboard", "trackio")
 
 
 def open_tracker(name: str, run: str, folder: str | Path) -> Callable[[dict[str, Any]], None]:
@@ -985,10 +977,10 @@ def open_tracker(name: str, run: str, folder: str | Path) -> Callable[[dict[str,
     if name not in TRACKERS:
         raise UserError(f"unknown tracker {name!r}; choose one of {', '.join(TRACKERS)}.")
     try:
-        tool = importlib.import_module(TRACKERS[name])
+        tool = importlib.import_module(name)
     except ModuleNotFoundError:
         raise UserError(
-            f"the tracker {name} is not installed; run `pip install {TRACKERS[name]}`, or go on "
+            f"the tracker {name} is not installed; run `pip install {name}`, or go on "
             f"without a tracker: metrics.jsonl has every number."
         ) from None
     if name == "tensorboard":
@@ -1008,13 +1000,14 @@ def open_tracker(name: str, run: str, folder: str | Path) -> Callable[[dict[str,
     return lambda event: tool.log(plain_numbers(event))
 
 
-def plain_numbers(event: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of an event, named "<stage>/<field>"."""
-    stage = event.get("stage", "train")
-    numbers = {k: v for k, v in event.items() if isinstance(v, (int, float))}
-    return {f"{stage}/{k}": v for k, v in numbers.items() if not isinstance(v, bool)}
+# %% [markdown]
+r"""
+`TrackedLog` is a log that hands each of its lines on to a tracker. The file remains the record.
+"""
 
 
+# %%
+#| export
 class TrackedLog(MetricsLog):
     """A log that hands each event to a tracker as well."""
 
@@ -1073,11 +1066,10 @@ print("functions it looks up:", sorted({arg for op, arg, _ in program if op.name
 r"""
 `GLOBAL` looks up any function of any module by name, `REDUCE` calls it. These names are harmless.
 But whoever made the file chose them, and could have chosen `os system` and a command: **loading a
-pickle runs it**. Checkpoints are passed around between strangers, so we do not use a format that
-can do this. (PyTorch's `weights_only=True` allows a list of names only. That is better; a format
-without instructions is better still.)
+pickle runs it**, and checkpoints are passed around between strangers. (PyTorch's
+`weights_only=True` allows a list of names only; a format without instructions is safer still.)
 
-The second flaw is time. While `torch.save` writes over the old file, there is no good file:
+The second flaw is that while `torch.save` writes over the old file, there is no good file:
 """
 
 # %%
@@ -1117,7 +1109,7 @@ from nanochat.model import GPT, GPTConfig
 import json
 
 path = Path(workspace.name) / "safe.safetensors"
-save_file({"head": model.head.weight.detach()[:2, :3].contiguous()}, path)
+save_file({"head": model.head.weight.detach()[300:302, :3].contiguous()}, path)
 data = path.read_bytes()
 header_size = int.from_bytes(data[:8], "little")
 print(json.loads(data[8 : 8 + header_size]))
@@ -1128,7 +1120,7 @@ r"""
 The answer to the second is a *rename*. We write a whole folder under a temporary name, have the
 system put it on the disk (`fsync`), and then rename it, which the file system does in one piece.
 Whoever looks sees the old checkpoint or the new one. Old ones are renamed out of sight before they
-are deleted, for deleting takes time as well.
+are deleted, since deleting takes time as well.
 
 What belongs into a checkpoint? Everything that the rest of the run depends on:
 
@@ -1136,14 +1128,13 @@ What belongs into a checkpoint? Everything that the rest of the run depends on:
 |---|---|
 | the parameters | `model.safetensors` |
 | the optimizer's memory: momentum, squares, step counts | `optimizer.safetensors` |
-| the place in the data, one integer (chapter 2) | `meta.json`, written by the caller |
-| the step, from which rate and momentum follow | `meta.json` |
-| the sizes of the model, the fingerprint of the tokenizer | `meta.json` |
+| the place in the data (chapter 2), the tokenizer's fingerprint | `meta.json`, from the caller |
+| the step, from which rate and momentum follow; the model's sizes | `meta.json` |
 | the state of random generators | nowhere: all draws depend on seed and position |
-| what the files should be, a SHA-256 of each | `meta.json` |
+| a SHA-256 of each file | `meta.json` |
 
-The last line is for what no rename can prevent: a disk that flips a bit, a copy that was cut off, a
-hand that edited. A file that is not the one we wrote is refused when it is loaded.
+The last line is for what no rename can prevent: a disk that flips a bit, a copy that was cut off. A
+file that is not the one we wrote is refused when it is loaded.
 """
 
 
@@ -1300,10 +1291,10 @@ assert all(torch.equal(a, b) for a, b in zip(_model.parameters(), _found.model.p
 
 # %% [markdown]
 r"""
-Writing takes time: two gigabytes of a model of depth 12 with its optimizer, some seconds on a fast
-disk, and all GPUs wait. They need not. What must be done at once is a *copy* into main memory,
-before the next step changes the weights; a thread can write the copy while training goes on. One
-write at a time, and an error in the thread must not get lost: it comes out at the next call.
+Writing takes time (1.3 gigabytes for a model of depth 12 with its optimizer), and all GPUs wait.
+They need not. What must be done at once is a *copy* into main memory, before the next step changes
+the weights; a thread can write the copy while training goes on. One write at a time, and an error
+in the thread must not get lost: it comes out at the next call.
 """
 
 
@@ -1371,7 +1362,8 @@ r"""
 
 A promise like "survives a crash" is worth what was done to break it. Here is a small run that
 saves every 40 steps and takes up a checkpoint if it finds one. `forget` leaves something out on
-purpose, for the control.
+purpose, for the control. The imports stand inside, because another process will be given the text
+of this function and nothing else.
 """
 
 
@@ -1425,8 +1417,6 @@ in the folder that the dead one left.
 
 # %%
 import inspect
-import subprocess
-import sys
 
 straight, killed = Path(workspace.name) / "straight", Path(workspace.name) / "killed"
 small_run(straight, workspace.name)
@@ -1452,8 +1442,8 @@ assert all(same) and all(torch.equal(x, y) for x, y in weights)
 
 # %% [markdown]
 r"""
-Is that a hard test, or would anything have passed it? The control resumes twice more from the
-checkpoint of the dead process and each time forgets one thing.
+Would anything have passed this test? The control resumes twice more from the checkpoint of the dead
+process and each time forgets one thing.
 """
 
 # %%
@@ -1473,28 +1463,22 @@ print(f"killed at step {events[cut - 1]}, taken up at step {events[cut]}, ended 
 
 # %% [markdown]
 r"""
-The log is honest too: the steps from 40 to the kill are in it twice, because they *were* computed
-twice. Whoever draws takes the last entry of a step.
+The steps from 40 to the kill are in the log twice, because they *were* computed twice. Whoever
+draws takes the last entry of a step.
 
 On a GPU two runs of the same program differ in the last bits, since the order of additions is not
-fixed. There a resumed run agrees with an undisturbed one as well as two undisturbed ones agree
-with each other; that is the most one can ask.
+fixed. There a resumed run can agree with an undisturbed one only as well as two undisturbed ones
+agree with each other.
 
 > **Exercise 5.3.** Let `small_run` draw its rows with `torch.randint` and a generator of its own.
 > The resumed run now differs. Mend it in two ways. *(One saves something more, the other needs
 > nothing saved.)*
-"""
 
-# %% [markdown]
-r"""
 ### Weights from elsewhere
 
-Others write checkpoints too. The Hugging Face library *transformers* has a class for our classic
-model, and nanochat has a layout of its own, in pickles. Between the three only *names* differ: the
-numbers are the same, down to the order of channels inside a head. So a converter is a table of
-names, a little JSON, and care about two things. A pickle is opened with `weights_only=True`, which
-admits tensors and refuses every function. And what cannot be translated is refused: dropping the
-value embeddings of a modern model would give a file that loads and talks nonsense.
+The Hugging Face library *transformers* has a class for our classic model, and nanochat has a layout
+of its own, in pickles. Between the three only *names* differ: the numbers are the same, down to the
+order of channels inside a head. So a converter is a table of names and a little JSON.
 """
 
 # %%
@@ -1515,6 +1499,7 @@ from nanochat.model import GPT, MODERN, GPTConfig
 # %%
 #| export convert
 # The same tensor in our model, in nanochat's checkpoints, in Hugging Face's NanoChat class.
+OURS, NANOCHAT, TRANSFORMERS = 0, 1, 2
 NAMES = (
     ("embedding.weight", "transformer.wte.weight", "model.embed_tokens.weight"),
     ("head.weight", "lm_head.weight", "lm_head.weight"),
@@ -1540,9 +1525,16 @@ NAMES = (
     ("additions.smear_scale", "smear_lambda", ""),
     ("additions.backout_scale", "backout_lambda", ""),
 )
-OURS, NANOCHAT, TRANSFORMERS = 0, 1, 2
+
+# %% [markdown]
+r"""
+A `#` stands for the number of a layer. What cannot be translated is refused: dropping the value
+embeddings of a modern model would give a file that loads and talks nonsense.
+"""
 
 
+# %%
+#| export convert
 def renamed(state: dict[str, Tensor], source: int, target: int) -> dict[str, Tensor]:
     """Return the tensors under the target's names. UserError for a name with no counterpart."""
     table = {row[source]: row[target] for row in NAMES if row[source]}
@@ -1568,8 +1560,8 @@ def renamed(state: dict[str, Tensor], source: int, target: int) -> dict[str, Ten
 def to_transformers(model: GPT, directory: str | Path) -> Path:
     """Write config.json and model.safetensors that Hugging Face's NanoChatForCausalLM loads.
 
-    The weights are float32, under the names of transformers 4.57 and later. Raises UserError for a
-    model with additions: that class is the classic model.
+    The weights are float32, under the names of transformers 5. Raises UserError for a model with
+    additions: that class is the classic model.
     """
     config, directory = model.config, Path(directory)
     used = [name for name in config.additions() if name != "rope_base"]
@@ -1604,6 +1596,26 @@ def to_transformers(model: GPT, directory: str | Path) -> Path:
     return directory
 
 
+# %% [markdown]
+r"""
+The way back reads the sizes and fills a model with the renamed weights.
+"""
+
+
+# %%
+#| export convert
+def filled(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
+    """Build a model of float32 weights from a complete state."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    model.restore_angles()
+    return model
+
+
+# %%
+#| export convert
 def from_transformers(directory: str | Path) -> GPT:
     """Read a folder that holds a NanoChat model of Hugging Face transformers.
 
@@ -1634,18 +1646,17 @@ def from_transformers(directory: str | Path) -> GPT:
     return model
 
 
-def filled(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
-    """Build a model of float32 weights from a complete state."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    model.restore_angles()
-    return model
-
+# %% [markdown]
+r"""
+nanochat's own checkpoints are pickles. We open them with `weights_only=True`, which admits tensors
+and refuses every function.
+"""
 
 # %%
 #| export convert
+STEP = re.compile(r"model_(\d{6})\.pt$")
+
+
 def from_nanochat(directory: str | Path, step: int | None = None) -> GPT:
     """Read a checkpoint of nanochat itself: model_NNNNNN.pt with meta_NNNNNN.json.
 
@@ -1676,8 +1687,6 @@ def from_nanochat(directory: str | Path, step: int | None = None) -> GPT:
         raise UserError(f"{path} cannot be read as a nanochat checkpoint ({error}).") from error
 
 
-STEP = re.compile(r"model_(\d{6})\.pt$")
-
 # %%
 exported = Path(workspace.name) / "exported"
 newborn = GPT(GPTConfig.classic(2, 512, 64, head_dim=64), seed=3)
@@ -1696,12 +1705,11 @@ r"""
 ## 8. Everything from one dial
 
 A recipe has many numbers, and they hang together: a larger model wants more tokens, more tokens a
-larger batch, a larger batch higher rates. We take nanochat's rules, tuned by its
-author for depths from 8 to 26. With $N$ the weights that multiply (matrices and head), and a
-subscript 12 for the values at depth 12:
+larger batch, a larger batch higher rates. We take nanochat's rules, tuned by its author for depths
+from 8 to 26; appendix A4 builds its recipes with them. With $N$ the weights that multiply (matrices
+and head), and a subscript 12 for the values at depth 12:
 
-- **tokens** $D = 12\,N$ (the *ratio*; 20 is the compute-optimal figure of the Chinchilla study
-  with another way of counting, 8 is nanochat's fastest way to a GPT-2-grade model);
+- **tokens** $D = 12\,N$ (the *ratio*; the Chinchilla study counts otherwise and finds 20);
 - **batch** $B = 2^{19}\,(D/D_{12})^{0.383}$, rounded to a power of two;
 - **rates** times $\sqrt{B/2^{19}}$, those of AdamW times $\sqrt{768/\text{width}}$ as well;
 - **weight decay** $\lambda = 0.28\,\sqrt{B/2^{19}}\;D_{12}/D$.
@@ -1744,12 +1752,12 @@ assert [plan(d)["steps"] for d in (12, 20, 24)] == [2520, 4980, 8352]  # as nano
 # %% [markdown]
 r"""
 The step counts are those of nanochat's own code. Look at the column *decay*: at depth 24 it is
-0.06, at depth 4 it would be 1.9, at depth 2 over 3. Is that too much? Chapter 4 says what a decay
-does to a matrix under Muon. Each step adds a matrix whose singular values are about 1, times the
-rate $\eta$, and takes away the share $\eta\lambda$ of what is there. The two balance when the
-largest singular value is $1/\lambda$: **weights under Muon live in a ball of radius $1/\lambda$**.
-A fresh square matrix of ours has a largest singular value of 2. So a decay above one half forbids a
-matrix even the size with which it was born. We try it, on the small model of section 4.
+0.06, at depth 4 it would be 1.9, at depth 2 over 3. Is that too much? Under Muon each step adds a
+matrix whose singular values are about 1, times the rate $\eta$, and takes away the share
+$\eta\lambda$ of what is there (chapter 4). The two balance when the largest singular value is
+$1/\lambda$: **weights under Muon live in a ball of radius $1/\lambda$**. A fresh square matrix of
+ours has a largest singular value of 2, so a decay above one half forbids a matrix even the size
+with which it was born. We try it, on the small model of section 4.
 """
 
 
@@ -1774,23 +1782,19 @@ for decay in (0.28, 0.5, 3.4):
 
 # %% [markdown]
 r"""
-The decay that the rule asks for at depth 2 has shrunk the queries to a third of what they were born
-with, within 40 steps; the two smaller ones have hardly touched them. The loss does not show a
-difference in so short a run. But such a decay rules the weights in place of the gradient, and
-nobody has tuned anything there. So our rule is nanochat's with a ceiling,
+The decay that the rule asks for at depth 2 has shrunk the queries to less than half of what they
+were born with, within 40 steps; the two smaller ones have hardly touched them. The loss of so short
+a run does not show it. But such a decay rules the weights in place of the gradient, and nobody has
+tuned anything there. So our rule has a ceiling, which changes nothing from depth 9 on:
 
-$$\lambda = \min\!\left(\tfrac12,\; 0.28\,\sqrt{B/2^{19}}\;D_{12}/D\right),$$
-
-which leaves everything as it was from depth 9 on, where the rule has been measured, and stays
-finite at any size. (nanochat's log reports a best decay of 0.40 at depth 8, of 0.22 at depth 12.)
+$$\lambda = \min\!\left(\tfrac12,\; 0.28\,\sqrt{B/2^{19}}\;D_{12}/D\right).$$
 """
 
 # %%
 fig, ax = figure(
-    "With a ceiling the decay is sane from depth 1 to depth 40",
+    "A ceiling keeps the decay of small models in bounds",
     "depth (layers)",
     "weight decay",
-    size=(4.5, 2.5),
     alt="A falling curve over the depth; below depth 9 a dotted part rises to 3.5, ours stays 0.5.",
 )
 every_depth = range(1, 41)
@@ -1807,10 +1811,9 @@ r"""
 
 ## 9. Memory, before the run
 
-"Out of memory" is what people with one small card ask about most. Some of it can be counted: per
-parameter 4 bytes of weight, 4 of gradient, and 4 (Muon) or 8 (AdamW) of optimizer state. What
-grows with the micro-batch is what the backward pass must find again. We go through a block with
-a pencil, in values per token and channel:
+Will it fit? A part can be counted at once: per parameter 4 bytes of weight, 4 of gradient, and 4
+(Muon) or 8 (AdamW) of optimizer state. What grows with the micro-batch is what the backward pass
+must find again. We go through a block with a pencil, in values per token and channel:
 
 | kept for the backward pass | values |
 |---|---|
@@ -1821,12 +1824,14 @@ a pencil, in values per token and channel:
 That makes **18** numbers per token, channel and layer, of 4 bytes or of 2. The logits come on top,
 with the copies that softcap, softmax and their gradients make: four of 4 bytes for each token and
 id. A compiler fuses those; what remains is the logit and its gradient, in 2 bytes each.
+
+`sizes_of` builds a model without memory, so that even a huge one can be counted. `kept_values` is
+the table above, with what the additions of chapter 3 bring.
 """
 
 # %%
 #| export budget
 import bisect
-import contextlib
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -1860,6 +1865,14 @@ def kept_values(config: GPTConfig) -> float:
     return values
 
 
+# %% [markdown]
+r"""
+`memory_estimate` adds everything up: what the parameters need, and what the rows need.
+"""
+
+
+# %%
+#| export budget
 def memory_estimate(
     config: GPTConfig,
     micro_batch: int,
@@ -1889,9 +1902,9 @@ def memory_estimate(
 
 # %% [markdown]
 r"""
-A formula is worth what a measurement says about it. A GPU keeps a count of its memory. On a CPU we
-keep one ourselves: PyTorch lets us stand between a program and every single operation. We note the
-memory that each result brings, and strike it out when that memory is given back.
+We check it by measurement. A GPU keeps a count of its memory. On a CPU we keep one ourselves:
+PyTorch lets us stand between a program and every single operation. We note the memory that each
+result brings, and strike it out when that memory is given back.
 """
 
 
@@ -1930,6 +1943,8 @@ class LiveBytes(TorchDispatchMode):
         self.now -= n_bytes
 
 
+# %%
+#| export budget
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes that tensors made by `work()` held at once, beyond those before it.
 
@@ -1966,7 +1981,7 @@ for name, build in (("classic", GPTConfig.classic), ("modern", GPTConfig.modern)
 r"""
 The formula is for judging sizes that we cannot try. Where we *can* try, we do: the largest
 micro-batch is found by real steps. From a guess we double while it fits, then halve the distance
-to what did not.
+to what did not. `step_fits` is one such trial.
 """
 
 
@@ -1992,22 +2007,23 @@ def largest_that_fits(
     return sizes[low] if low >= 0 else None
 
 
+# %%
+#| export budget
 def step_fits(run: torch.nn.Module, model: GPT, rows: int, reserve: int = 0) -> bool:
     """Do one real forward and backward pass with so many rows; say whether memory sufficed.
 
     `reserve` bytes are held meanwhile, for what is not there yet (the optimizer's state). `run` is
     the model, perhaps compiled. Leaves no gradients behind.
     """
-    idx, enough = None, True
-    with contextlib.ExitStack() as stack:
-        stack.callback(model.zero_grad, set_to_none=True)
-        try:
-            held = torch.empty(reserve, dtype=torch.uint8, device=model.device)
-            idx = torch.zeros(rows, model.config.seq_len, dtype=torch.int64, device=model.device)
-            run(idx, idx, reduction="sum").backward()
-            del held
-        except torch.OutOfMemoryError:
-            enough = False
+    held, enough = None, True
+    try:
+        held = torch.empty(reserve, dtype=torch.uint8, device=model.device)
+        idx = torch.zeros(rows, model.config.seq_len, dtype=torch.int64, device=model.device)
+        run(idx, idx, reduction="sum").backward()
+    except torch.OutOfMemoryError:
+        enough = False
+    del held
+    model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()  # does nothing without a GPU
     return enough
 
@@ -2029,8 +2045,7 @@ r"""
 ## 10. Time, money and carbon, before the run
 
 FLOPs divided by speed is time, time is money, and time times power is carbon. The speed of a
-machine is its peak times the share that real training reaches, its **utilisation**. We assume, and
-mark as assumptions:
+machine is its peak times the share that real training reaches, its **utilisation**. We assume:
 
 - **H100 or H200**: 989 TFLOP per second in bfloat16 (NVIDIA's data sheet, without sparsity),
   40 % utilisation, 3 dollars per GPU-hour, 1.3 kW (a DGX H100 with eight of them draws up to
@@ -2038,21 +2053,23 @@ mark as assumptions:
 - **electricity**: 436 g of CO2 for each kWh, the world's mean of 2022 (Ember, *Global Electricity
   Review 2023*). Grids differ tenfold; put in your own.
 
-First we test the method on a run whose outcome is known. nanochat's first release trained depth 20
-on 11.22 billion tokens, $3.92\times 10^{19}$ FLOPs. Reproductions report 172 to 176 minutes of
+We test the method on a run whose outcome is known. nanochat's first release trained depth 20 on
+11.22 billion tokens, $3.92\times 10^{19}$ FLOPs. Reproductions report 172 to 176 minutes of
 pretraining on eight H100 at a utilisation of 47 to 48 %.
 """
 
 
 # %%
 #| export budget
-GRID_GRAMS = (
-    436.0  # g CO2 for a kWh: the world's mean in 2022, Ember, Global Electricity Review 2023
-)
+GRID_GRAMS = 436.0  # g CO2 for a kWh: world's mean of 2022, Ember, Global Electricity Review 2023
 
 
 def footprint(
-    seconds: float, devices: int = 1, price: float = 3.0, watts: float = 1300.0, grid=GRID_GRAMS
+    seconds: float,
+    devices: int = 1,
+    price: float = 3.0,
+    watts: float = 1300.0,
+    grid: float = GRID_GRAMS,
 ) -> dict[str, float]:
     """Return hours, dollars, kWh and kg of CO2 of a run that takes so many seconds.
 
@@ -2096,21 +2113,18 @@ for depth in (2, 4, 6, 8, 12, 16, 20, 24, 26):
 
 # %% [markdown]
 r"""
-Two things stand out. The laptop is out of the race at depth 8, which is why its capstone reads a
-small world with a small vocabulary. And the cost grows with more than the *fifth* power of the
-depth: the weights in the blocks grow with its cube, the tokens with the weights, and the cost with
-their product; only the head, which grows more slowly, dampens that. Depth 24 costs forty times as
-much as depth 12. Expect small models to come out worse than the table on a GPU: their matrices are
-too small to keep it busy.
+A laptop drops out of the race early, which is why its capstone reads a small world with a small
+vocabulary. And the cost grows with more than the *fifth* power of the depth: the weights in the
+blocks grow with its cube, the tokens with the weights, and the cost with their product; only the
+head, which grows more slowly, dampens that. Depth 24 costs forty times as much as depth 12. Small
+models come out worse than the table on a GPU: their matrices are too small to keep it busy.
 
-## 11. What was predicted, and what came
+## 11. Muon against AdamW, forecast against run
 
-Two promises of this chapter are left to be shown side by side: that we know before the run what it
-will take, and that the optimizer of chapter 4 is worth its price. The second needs care. Muon's
-steps cost more than AdamW's, so the fair comparison is not at equal steps but at equal *time*. We
-train the model of section 6 for `contest_steps` steps with Muon, then with AdamW for everything, at
-the better of two rates, for as much processor time as the first run took. (Processor time, because
-other programs may disturb the clock on the wall.)
+Is the optimizer of chapter 4 worth its price? Muon's steps cost more than AdamW's, so the fair
+comparison is not at equal steps but at equal *time*. We train the model of section 6 with Muon for
+`contest_steps` steps, then with AdamW for everything, at two rates, for as much processor time
+(other programs may disturb the clock on the wall).
 """
 
 
@@ -2144,11 +2158,10 @@ for name, value in ended.items():
 
 # %%
 fig, ax = figure(
-    "At equal time Muon is ahead of AdamW, though its steps are dearer",
+    "At equal time Muon is ahead, though its steps are dearer",
     "seconds of processor time",
-    "loss (nats per token, mean of 9 steps)",
-    size=(4.5, 2.5),
-    alt="Falling curves over time; that of Muon lies below those of AdamW.",
+    "nats per token, mean of 9 steps",
+    alt="Falling curves over time; that of Muon lies below those of AdamW, or on the lower one.",
 )
 for name, (times, losses) in curves.items():
     ax.plot(times[4:-4], np.convolve(losses, np.ones(9) / 9, "valid"), label=name)
@@ -2157,7 +2170,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-And the forecasts of the run in section 6:
+One seed and a few seconds settle little, and a third rate might do better.
+`benchmarks/laptop_training.py` gives each way two minutes, and Muon wins more clearly there.
+
+Last, the forecasts of the run in section 6:
 """
 
 # %%
@@ -2171,42 +2187,41 @@ workspace.cleanup()
 
 # %% [markdown]
 r"""
-> **Play.** `plan(20, ratio=8)`: what does overtraining or undertraining cost? What does doubling
-> the context from 2,048 to 4,096 tokens change at depth 12, and at depth 26?
+> **Play.** What does `plan(20, ratio=8)` change? And doubling the context from 2,048 to 4,096
+> tokens, at depth 12 and at depth 26?
 
 ## Recap
 
-`nanochat.train` now holds `fit`, `accumulate_gradients`, `SingleProcess` and what `fit` is made of
-(`Gradients`, `EarlyWarnings`, `Meter`), with `open_tracker` and `TrackedLog`; `nanochat.budget`
-holds `memory_estimate`, `peak_bytes`, `largest_that_fits`, `step_fits` and `footprint`;
-`nanochat.checkpoint` holds `Checkpoint`, `save_checkpoint`, `load_checkpoint`, `BackgroundSaver`,
-`saved_steps`, `latest_step`, `best_step` and `put_aside`; `nanochat.convert` holds
-`to_transformers`, `from_transformers` and `from_nanochat`. You can train a model for any number of
-steps, cut its batch as your memory wants, lose the machine, and say beforehand what it will cost.
+`nanochat` can now
+
+- train: `fit` and what it is made of, `accumulate_gradients`, `SingleProcess`, `Gradients`,
+  `EarlyWarnings`, `Meter`, with `open_tracker` and `TrackedLog` for a browser (`nanochat.train`);
+- lose the machine: `save_checkpoint`, `load_checkpoint`, `BackgroundSaver`, `saved_steps`,
+  `latest_step`, `best_step` (`nanochat.checkpoint`);
+- say beforehand what a run takes: `memory_estimate`, `peak_bytes`, `largest_that_fits`,
+  `step_fits`, `footprint` (`nanochat.budget`);
+- exchange weights: `to_transformers`, `from_transformers`, `from_nanochat` (`nanochat.convert`).
 
 **Pitfalls**
 
 - *Counting micro-batches as steps.* With accumulation, one project's fine-tuning ran past the end
   of its schedule to a rate of minus 127 times the base rate, and the run "succeeded". `fit` counts
   optimizer steps only.
-- *The mean of means.* It looks right as long as all targets count, and turns wrong silently when
-  masks arrive. A fully masked micro-batch even gives 0/0.
-- *Clipping or checking gradients before they are complete.* nanochat's first release clipped each
-  process's own gradient before the processes had added theirs up. Order matters.
+- *The mean of means.* It turns wrong silently when masks arrive.
 - *A speed without the accumulation.* A user saw 594 tokens per second where it was many times
   that: the count left out the micro-batches. Count trained tokens, as the loss does.
 - *Resuming "about there".* Skipping to the next file, or losing the optimizer's memory, gives a run
   that looks fine and is another one. Compare bits.
-- *A checkpoint saved by one process only*, when each of them holds a part of the optimizer's state
-  (chapter 6).
 
 **Readings**
 
-- McCandlish et al., *An Empirical Model of Large-Batch Training* (2018): the noise of gradients and
-  the useful size of a batch.
-- Micikevicius et al., *Mixed Precision Training* (2017): master weights.
-- Hoffmann et al., *Training Compute-Optimal Large Language Models* (2022): tokens per parameter.
-- Chowdhery et al., *PaLM* (2022): FLOPs and utilisation, as everybody counts them since.
-- Hugging Face, *safetensors* (documentation and security audit, 2023).
-- Karpathy, *nanochat* (2025): the rules of section 8, with the log of the experiments behind them.
+- McCandlish et al., [An Empirical Model of Large-Batch Training](https://arxiv.org/abs/1812.06162)
+  (2018): the noise of gradients and the useful size of a batch.
+- Micikevicius et al., [Mixed Precision Training](https://arxiv.org/abs/1710.03740) (2017): master
+  weights.
+- Hoffmann et al., [Training Compute-Optimal Large Language
+  Models](https://arxiv.org/abs/2203.15556) (2022): tokens per parameter.
+- Chowdhery et al., [PaLM](https://arxiv.org/abs/2204.02311) (2022): FLOPs and utilisation.
+- Karpathy, [nanochat](https://github.com/karpathy/nanochat) (2025): the rules of section 8, with
+  the log of the experiments behind them.
 """

@@ -14,9 +14,8 @@ By the end of this chapter you have shown that two processes, each with half of 
 of the optimizer's state, train the same model as one process with all of it, and that they still do
 when one of them is killed on the way.
 
-We begin with the finished thing. One call starts two processes, lets them find each other, checks
-that they can add numbers up correctly, and measures how fast they talk. On a laptop the two are
-processes on the CPU; on a rented machine with eight GPUs the same call starts eight.
+One call starts two processes, lets them find each other, checks that they can add numbers up, and
+measures how fast they talk:
 """
 
 # %%
@@ -28,6 +27,9 @@ print(f"{len(lines)} lines of JSON; the last: {lines[-1]}")
 
 # %% [markdown]
 r"""
+On a laptop the two are processes on the CPU. On a machine with eight GPUs the same call, with
+`nproc=8`, starts one process for each.
+
 **You will be able to**
 
 1. say what a rank, a collective and a process group are, and predict the result of each collective;
@@ -101,15 +103,15 @@ from nanochat.common import COLORS, figure
 
 # %% [markdown]
 r"""
-## 6.1 Ranks and collectives
+## 1. Ranks and collectives
 
 A training job on several GPUs is several copies of one program. Each copy is a **process** with its
 own memory and, usually, its own GPU. Each has a number, its **rank**, from 0 to `world_size - 1`.
-That number is all that tells the copies apart.
+That number is all that tells the copies apart, and we call the process itself a rank, too.
 
-Processes share nothing, so they must send messages. We never write those messages one by one. We
+Processes share nothing, so they must send messages. We do not write those messages one by one. We
 use **collectives**: operations that all ranks call at the same time, each with its own tensor.
-Three of them carry all of this book:
+Three of them do nearly all the work:
 
 | collective | each rank gives | each rank gets |
 |---|---|---|
@@ -117,8 +119,8 @@ Three of them carry all of this book:
 | reduce-scatter | a tensor | its own part of the sum |
 | all-gather | its own part | all parts together |
 
-An all-reduce is a reduce-scatter followed by an all-gather. Keep that sentence: the sharded
-optimizer at the end of the chapter is made of it.
+An all-reduce is a reduce-scatter followed by an all-gather. The sharded optimizer of section 6 is
+made of that sentence.
 """
 
 # %%
@@ -151,6 +153,7 @@ ax.set(
     yticklabels=["rank 1", "rank 0"],
 )
 ax.grid(False)
+ax.spines[:].set_visible(False)
 plt.show()
 
 # %% [markdown]
@@ -198,12 +201,14 @@ for function in (naive_all_reduce, ring_all_reduce):
 
 # %% [markdown]
 r"""
-Both are right. In the ring every rank works all the time and moves `2 (n - 1) / n` times the
-tensor in each direction: less than twice its size, however many ranks there are. The naive way
-moves `n - 1` times the tensor in each direction through one rank. This is why people speak of
-**bus bandwidth**: the bytes of the tensor, times that factor, over the time. It is a property of
-the wire, not of the number of ranks, and it can be held against the data sheet. NVIDIA's
-nccl-tests define it in the same way. We keep the factors.
+Both are right. The naive way moves `n - 1` times the tensor in each direction through one rank. In
+the ring every rank works all the time and moves `2 (n - 1) / n` times the tensor in each direction:
+less than twice its size, however many ranks there are. The bytes of the tensor, times that factor,
+over the time is called **bus bandwidth**. It is a property of the wire, not of the number of ranks,
+and can be held against the data sheet. We keep the factors, as NVIDIA's nccl-tests define them.
+
+> **Exercise 6.1.** A tensor of 12 numbers and four ranks: how long is a chunk, and how many numbers
+> has each rank sent when the ring is done? And with 13 numbers?
 """
 
 # %%
@@ -221,18 +226,17 @@ assert all(BUS_FACTORS["all_reduce"](n) < 2 for n in range(1, 100))
 
 # %% [markdown]
 r"""
-## 6.2 A process group
+## 2. A process group
 
 PyTorch has the collectives: through **NCCL** between GPUs, through **gloo** between CPU
 processes. Its launcher, `torchrun`, starts the processes and tells each one its place by
 environment variables: `RANK` (its number in the whole job), `LOCAL_RANK` (its number on this
-machine, so its GPU) and `WORLD_SIZE`. Our `ProcessGroup` is a thin layer on top of that with the
-four verbs that training needs. It has the same names as `SingleProcess` of chapter 5, so the
-training loop does not know which of the two it got.
+machine, so its GPU) and `WORLD_SIZE`. Our `ProcessGroup` is a thin layer on top, with the names of
+`SingleProcess` of chapter 5, so that the training loop does not know which of the two it got.
 
 Gradients are many tensors, most of them small, and each collective costs a start-up time. So we
 copy them into a few large **buckets**, start all reductions, and wait at the end. They are added up
-in a stated type, `reduce_dtype`: float32 unless we ask for half of the bytes and less precision.
+in a stated type: float32 unless we ask for half of the bytes and less precision.
 """
 
 
@@ -250,6 +254,30 @@ def buckets(tensors: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+# %%
+#| export
+def mean_over_ranks(tensors: list[Tensor], dtype: torch.dtype, bucket_bytes: int) -> None:
+    """Replace tensors, in place, by their means over the ranks; summed in `dtype`. A collective."""
+    started = []
+    for bucket in buckets(tensors, bucket_bytes):
+        flat = torch.cat([t.reshape(-1).to(dtype) for t in bucket])
+        started.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, flat, work in started:
+        work.wait()
+        parts = flat.div_(dist.get_world_size()).split([t.numel() for t in bucket])
+        for tensor, part in zip(bucket, parts):
+            tensor.copy_(part.view_as(tensor))
+
+
+# %% [markdown]
+r"""
+Small facts travel another way. torchrun gives a job a **store**: a small dictionary on the first
+machine, which all ranks can read and write before any collective works.
+"""
+
+
+# %%
+#| export
 def exchange(store: dist.Store, key: str, rank: int, n_ranks: int, value: Any) -> list[Any]:
     """Write this rank's value under `key` in a job's store; return all ranks' values, in order."""
     store.set(f"{key}/{rank}", json.dumps(value))
@@ -258,7 +286,7 @@ def exchange(store: dist.Store, key: str, rank: int, n_ranks: int, value: Any) -
 
 # %% [markdown]
 r"""
-The store that `exchange` writes to is explained below. The group itself:
+`ProcessGroup` puts these together.
 """
 
 
@@ -281,28 +309,20 @@ class ProcessGroup:
         self.device, self.reduce_dtype, self.bucket_bytes = device, reduce_dtype, bucket_bytes
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main, self.store, self.rounds = self.rank == 0, store, 0
-        self.reducer: Any = None  # of a sharded optimizer, which does the averaging (section 6.7)
+        self.reducer: Any = None  # of a sharded optimizer, which does the averaging (section 7)
 
     def average_gradients(self, model: nn.Module) -> None:
         """Replace each gradient by its mean over the ranks; a missing one counts as zero.
 
         The gradients of a sharded optimizer are only sent on their way, to their owners.
         """
-        if self.reducer and self.reducer.serves(model):
+        if self.reducer and next(model.parameters()) in self.reducer.bucket_of:
             return self.reducer.start_rest()
         params = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
         for param in params:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
-        started = []
-        for bucket in buckets([p.grad for p in params], self.bucket_bytes):
-            flat = torch.cat([g.reshape(-1).to(self.reduce_dtype) for g in bucket])
-            started.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-        for bucket, flat, work in started:
-            work.wait()
-            parts = flat.div_(self.world_size).split([g.numel() for g in bucket])
-            for grad, part in zip(bucket, parts):
-                grad.copy_(part.view_as(grad))
+        mean_over_ranks([p.grad for p in params], self.reduce_dtype, self.bucket_bytes)
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks, as a new tensor where the old one was."""
@@ -339,21 +359,19 @@ r"""
 `SingleProcess`, so the same script runs alone and under `torchrun`. It also settles three things
 that go wrong in practice.
 
-*A node that is different.* Somebody updated one of four machines. The job starts, and an hour later
-it hangs, or one rank computes something slightly else. torchrun gives a job a **store**: a small
-dictionary on the first node, which all ranks can read and write before any collective works. Each
-rank writes there which Python, torch, code and kind of device it has, reads what the others wrote,
-and stops with one sentence that names the odd one.
+*A machine that is different.* Somebody updated one of four. The job starts, and an hour later it
+hangs, or one rank computes something slightly else. So each rank writes into the store which
+Python, torch, code and kind of device it has, reads what the others wrote, and stops with one
+sentence that names the odd one.
 
 *Errors.* When a rank raises, its traceback must reach the person who started the job. torchrun
 names a file for it in `TORCHELASTIC_ERROR_FILE`; we fill that file. torchrun can also start all
-ranks again after a failure (section 6.10). That helps against a dead machine and not against a
+ranks again after a failure (section 10). That helps against a dead machine and not against a
 mistake, so a `UserError` of the attempt before is raised again at once.
 
-*Orphans.* When a notebook is killed with `kill -9`, nobody tells its grandchildren to stop; they
-keep the GPUs busy until somebody notices. So each rank watches a pipe whose other end the
-notebook holds. When the notebook dies, for whatever reason, the pipe closes and the rank ends
-itself.
+*Orphans.* When a notebook is killed with `kill -9`, nobody tells its grandchildren to stop, and
+they keep the GPUs busy. So each rank watches a pipe whose other end the notebook holds. When the
+notebook dies, the pipe closes and the rank ends itself.
 """
 
 
@@ -426,7 +444,7 @@ def report_errors() -> None:
 
 # %% [markdown]
 r"""
-A mistake is not tried again, and a rank does not outlive its launcher.
+A mistake is not tried again, and a rank does not outlive its launcher:
 """
 
 
@@ -437,18 +455,14 @@ def refuse_to_repeat() -> None:
 
     A dead rank is worth another attempt; a mistake of the user's is not mended by one.
     """
-    name, count = (
-        os.environ.get("TORCHELASTIC_ERROR_FILE"),
-        os.environ["TORCHELASTIC_RESTART_COUNT"],
-    )
-    if name and int(count):
-        before = Path(name).parents[2] / f"attempt_{int(count) - 1}"
+    name = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if name and count:
+        before = Path(name).parents[2] / f"attempt_{count - 1}"
         for file in sorted(before.glob("*/error.json")):
-            _, mistake, sentence = json.loads(file.read_text(encoding="utf-8"))["message"][
-                "message"
-            ].partition("UserError: ")
-            if mistake:
-                raise UserError(sentence)
+            message = json.loads(file.read_text(encoding="utf-8"))["message"]["message"]
+            if "UserError: " in message:
+                raise UserError(message.partition("UserError: ")[2])
 
 
 def watch_launcher() -> None:
@@ -509,15 +523,13 @@ assert [len(b) for b in buckets([torch.zeros(n) for n in (1, 2, 9, 1)], limit=12
 
 # %% [markdown]
 r"""
-## 6.3 Launching from a notebook
+## 3. Launching from a notebook
 
-A cell cannot become two processes by itself: a function that is defined in a notebook does not
-exist in a fresh Python process. What runs in the ranks must live in a module or a file. `launch`
-starts torchrun's launcher on it, in a session of its own, and streams what the ranks print. It
-promises:
+A function that is defined in a notebook does not exist in a fresh Python process. What runs in the
+ranks must live in a module or a file. `launch` starts torchrun's launcher on it, in a session of
+its own, and streams what the ranks print. It promises:
 
-- an interrupt (the stop button) ends every process within five seconds, then stops the notebook
-  too;
+- an interrupt (the stop button) ends every process within seconds, then stops the notebook too;
 - a rank that raises makes `launch` raise `LaunchError`, with that rank's own traceback;
 - each rank gets its share of the CPU's cores. Without that, two ranks with as many threads each
   as there are cores are slower than one.
@@ -577,7 +589,7 @@ def stop(process: subprocess.Popen, patience: float = 3.0) -> None:
 
 # %% [markdown]
 r"""
-Now the launcher. What the ranks print is told apart from what the launcher says by a prefix.
+In `launch` a prefix tells what the ranks print from what torchrun itself says.
 """
 
 
@@ -634,10 +646,10 @@ def launch(
 
 # %% [markdown]
 r"""
-When one rank fails, the others fail too, a moment later, because their partner is gone. The error
-to show is the first one. If a rank was killed from outside (out of memory, for example) it left
-no traceback, and the errors of the others are only echoes; so that case comes first. Then comes
-the oldest error file, then whatever a rank wrote last.
+When one rank fails, the others fail a moment later, because their partner is gone. The error to
+show is the first one. If a rank was killed from outside (out of memory, for example) it left no
+traceback, and the errors of the others are only echoes; so that case comes first. Then comes the
+oldest error file, then whatever a rank wrote last.
 """
 
 
@@ -670,31 +682,31 @@ def find_failure(logs: Path, summary: str, code: int) -> LaunchError:
 
 # %% [markdown]
 r"""
-Out of a notebook, a shell does the same job. On one machine with eight GPUs:
+Without a notebook, a shell does the same. On one machine with eight GPUs:
 
 ```
 torchrun --standalone --nproc-per-node=8 -m nanochat pretrain --profile speedrun
 ```
 
 `--standalone` says that there is no other machine; `--nproc-per-node` how many ranks to start here.
-Section 6.11 does it on several machines.
+Section 11 does it on several machines.
 
-## 6.4 How fast do ranks talk?
+## 4. How fast do ranks talk?
 
-Before we spend money on a long run we ask two questions of a new machine: do all ranks have the
-same software, and is the wire as fast as we were promised? `python -m nanochat.distributed
---check` answers them, alone or under torchrun. It also adds up numbers whose sum is known, and
-`--at-least 100` makes it fail below 100 GB/s, so that a script stops before the bill grows;
-`--folder runs` asks whether all ranks see the folder where the checkpoints will be.
+Is the wire of a new machine as fast as we were promised? `measure` times each collective, and, for
+scale, a copy in memory.
 """
 
 
 # %%
 #| export
+# The collectives on flat tensors; newer versions of PyTorch have other names for them.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def collective(name: str, flat: Tensor, n: int) -> Callable[[], Any]:
     """Return a call that runs one collective over a flat tensor whose length divides by n."""
-    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     part = torch.empty(flat.numel() // n, dtype=flat.dtype, device=flat.device)
     return {
         "all_reduce": lambda: dist.all_reduce(flat),
@@ -726,6 +738,15 @@ def measure(world: Any, sizes: list[int], repeats: int = 5) -> Iterator[dict[str
             factor = 2.0 if name == "copy" else BUS_FACTORS[name](n)
             speed = flat.nbytes * factor / median / 1e9
             yield dict(what=name, bytes=flat.nbytes, seconds=median, gb_per_s=speed)
+
+
+# %% [markdown]
+r"""
+A long run needs two things more: all ranks must see the folder where the checkpoints will be, and
+a sum must come out right. `check` asks for everything and `python -m nanochat.distributed --check`
+prints the answers, alone or under torchrun; `--at-least 100` makes it fail below 100 GB/s, so that
+a script stops before the bill grows.
+"""
 
 
 # %%
@@ -807,13 +828,13 @@ if __name__ == "__main__" and "ipykernel" not in sys.modules:  # a notebook is a
 
 # %% [markdown]
 r"""
-We ran that at the top of the chapter. Here is what the two ranks measured.
+The cell at the top of the chapter ran that. Here is what the two ranks measured.
 """
 
 # %%
 found = [json.loads(line) for line in lines if line.startswith("{")]
 fig, ax = figure(
-    "Small messages pay for the start, large ones for the wire",
+    "Small messages pay for the start, large for the wire",
     "tensor (bytes)",
     "bus bandwidth (GB/s)",
     alt="Bandwidth against size, log-log: "
@@ -827,13 +848,12 @@ plt.show()
 
 # %% [markdown]
 r"""
-The shape is what matters; it is the same for gloo on a laptop and for NCCL between GPUs. On the
-left the time does not depend on the size: it is all start-up. On the right it grows with the
-bytes. The same command on two H200s in one machine (torch 2.11, NVLink) measured for an
+The shape is what matters. On the left the time hardly depends on the size: it is all start-up. On
+the right it grows with the bytes. The same command on two H200s in one machine measured for an
 all-reduce 46 microseconds for 1 kB, 0.02 GB/s, and 324 GB/s for 1 GB: a factor of 16,000 between
 the two ends. Gradients belong on the right, and that is why we bucket them.
 
-## 6.5 Data parallel by hand
+## 5. Data parallel by hand
 
 The loss of a batch is a mean over its tokens, so its gradient is the mean of the gradients of the
 two halves:
@@ -844,8 +864,8 @@ So let each rank hold the whole model, take half of the rows, run forward and ba
 average the gradients. If the ranks start from the same weights and apply the same update, they
 stay equal for ever, without sending a single weight.
 
-We write the program that each rank runs into a file. It knows several ways to train, which we
-compare.
+The program that each rank runs goes into a file. First its data: each rank takes its rows of a
+batch that is the same everywhere.
 """
 
 # %%
@@ -867,6 +887,11 @@ def batch(step, world, uneven=False):
         cut = [0, 1, *range(batch_size - world.world_size + 2, batch_size + 1)]
         return rows[cut[world.rank] : cut[world.rank + 1]]
     return rows[world.rank :: world.world_size]  # ... of which each takes its rows
+"""
+
+# %% [markdown]
+r"""
+Then the training. It knows several ways, which we compare.
 """
 
 # %%
@@ -919,31 +944,29 @@ if __name__ == "__main__":
 
 # %% [markdown]
 r"""
-Before we can run it we need three of the ways: a sharded optimizer, one that sends gradients while
-they are computed, and a model that is cut itself.
+Three of the ways are still to be written: an optimizer that is shared out, one that sends gradients
+while they are computed, and a model that is cut itself.
 
-## 6.6 The optimizer is the thing to shard
+## 6. The optimizer is the thing to shard
 
 Count the bytes of one parameter in training: 4 for the weight, 4 for its gradient, and then the
 optimizer. AdamW keeps a mean and a mean square, 8 bytes; Muon keeps a momentum, 4 bytes. With data
 parallelism each rank keeps *all* of that, and computes *all* of the update, which for Muon is real
-work. Every rank does exactly the same thing. That is waste, and it is easy to remove:
+work. Every rank does exactly the same. That is waste, and it is easy to remove:
 
 1. Share out the parameters. Each rank owns about `1 / n` of them.
 2. Each rank keeps the state, and computes the update, of what it owns.
 3. An all-gather gives everybody the new weights.
 
-This is stage 1 of **ZeRO** (Rajbhandari et al. 2020). And if the ranks exchange gradients by a
-reduce-scatter, so that each gets the mean for its own part only, it is stage 2: the gradients'
-mean is not stored n times either, and the wire carries less.
+This is stage 1 of **ZeRO** (Rajbhandari et al. 2020), and to share out in this way is to **shard**.
+If the ranks exchange gradients by a reduce-scatter, so that each gets the mean for its own part
+only, it is stage 2: the gradients' mean is not stored n times either, and the wire carries less.
 
-| | reduce-scatter | all-gather | bytes on the wire, in parameters |
+| | reduce-scatter | all-gather | on the wire, in sizes of the model |
 |---|---|---|---|
 | plain data parallel | of gradients | of gradients | 2 |
 | stage 1, gradients averaged before | of gradients | of gradients + weights | 3 |
 | stage 2, which we build | of gradients | of weights | 2 |
-
-So it is not only smaller but costs nothing on the wire.
 
 How to share out? AdamW treats every number by itself, so we can cut a tensor anywhere, and all
 ranks get equally much. Muon needs whole matrices; we deal them out, the largest first, to the
@@ -998,6 +1021,9 @@ assert [len(rank) for rank in shares[1]] == [1, 1, 1, 0]
 
 # %% [markdown]
 r"""
+> **Exercise 6.2.** Three matrices of 6, 5 and 4 numbers on two ranks: who gets what, and how far is
+> that from an even share? Find sizes for which the largest-first rule is not the best one.
+
 A collective wants one flat tensor in which the parts of all ranks have the same length. `Layout`
 lays pieces out in such a tensor, with some padding where a rank has less. The same layout serves
 both directions: gradients in, weights out.
@@ -1033,13 +1059,15 @@ class Layout:
 
 # %% [markdown]
 r"""
-A gradient that has been copied out is freed at once, so no rank ever keeps all of the averages.
+Two functions start the two directions. Each returns a *handle* to wait for, because the collective
+runs while we do something else. A gradient that has been copied out is freed at once, so no rank
+ever keeps all of the averages.
 """
 
 
 # %%
 #| export
-def start_reduce_scatter(layout: Layout, rank: int) -> tuple[Tensor, Any]:
+def start_reduce_scatter(layout: Layout) -> tuple[Tensor, Any]:
     """Start to sum gradients, which are freed; returns (the rank's own part, handle to wait for).
 
     A gradient that is missing counts as zero.
@@ -1052,27 +1080,25 @@ def start_reduce_scatter(layout: Layout, rank: int) -> tuple[Tensor, Any]:
     for param in layout.params:
         param.grad = None
     own = torch.empty(layout.width, dtype=flat.dtype, device=flat.device)
-    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return own, call(own, flat, async_op=True)
+    return own, reduce_scatter(own, flat, async_op=True)
 
 
 def start_all_gather(layout: Layout, rank: int) -> tuple[Tensor, Any]:
     """Start to send the rank's weights to all; returns (flat, handle to wait for)."""
     flat = layout.empty()
-    own = layout.part(layout.empty(), rank)
+    own = layout.part(flat, rank).clone()
     for piece, place in layout.slots(own, rank):
         place.copy_(piece.of(piece.param))
-    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return flat, call(flat, own, async_op=True)
+    return flat, all_gather(flat, own, async_op=True)
 
 
 # %% [markdown]
 r"""
-## 6.7 Sending while the backward pass still runs
+## 7. Sending while the backward pass still runs
 
 The backward pass begins at the head and ends at the embedding. When it reaches the middle of the
-model, the gradients of the upper half are final. They could be on the wire while the lower half is
-computed. Waiting for the end wastes that time:
+model, the gradients of the upper half are final. They can be on the wire while the lower half is
+computed:
 
 ```
  one after the other:   [ forward ][   backward   ][ reduce ][ optimizer ][ gather ]
@@ -1088,14 +1114,11 @@ counts, so a bucket waits for `passes` calls from each of its parameters.
 
 *Order.* Collectives must start in the same order on all ranks, and nobody promises that two ranks
 finish their gradients in the same order. So the first step only watches: rank 0 says in which order
-its buckets became full, through the store, and from then on that is the order for all. PyTorch's
-own `DistributedDataParallel` does the same (Li et al. 2020).
+its buckets became full, and from then on that is the order for all.
 
 *Compilation.* `torch.compile` makes one graph of a model, and its backward pass hands all gradients
-over at the end: the hooks still fire, but there is nothing left to overlap with. Compiled block by
-block, the gradients come block by block. (Chapter 5's trainer compiles the whole model, so in the
-recipe only the exchange of weights overlaps, with the optimizer. Which of the two is faster is for
-`benchmarks/distributed.py` to say, on GPUs.)
+over at the end: there is nothing left to overlap with. Chapter 5's trainer compiles the whole
+model, so in the recipe only the exchange of weights overlaps, with the optimizer.
 
 *Size.* A small bucket starts early and pays the start-up time; a large one is efficient and starts
 late. AdamW's small tensors share one bucket. A bucket of Muon holds at least one matrix for each
@@ -1130,7 +1153,7 @@ def reduction_layouts(
 
 # %% [markdown]
 r"""
-The hooks, the counting and the order are the work of `Reducer`.
+`Reducer` does the rest: the hooks, the counting and the order.
 """
 
 
@@ -1145,7 +1168,7 @@ class Reducer:
 
     def __init__(self, layouts: list[Layout], world: ProcessGroup):
         self.layouts, self.world, self.passes = layouts, world, 0
-        self.order: list[int] | None = None  # of the buckets; agreed on in the first step
+        self.order: list[int] = []  # of the buckets; agreed on in the first step
         self.bucket_of = {param: i for i, each in enumerate(layouts) for param in each.params}
         self.hooks: list[Any] = []
         self.reset()
@@ -1156,17 +1179,12 @@ class Reducer:
         self.full: list[int] = []
         self.started: dict[int, tuple[Tensor, Any]] = {}
 
-    def serves(self, model: nn.Module) -> bool:
-        """Return True if this reduces the gradients of that model."""
-        return next(model.parameters()) in self.bucket_of
-
     def watch(self, passes: int) -> None:
         """From now on start each bucket in the last of a step's `passes` backward passes."""
-        self.passes, self.order = passes, None
+        self.passes, self.order = passes, []
         self.reset()
-        if not self.hooks:
-            params = self.bucket_of
-            self.hooks = [p.register_post_accumulate_grad_hook(self.count) for p in params]
+        hook = Tensor.register_post_accumulate_grad_hook
+        self.hooks = self.hooks or [hook(param, self.count) for param in self.bucket_of]
 
     def count(self, param: Tensor) -> None:
         """Note that a gradient has been finished once more; start what is full and next in line."""
@@ -1174,19 +1192,18 @@ class Reducer:
         self.missing[bucket] -= 1
         if self.missing[bucket] == 0:
             self.full.append(bucket)
-        while self.order and len(self.started) < len(self.order):
-            following = self.order[len(self.started)]
+        for following in self.order[len(self.started) :]:
             if following not in self.full:
                 break
             self.start(following)
 
     def start(self, bucket: int) -> None:
         """Put a bucket on the wire."""
-        self.started[bucket] = start_reduce_scatter(self.layouts[bucket], self.world.rank)
+        self.started[bucket] = start_reduce_scatter(self.layouts[bucket])
 
     def start_rest(self) -> None:
         """Put all buckets on the wire that are not there yet; all ranks call it together."""
-        if self.order is None:
+        if not self.order:
             rest = [i for i in range(len(self.layouts)) if i not in self.full]
             self.order = self.world.exchange(self.full + rest)[0]
         for bucket in self.order[len(self.started) :]:
@@ -1205,10 +1222,9 @@ class Reducer:
 
 # %% [markdown]
 r"""
-Now the optimizer is short. It is chapter 4's, with another `step`. Group by group: wait for our
-part of the gradients, update our pieces, and start to send the new weights while the next group is
-computed; at the end, wait for everybody's weights. `overlap(passes)` switches the hooks on. With
-one process it is chapter 4's.
+Now the optimizer is short: chapter 4's, with another `step`. Group by group: wait for our part of
+the gradients, update our pieces, and start to send the new weights while the next group is
+computed; at the end, wait for everybody's weights. `overlap(passes)` switches the hooks on.
 """
 
 
@@ -1217,9 +1233,8 @@ one process it is chapter 4's.
 class ShardedMuonAdamW(MuonAdamW):
     """MuonAdamW whose state, update and averaged gradients are shared out over a world's ranks.
 
-    It takes over `world.average_gradients` for its parameters: gradients go straight to the rank
-    that owns them. After `overlap` they do so while the backward pass runs. ZeRO stage 2,
-    Rajbhandari et al. (2020).
+    `world.average_gradients` then sends gradients straight to the rank that owns them; after
+    `overlap`, while the backward pass still runs. ZeRO stage 2, Rajbhandari et al. (2020).
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], world: Any):
@@ -1266,9 +1281,9 @@ class ShardedMuonAdamW(MuonAdamW):
 
     def named_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the full state on rank 0 and {} elsewhere; a collective. See gather_state."""
-        return (
-            gather_state(self, model) if self.world.world_size > 1 else super().named_state(model)
-        )
+        if self.world.world_size == 1:
+            return super().named_state(model)
+        return gather_state(self, model)
 
     def load_named_state(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Keep this rank's part of a full state, of a run with any number of ranks."""
@@ -1278,9 +1293,9 @@ class ShardedMuonAdamW(MuonAdamW):
 
 # %% [markdown]
 r"""
-A checkpoint must not depend on the number of ranks: a run that began on eight GPUs should resume
-on one. So what is saved is always the full state, under the names of the parameters.
-`gather_state` puts it together on rank 0, and `own_state` cuts a rank's part out of it.
+A run that began on eight GPUs should resume on one. So a checkpoint always holds the full state,
+under the names of the parameters. `gather_state` puts it together on rank 0, and `own_state` cuts
+a rank's part out of it.
 """
 
 
@@ -1347,8 +1362,8 @@ def build_sharded_optimizer(model: GPT, world: Any, *args: float, **rates: float
 
 # %% [markdown]
 r"""
-`build_sharded_optimizer` names a class of the next section. Saving is a collective, too: all ranks
-call it.
+(`FullyShardedMuonAdamW` and `gather_model` are of the next section.) Saving is a collective, too:
+all ranks call it.
 """
 
 
@@ -1370,22 +1385,22 @@ def save_together(
 
 # %% [markdown]
 r"""
-## 6.8 Models that outgrow one GPU
+## 8. Models that outgrow one GPU
 
 Weights and gradients are still whole on every rank: 8 bytes a parameter. A model of 30 billion
-parameters needs 240 GB for them, and no GPU has that. The remedy is to cut the weights too: each
+parameters needs 240 GB for them, and an H200 has 141. The remedy is to cut the weights too: each
 rank stores `1 / n` of the rows of every matrix, and collects the rest just before it is needed.
 
-PyTorch calls this **FSDP** (fully sharded data parallel); it is stage 3 of ZeRO.
-`fully_shard(block)` hooks into a module: before its forward and its backward pass an all-gather
-brings the rows of all ranks together, afterwards they are freed again, and its gradients leave by a
-reduce-scatter. Only one block is whole at a time. While it computes, the next is on its way. The
-price is traffic: the weights travel twice a micro-batch, not once a step.
+PyTorch calls this **FSDP** (fully sharded data parallel); it is stage 3 of ZeRO. A parameter that
+has been cut is a `DTensor`, a tensor that knows how it lies on the ranks. `fully_shard(block)`
+hooks into a module: before its forward and its backward pass an all-gather brings the rows of all
+ranks together, afterwards they are freed again, and its gradients leave by a reduce-scatter. While
+one block computes, the next is on its way. The price is traffic: the weights travel twice a
+micro-batch, not once a step.
 
 `fully_shard` leaves the outermost module whole after a forward pass, since a backward pass will
-follow. After an evaluation none follows, the parameters that it shows are not those that the
-optimizer knows, and a checkpoint taken then fails. `reshard_after_forward=True` costs one more
-gather of the two tables and makes that impossible.
+follow. After an evaluation none follows, and a checkpoint taken then fails.
+`reshard_after_forward=True` costs one more gather of the two tables and prevents that.
 
 The other thing that fills a GPU is activations, which the backward pass needs again. We can drop
 them and compute each block's forward pass a second time: a third more work, and of each block only
@@ -1429,12 +1444,12 @@ def gather_model(model: GPT) -> Any:
 r"""
 AdamW does not mind: it updates the rows it has. Muon does. To orthogonalise a matrix one needs all
 of it. Orthogonalising each rank's rows by themselves is another update, which depends on the number
-of GPUs and crashes nowhere, so nobody notices. The matrices must be put together again, and each on
-one rank only, or all ranks would do the same work.
+of GPUs, and nothing crashes. So the matrices must be put together again, each on one rank only, or
+all ranks would do the same work.
 
 Stack the `k` matrices of one shape into a tensor `(k, m, n)`. FSDP has cut it along `m`. We want it
 cut along `k`. That exchange is called an **all-to-all**: each rank sends each other rank something
-else. A DTensor knows how it is cut, so we only have to say what we want:
+else. With DTensors we only have to say what we want:
 
 ```
  cut by rows, Shard(1)             whole matrices, Shard(0)
@@ -1459,6 +1474,38 @@ def recut(rows: Tensor, like: Tensor, n: int, start: int, end: int) -> Tensor:
     return cut.redistribute(placements=[Shard(end)]).to_local()
 
 
+# %% [markdown]
+r"""
+Who owns what follows from the cuts: of AdamW's tensors the rows that FSDP has left on a rank, of
+`k` stacked matrices the ones that `recut` brings.
+"""
+
+
+# %%
+#| export
+def share_rows(groups: list[dict[str, Any]], n_ranks: int) -> list[list[list[Piece]]]:
+    """Share parameters out as `fully_shard` and `recut` cut them; [group][rank] -> pieces.
+
+    AdamW's tensors are cut by rows, as many on each rank (the last has fewer, or none). Muon's
+    matrices stay whole and go to the ranks in order, as many to each.
+    """
+    shares = []
+    for group in groups:
+        params, share = group["params"], [[] for _ in range(n_ranks)]
+        many = -(-len(params) // n_ranks)  # matrices a rank, and below rows a rank, rounded up
+        for i, param in enumerate(params):
+            if group["kind"] == "muon":
+                share[i // many].append(Piece(param, 0, param.numel()))
+                continue
+            height = param.shape[0]
+            row, rows = param.numel() // height, -(-height // n_ranks)
+            for rank in range(-(-height // rows)):
+                stop = min((rank + 1) * rows, height)
+                share[rank].append(Piece(param, rank * rows * row, stop * row))
+        shares.append(share)
+    return shares
+
+
 # %%
 #| export
 class FullyShardedMuonAdamW(ShardedMuonAdamW):
@@ -1470,21 +1517,7 @@ class FullyShardedMuonAdamW(ShardedMuonAdamW):
 
     def __init__(self, param_groups: list[dict[str, Any]], world: Any):
         MuonAdamW.__init__(self, param_groups)
-        self.world, n = world, world.world_size
-        self.shares = []
-        for group in self.param_groups:
-            params, share = group["params"], [[] for _ in range(n)]
-            many = -(-len(params) // n)  # matrices a rank, and below rows a rank, rounded up
-            for i, param in enumerate(params):
-                if group["kind"] == "muon":
-                    share[i // many].append(Piece(param, 0, param.numel()))
-                    continue
-                height = param.shape[0]
-                row, rows = param.numel() // height, -(-height // n)
-                for rank in range(-(-height // rows)):
-                    stop = min((rank + 1) * rows, height)
-                    share[rank].append(Piece(param, rank * rows * row, stop * row))
-            self.shares.append(share)
+        self.world, self.shares = world, share_rows(self.param_groups, world.world_size)
 
     def overlap(self, passes: int = 1) -> None:
         """Do nothing: FSDP sends gradients while the backward pass runs, in every pass."""
@@ -1515,12 +1548,12 @@ class FullyShardedMuonAdamW(ShardedMuonAdamW):
 
 # %% [markdown]
 r"""
-## 6.9 The proof
+## 9. The proof
 
 Six ways to train on the same global batches, each in two processes: gradients averaged; the sharded
 optimizer; the same, overlapped with the backward pass; the model cut; and two controls, no exchange
-at all, and uneven halves, a mistake that we come to below. And once more in one process, here in
-the notebook, with the whole batch: the baseline.
+at all, and uneven shares, a mistake of section 10. The baseline is one process with the whole
+batch, here in the notebook.
 """
 
 # %%
@@ -1546,14 +1579,19 @@ sys.argv = argv
 alone = json.loads(captured.getvalue())
 print(len(runs), "records from two ranks, and one from one process")
 
+
 # %%
+def distance(run):
+    """The largest difference of a weight in the sample from that of the one process."""
+    return max(abs(a - b) for a, b in zip(run["sample"], alone["sample"]))
+
+
 by_way = {run["way"]: run for run in runs if run["rank"] == 0}
 print(f"{'':12} last loss  off one process  off other rank   state a rank (MB)  weights kept (MB)")
 for way, run in {"one process": alone, **by_way}.items():
-    error = max(abs(a - b) for a, b in zip(run["sample"], alone["sample"]))
     both = [r for r in [*runs, alone] if r["way"] == run["way"]]
     state, kept = (" and ".join(f"{r[k] / 1e6:.2f}" for r in both) for k in ("state", "weights"))
-    row = f"{way:12}{run['losses'][-1]:10.4f}{error:17.1e}{2 * run['gap']:16.1e}"
+    row = f"{way:12}{run['losses'][-1]:10.4f}{distance(run):17.1e}{2 * run['gap']:16.1e}"
     print(f"{row}{state:>20}{kept:>19}")
 
 # %%
@@ -1562,7 +1600,7 @@ for way in ("sharded", "overlapped"):
 
 # %%
 fig, ax = figure(
-    "Two processes train as one does; without exchange they drift apart",
+    "Two processes train as one; without exchange they drift",
     "step",
     "loss (nats a token)",
     alt="Loss against step: the curves of one process and of two processes averaged, "
@@ -1572,19 +1610,15 @@ ax.plot(alone["losses"], color=COLORS[6], linewidth=5, alpha=0.3, label="one pro
 styles = {"averaged": "-", "overlapped": ":", "cut": "-.", "no exchange": "--"}
 for color, (way, style) in zip(COLORS, styles.items()):
     ax.plot(by_way[way]["losses"], color=color, linestyle=style, label=f"two processes, {way}")
+ax.set_xticks(range(0, n_steps, 5))
 ax.legend(fontsize=7)
 plt.show()
 
-
 # %%
-def distance(way):
-    return max(abs(a - b) for a, b in zip(by_way[way]["sample"], alone["sample"]))
-
-
 for way in ("averaged", "sharded", "overlapped", "cut"):
-    assert distance(way) < 1e-3 and by_way[way]["gap"] == 0
+    assert distance(by_way[way]) < 1e-3 and by_way[way]["gap"] == 0
 assert by_way["sharded"]["early"] == 0 < by_way["overlapped"]["early"]
-assert by_way["no exchange"]["gap"] > 1e-2 and distance("uneven") > 1e-2
+assert by_way["no exchange"]["gap"] > 1e-2 and distance(by_way["uneven"]) > 1e-2
 
 # %% [markdown]
 r"""
@@ -1592,14 +1626,12 @@ The first four rows below the baseline carry the promise of this chapter. The di
 process are rounding: a sum in another order. Between the ranks there is no difference at all, not
 in the last bit, because both apply the same numbers (the weights of the cut model exist only once,
 so there is nothing to compare). The sharded optimizer holds half of the state on each rank, and the
-cut model half of the weights, too. The controls show that the agreement is not free: without
-exchange the weights part at once.
+cut model half of the weights, too. The controls are far off.
 
 ### How much memory is that?
 
-With `e` parameters in embedding and head and `m` in matrices, the state is `8 e + 4 m` bytes
-(Muon's row sizes are too few to count), and a rank holds one `n`-th. We check the formula against
-the run and let it speak about larger models.
+With `e` parameters in embedding and head and `m` in matrices, the state is `8 e + 4 m` bytes, and a
+rank holds one `n`-th. We check the formula against the run and apply it to larger models.
 """
 
 
@@ -1639,8 +1671,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-**Play with it.** How many ranks of 24 GB would it take until the state of a model of depth 40 fills
-less than a tenth of each? Change the numbers.
+> **Play.** How many ranks of 24 GB does it take until the state of a model of depth 40 fills less
+> than a tenth of each?
 """
 
 # %%
@@ -1649,19 +1681,18 @@ for n_ranks in (1, 4, 16):
 
 # %% [markdown]
 r"""
-## 6.10 What goes wrong
+## 10. What goes wrong
 
 **Uneven batches.** In the row "uneven" above, rank 0 had one row of the batch and rank 1 the
 others. Each took the mean over its own rows, and then we took the mean of the two means. So the
-single row weighed as much as seven, and the weights are off by a thousand times more than
-rounding. Nothing crashed, which is what makes it a bad bug. The same happens with a fine-tuning
-batch of even size, where the number of *trained tokens* differs. The cure stands in chapter 5:
-sum the loss, and divide by the number of tokens of the *global* batch, which costs one all-reduce
-of one number.
+single row weighed as much as the seven others together, and the weights are off by far more than
+rounding. Nothing crashed. The same happens with rows of equal number and unequal numbers of
+*trained tokens*. The cure stands in chapter 5: sum the loss, and divide by the number of tokens of
+the *global* batch.
 
 **A straggler, and ranks that disagree.** The next program shows both. First rank 1 is late by 0
 and then by 50 milliseconds, and each rank reports how long it stood in a collective. Then one rank
-has a longer batch than the other, and calls `all_reduce` with another shape.
+calls `all_reduce` with another shape than the other.
 """
 
 # %%
@@ -1688,24 +1719,21 @@ except LaunchError as error:
 
 # %% [markdown]
 r"""
-*The straggler*: the others wait as long as it is late. A collective ends when the slowest rank
-arrives, so one GPU that runs hot and slow makes all of them slow, and every profile shows the time
-in the wrong place: as communication, on the healthy ranks. Measure each rank by itself before you
-measure the job.
+*The straggler*: the other waits as long as it is late. One GPU that runs hot and slow makes all of
+them slow, and every profile shows the time in the wrong place: as communication, on the healthy
+ranks. Measure each rank by itself before you measure the job.
 
 *The disagreement*: with `TORCH_DISTRIBUTED_DEBUG=DETAIL` PyTorch compares what the ranks are about
-to do, and says it. Without it such a job hangs, or breaks with "connection reset", or adds up
-garbage. It is slow, so it is for debugging. `launch` brought the error home: it names the rank, and
-its `traceback` is that of the rank, not of the launcher. The rule that avoids the bug: *no
-collective inside a branch that depends on the rank*. Saving a checkpoint is the usual trap: only
-rank 0 writes, but with a sharded optimizer all ranks must help to gather. That is why
-`save_together` is called by all.
+to do, and says it. That is slow; without it such a job hangs, breaks, or adds up garbage. The
+`LaunchError` names the rank, and its `traceback` is that of the rank. The rule that avoids the bug:
+*no collective inside a branch that depends on the rank*. Saving a checkpoint is the usual trap:
+only rank 0 writes, but with a sharded optimizer all ranks must help to gather.
 
-**A rank that dies.** Its partners wait in their next collective for a message that never comes;
-with NCCL's default, for ten minutes. torchrun notices the dead process, ends the others, and, if we
-allow it, starts all of them again. Nothing is kept in memory. So an *elastic* job is a program that
-begins with a look for the last checkpoint. This one saves every fourth step, and in its first
-attempt rank 1 kills itself before step 10 as the kernel would when memory runs out.
+**A rank that dies.** Its partners wait in their next collective for a message that never comes.
+torchrun notices the dead process, ends the others, and, if we allow it, starts all of them again.
+Nothing is kept in memory. So an *elastic* job is a program that begins with a look for the last
+checkpoint. This one saves every fourth step, and in its first attempt rank 1 kills itself before
+step 10, as the kernel would when memory runs out.
 """
 
 # %%
@@ -1739,13 +1767,15 @@ for step in range(start, n_steps):
         save_together(world, folder, step + 1, model, optimizer, {})
 """)
 done = []
-launch(
-    str(survivor),
-    [*numbers, str(Path(folder.name) / "saved")],
-    nproc=2,
-    on_line=lambda line: done.append(json.loads(line)) if line.startswith("[") else None,
-    restarts=1,
-)
+
+
+# %%
+def note(line):
+    if line.startswith("["):
+        done.append(json.loads(line))
+
+
+launch(str(survivor), [*numbers, str(Path(folder.name) / "saved")], 2, note, restarts=1)
 folder.cleanup()
 steps = [step for step, _ in done]
 again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])
@@ -1759,15 +1789,14 @@ assert same and steps[again] == 8
 
 # %% [markdown]
 r"""
-It lost two steps, those since the checkpoint, and the time of a start. The tests do the same ten
-times in one run, at random moments, and once with a whole machine.
+It lost two steps, those since the checkpoint, and the time of a start. The tests of the book kill a
+rank ten times in one run, at random moments.
 
-Nobody says that the job must go on with as many ranks. A checkpoint holds full tensors, and data
-are drawn globally (chapter 2), so three ranks may continue what two began; then the sums have
-another order and the losses agree to rounding, not to the bit. (The recipe's trainer asks of the
-number of ranks only that the batch divides by it.)
+The job may go on with another number of ranks. A checkpoint holds full tensors, and data are drawn
+globally (chapter 2), so three ranks can continue what two began; then the sums have another order
+and the losses agree to rounding, not to the bit. The global batch must divide by the number.
 
-## 6.11 Several machines
+## 11. Several machines
 
 A machine of a cluster is called a **node**. torchrun runs on each, as an *agent* that starts the
 node's ranks and watches them. The agents find each other at a **rendezvous**, an address that all
@@ -1781,12 +1810,11 @@ torchrun --nnodes=4 --nproc-per-node=8 --max-restarts=3 --rdzv-backend=c10d \
 `--rdzv-id` is any word that the four agree on, so that two jobs on one cluster do not mix. torchrun
 numbers the 32 ranks and sets their environment; our code does not change. With `--nnodes=2:4` the
 job starts as soon as two nodes are there, takes in up to four, and goes on with fewer when one is
-lost: the agents meet again, and everything starts from the last checkpoint. (They notice a lost
-node when its connections break, or else when a rank's patience ends, `setup(timeout=...)`.) Two
-things it does not survive: the loss of the node that hosts the rendezvous, and a checkpoint folder
-that not all nodes see. Set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` for elastic jobs: otherwise the
-store of the attempt before is used again, and a quick rank may read in it the address of a rank
-that is dead. (We found that by killing; `launch` sets it.)
+lost: the agents meet again, and everything starts from the last checkpoint. Two things it does not
+survive: the loss of the node that hosts the rendezvous, and a checkpoint folder that not all nodes
+see. An elastic job also wants `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`: otherwise the store of the
+attempt before is used again, and a quick rank may read in it the address of a rank that is dead.
+(`launch` sets it.)
 
 Nobody types that on four machines. A **scheduler** does, and two scripts are ready to be submitted:
 
@@ -1795,12 +1823,12 @@ Nobody types that on four machines. A **scheduler** does, and two scripts are re
 - [cluster/skypilot.yaml](cluster/skypilot.yaml), for machines rented by the hour:
   `sky launch -c run1 chapters/cluster/skypilot.yaml`
 
-On each node both start [cluster/node.sh](cluster/node.sh), which does the rest: the tokenizer and
-the data on the first node, then the check of section 6.4 on all (facts compared, folder shared,
-bandwidth at least so much), then the stages of the recipe under torchrun. The tests run it with a
-make-believe Slurm whose two nodes are two agents on one machine. No real cluster has seen it yet.
+On each node both start [cluster/node.sh](cluster/node.sh), which does the rest: the check of
+section 4 on all nodes, the tokenizer and the data on the first, then the stages of the recipe under
+torchrun. It has run with a make-believe Slurm whose two nodes are two agents on one machine, and on
+no real cluster.
 
-## 6.12 What will eight GPUs bring?
+## 12. What will eight GPUs bring?
 
 Renting four nodes to find out is expensive; a formula is free. A step on `n` GPUs takes
 
@@ -1808,7 +1836,8 @@ $$ t = \frac{F B}{n S} + t_\text{Muon} + 2 \cdot \frac{n - 1}{n} \cdot \frac{4 P
 
 with `F` FLOPs a token, `B` tokens a batch, `S` FLOPs a second that one GPU reaches, `P` parameters,
 and `W` the bus bandwidth: computing, the optimizer's share, and twice the weights in float32 over
-the wire. Only the last term does not shrink.
+the wire. Only the last term does not shrink. `step_seconds` gives the terms one by one, and
+`step_range` two ends: everything hidden that can be, and nothing.
 """
 
 
@@ -1868,11 +1897,10 @@ assert step_range(two)[0] < step_range(two)[1] and step_range(one)[0] == step_ra
 
 # %% [markdown]
 r"""
-The assumptions. *Measured*: one H200 trained depth 12 at 539,588 tokens a second, which gives `S`;
-two H200s reached 324 GB/s in an all-reduce. *Assumed*: that other depths reach the same FLOPs a
-second; that eight GPUs of a node talk as fast as two; and between nodes
-either eight cards of 400 Gb/s at 80 per cent of their name, 320 GB/s, or one ordinary cable of
-100 Gb/s, 12.5 GB/s. An H100 has the same arithmetic as an H200.
+*Measured*: one H200 trained depth 12 at 539,588 tokens a second, which gives `S`; two H200s reached
+324 GB/s in an all-reduce. *Assumed*: that other depths reach the same FLOPs a second; that eight
+GPUs of a node talk as fast as two; and between nodes either eight cards of 400 Gb/s at 80 per cent
+of their name, 320 GB/s, or one ordinary cable of 100 Gb/s, 12.5 GB/s.
 """
 
 # %%
@@ -1894,35 +1922,30 @@ for d in (12, 20, 24):
 r"""
 Within a node the exchange costs little even if nothing is hidden. Over ordinary Ethernet
 thirty-two GPUs do the work of nine to eleven, and no overlap mends that: the wire is busy longer
-than the GPUs. That is why clusters for training have a network card for each GPU. At that end
-there are two ways out: a larger batch (more computing for each exchange), or gradients in bfloat16
-(`reduce_dtype`, half of the bytes).
+than the GPUs. That is why clusters for training have a network card for each GPU. Otherwise there
+are two ways out: a larger batch (more computing for each exchange), or gradients in bfloat16
+(`reduce_dtype`, half of their bytes).
 
-What the formula says of 2 and 4 GPUs can be checked, and `benchmarks/distributed.py` does: it
-measures 1, 2 and 4 GPUs in one run and prints the prediction beside them. Nobody has run it on GPUs
-yet. Until then these are predictions.
-"""
+These are predictions. `benchmarks/distributed.py` measures 1, 2 and 4 GPUs in one run with the
+prediction beside them, and has not run on GPUs yet.
 
-# %% [markdown]
-r"""
 ## Recap
 
-`nanochat` can now train in many processes. In `nanochat.distributed`:
-`setup` joins a job and returns its world; `ProcessGroup` is that world; `launch`, `LaunchError` and
-`available_processes` start a job from a notebook; `ShardedMuonAdamW` and `build_sharded_optimizer`
-share out the optimizer; `shard_model` cuts the model itself; `save_together` writes a checkpoint
-that any number of ranks can read; `compare_ranks` names an odd node; `step_seconds` predicts a
-step; `python -m nanochat.distributed --check` tests a machine before you pay for it.
+`nanochat.distributed` trains in many processes:
+
+- `setup` joins a job and returns its world, a `ProcessGroup`; `launch`, `LaunchError` and
+  `available_processes` start a job from a notebook;
+- `build_sharded_optimizer` and `ShardedMuonAdamW` share out the optimizer, `shard_model` cuts the
+  model itself, `save_together` writes a checkpoint that any number of ranks can read;
+- `python -m nanochat.distributed --check` tests a machine before you pay for it, `compare_ranks`
+  names an odd node, `step_seconds` and `step_range` predict a step.
 
 **Pitfalls that real projects shipped**
 
-- Gradients clipped on each rank *before* they are averaged. The first nanochat did that: the ranks
-  clip by different factors, and the mean is not the clipped mean.
+- Gradients clipped on each rank *before* they are averaged, as in nanochat's first release: the
+  ranks clip by different factors, and the mean is not the clipped mean.
 - The optimizer's state saved by rank 0 only, while every rank held another part of it: such a
   checkpoint cannot be resumed.
-- A parameter count that does not divide by the number of ranks. Ours need not: the last piece is
-  shorter, and padding is never read.
-- Threads: two ranks with eight threads each on eight cores. Set `OMP_NUM_THREADS`; `launch` does.
 - Results that depend on the number of ranks because each rank *draws* its own data. Draw globally,
   then take your share, as `TokenBatches` of chapter 2 does.
 

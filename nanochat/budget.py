@@ -4,7 +4,6 @@ Exported from chapters/05_pretraining.py (chapter 05, Pretraining); edit there, 
 """
 
 import bisect
-import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -148,27 +147,28 @@ def step_fits(run: torch.nn.Module, model: GPT, rows: int, reserve: int = 0) -> 
     `reserve` bytes are held meanwhile, for what is not there yet (the optimizer's state). `run` is
     the model, perhaps compiled. Leaves no gradients behind.
     """
-    idx, enough = None, True
-    with contextlib.ExitStack() as stack:
-        stack.callback(model.zero_grad, set_to_none=True)
-        try:
-            held = torch.empty(reserve, dtype=torch.uint8, device=model.device)
-            idx = torch.zeros(rows, model.config.seq_len, dtype=torch.int64, device=model.device)
-            run(idx, idx, reduction="sum").backward()
-            del held
-        except torch.OutOfMemoryError:
-            enough = False
+    held, enough = None, True
+    try:
+        held = torch.empty(reserve, dtype=torch.uint8, device=model.device)
+        idx = torch.zeros(rows, model.config.seq_len, dtype=torch.int64, device=model.device)
+        run(idx, idx, reduction="sum").backward()
+    except torch.OutOfMemoryError:
+        enough = False
+    del held
+    model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()  # does nothing without a GPU
     return enough
 
 
-GRID_GRAMS = (
-    436.0  # g CO2 for a kWh: the world's mean in 2022, Ember, Global Electricity Review 2023
-)
+GRID_GRAMS = 436.0  # g CO2 for a kWh: world's mean of 2022, Ember, Global Electricity Review 2023
 
 
 def footprint(
-    seconds: float, devices: int = 1, price: float = 3.0, watts: float = 1300.0, grid=GRID_GRAMS
+    seconds: float,
+    devices: int = 1,
+    price: float = 3.0,
+    watts: float = 1300.0,
+    grid: float = GRID_GRAMS,
 ) -> dict[str, float]:
     """Return hours, dollars, kWh and kg of CO2 of a run that takes so many seconds.
 

@@ -30,6 +30,7 @@ __all__ = [
 
 
 # The same tensor in our model, in nanochat's checkpoints, in Hugging Face's NanoChat class.
+OURS, NANOCHAT, TRANSFORMERS = 0, 1, 2
 NAMES = (
     ("embedding.weight", "transformer.wte.weight", "model.embed_tokens.weight"),
     ("head.weight", "lm_head.weight", "lm_head.weight"),
@@ -55,7 +56,6 @@ NAMES = (
     ("additions.smear_scale", "smear_lambda", ""),
     ("additions.backout_scale", "backout_lambda", ""),
 )
-OURS, NANOCHAT, TRANSFORMERS = 0, 1, 2
 
 
 def renamed(state: dict[str, Tensor], source: int, target: int) -> dict[str, Tensor]:
@@ -81,8 +81,8 @@ def renamed(state: dict[str, Tensor], source: int, target: int) -> dict[str, Ten
 def to_transformers(model: GPT, directory: str | Path) -> Path:
     """Write config.json and model.safetensors that Hugging Face's NanoChatForCausalLM loads.
 
-    The weights are float32, under the names of transformers 4.57 and later. Raises UserError for a
-    model with additions: that class is the classic model.
+    The weights are float32, under the names of transformers 5. Raises UserError for a model with
+    additions: that class is the classic model.
     """
     config, directory = model.config, Path(directory)
     used = [name for name in config.additions() if name != "rope_base"]
@@ -117,6 +117,16 @@ def to_transformers(model: GPT, directory: str | Path) -> Path:
     return directory
 
 
+def filled(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
+    """Build a model of float32 weights from a complete state."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    model.restore_angles()
+    return model
+
+
 def from_transformers(directory: str | Path) -> GPT:
     """Read a folder that holds a NanoChat model of Hugging Face transformers.
 
@@ -147,14 +157,7 @@ def from_transformers(directory: str | Path) -> GPT:
     return model
 
 
-def filled(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
-    """Build a model of float32 weights from a complete state."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    model.restore_angles()
-    return model
+STEP = re.compile(r"model_(\d{6})\.pt$")
 
 
 def from_nanochat(directory: str | Path, step: int | None = None) -> GPT:
@@ -185,6 +188,3 @@ def from_nanochat(directory: str | Path, step: int | None = None) -> GPT:
         raise UserError(f"{path} holds more than tensors and is not opened.") from error
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OSError) as error:
         raise UserError(f"{path} cannot be read as a nanochat checkpoint ({error}).") from error
-
-
-STEP = re.compile(r"model_(\d{6})\.pt$")

@@ -49,6 +49,7 @@ __all__ = [
     "ProcessGroup",
     "Reducer",
     "ShardedMuonAdamW",
+    "all_gather",
     "available_processes",
     "buckets",
     "build_sharded_optimizer",
@@ -64,10 +65,12 @@ __all__ = [
     "launch",
     "launch_environment",
     "main",
+    "mean_over_ranks",
     "measure",
     "own_facts",
     "own_state",
     "recut",
+    "reduce_scatter",
     "reduction_layouts",
     "refuse_to_repeat",
     "report_errors",
@@ -75,6 +78,7 @@ __all__ = [
     "setup",
     "shard_model",
     "share_out",
+    "share_rows",
     "start_all_gather",
     "start_reduce_scatter",
     "step_range",
@@ -103,6 +107,19 @@ def buckets(tensors: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+def mean_over_ranks(tensors: list[Tensor], dtype: torch.dtype, bucket_bytes: int) -> None:
+    """Replace tensors, in place, by their means over the ranks; summed in `dtype`. A collective."""
+    started = []
+    for bucket in buckets(tensors, bucket_bytes):
+        flat = torch.cat([t.reshape(-1).to(dtype) for t in bucket])
+        started.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, flat, work in started:
+        work.wait()
+        parts = flat.div_(dist.get_world_size()).split([t.numel() for t in bucket])
+        for tensor, part in zip(bucket, parts):
+            tensor.copy_(part.view_as(tensor))
+
+
 def exchange(store: dist.Store, key: str, rank: int, n_ranks: int, value: Any) -> list[Any]:
     """Write this rank's value under `key` in a job's store; return all ranks' values, in order."""
     store.set(f"{key}/{rank}", json.dumps(value))
@@ -126,28 +143,20 @@ class ProcessGroup:
         self.device, self.reduce_dtype, self.bucket_bytes = device, reduce_dtype, bucket_bytes
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main, self.store, self.rounds = self.rank == 0, store, 0
-        self.reducer: Any = None  # of a sharded optimizer, which does the averaging (section 6.7)
+        self.reducer: Any = None  # of a sharded optimizer, which does the averaging (section 7)
 
     def average_gradients(self, model: nn.Module) -> None:
         """Replace each gradient by its mean over the ranks; a missing one counts as zero.
 
         The gradients of a sharded optimizer are only sent on their way, to their owners.
         """
-        if self.reducer and self.reducer.serves(model):
+        if self.reducer and next(model.parameters()) in self.reducer.bucket_of:
             return self.reducer.start_rest()
         params = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
         for param in params:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
-        started = []
-        for bucket in buckets([p.grad for p in params], self.bucket_bytes):
-            flat = torch.cat([g.reshape(-1).to(self.reduce_dtype) for g in bucket])
-            started.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-        for bucket, flat, work in started:
-            work.wait()
-            parts = flat.div_(self.world_size).split([g.numel() for g in bucket])
-            for grad, part in zip(bucket, parts):
-                grad.copy_(part.view_as(grad))
+        mean_over_ranks([p.grad for p in params], self.reduce_dtype, self.bucket_bytes)
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks, as a new tensor where the old one was."""
@@ -234,18 +243,14 @@ def refuse_to_repeat() -> None:
 
     A dead rank is worth another attempt; a mistake of the user's is not mended by one.
     """
-    name, count = (
-        os.environ.get("TORCHELASTIC_ERROR_FILE"),
-        os.environ["TORCHELASTIC_RESTART_COUNT"],
-    )
-    if name and int(count):
-        before = Path(name).parents[2] / f"attempt_{int(count) - 1}"
+    name = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if name and count:
+        before = Path(name).parents[2] / f"attempt_{count - 1}"
         for file in sorted(before.glob("*/error.json")):
-            _, mistake, sentence = json.loads(file.read_text(encoding="utf-8"))["message"][
-                "message"
-            ].partition("UserError: ")
-            if mistake:
-                raise UserError(sentence)
+            message = json.loads(file.read_text(encoding="utf-8"))["message"]["message"]
+            if "UserError: " in message:
+                raise UserError(message.partition("UserError: ")[2])
 
 
 def watch_launcher() -> None:
@@ -417,10 +422,13 @@ def find_failure(logs: Path, summary: str, code: int) -> LaunchError:
     return LaunchError(f"the launcher ended with code {code} before a rank said why.", None, tail)
 
 
+# The collectives on flat tensors; newer versions of PyTorch have other names for them.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def collective(name: str, flat: Tensor, n: int) -> Callable[[], Any]:
     """Return a call that runs one collective over a flat tensor whose length divides by n."""
-    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     part = torch.empty(flat.numel() // n, dtype=flat.dtype, device=flat.device)
     return {
         "all_reduce": lambda: dist.all_reduce(flat),
@@ -580,7 +588,7 @@ class Layout:
             at += piece.stop - piece.start
 
 
-def start_reduce_scatter(layout: Layout, rank: int) -> tuple[Tensor, Any]:
+def start_reduce_scatter(layout: Layout) -> tuple[Tensor, Any]:
     """Start to sum gradients, which are freed; returns (the rank's own part, handle to wait for).
 
     A gradient that is missing counts as zero.
@@ -593,18 +601,16 @@ def start_reduce_scatter(layout: Layout, rank: int) -> tuple[Tensor, Any]:
     for param in layout.params:
         param.grad = None
     own = torch.empty(layout.width, dtype=flat.dtype, device=flat.device)
-    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return own, call(own, flat, async_op=True)
+    return own, reduce_scatter(own, flat, async_op=True)
 
 
 def start_all_gather(layout: Layout, rank: int) -> tuple[Tensor, Any]:
     """Start to send the rank's weights to all; returns (flat, handle to wait for)."""
     flat = layout.empty()
-    own = layout.part(layout.empty(), rank)
+    own = layout.part(flat, rank).clone()
     for piece, place in layout.slots(own, rank):
         place.copy_(piece.of(piece.param))
-    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return flat, call(flat, own, async_op=True)
+    return flat, all_gather(flat, own, async_op=True)
 
 
 def reduction_layouts(
@@ -639,7 +645,7 @@ class Reducer:
 
     def __init__(self, layouts: list[Layout], world: ProcessGroup):
         self.layouts, self.world, self.passes = layouts, world, 0
-        self.order: list[int] | None = None  # of the buckets; agreed on in the first step
+        self.order: list[int] = []  # of the buckets; agreed on in the first step
         self.bucket_of = {param: i for i, each in enumerate(layouts) for param in each.params}
         self.hooks: list[Any] = []
         self.reset()
@@ -650,17 +656,12 @@ class Reducer:
         self.full: list[int] = []
         self.started: dict[int, tuple[Tensor, Any]] = {}
 
-    def serves(self, model: nn.Module) -> bool:
-        """Return True if this reduces the gradients of that model."""
-        return next(model.parameters()) in self.bucket_of
-
     def watch(self, passes: int) -> None:
         """From now on start each bucket in the last of a step's `passes` backward passes."""
-        self.passes, self.order = passes, None
+        self.passes, self.order = passes, []
         self.reset()
-        if not self.hooks:
-            params = self.bucket_of
-            self.hooks = [p.register_post_accumulate_grad_hook(self.count) for p in params]
+        hook = Tensor.register_post_accumulate_grad_hook
+        self.hooks = self.hooks or [hook(param, self.count) for param in self.bucket_of]
 
     def count(self, param: Tensor) -> None:
         """Note that a gradient has been finished once more; start what is full and next in line."""
@@ -668,19 +669,18 @@ class Reducer:
         self.missing[bucket] -= 1
         if self.missing[bucket] == 0:
             self.full.append(bucket)
-        while self.order and len(self.started) < len(self.order):
-            following = self.order[len(self.started)]
+        for following in self.order[len(self.started) :]:
             if following not in self.full:
                 break
             self.start(following)
 
     def start(self, bucket: int) -> None:
         """Put a bucket on the wire."""
-        self.started[bucket] = start_reduce_scatter(self.layouts[bucket], self.world.rank)
+        self.started[bucket] = start_reduce_scatter(self.layouts[bucket])
 
     def start_rest(self) -> None:
         """Put all buckets on the wire that are not there yet; all ranks call it together."""
-        if self.order is None:
+        if not self.order:
             rest = [i for i in range(len(self.layouts)) if i not in self.full]
             self.order = self.world.exchange(self.full + rest)[0]
         for bucket in self.order[len(self.started) :]:
@@ -700,9 +700,8 @@ class Reducer:
 class ShardedMuonAdamW(MuonAdamW):
     """MuonAdamW whose state, update and averaged gradients are shared out over a world's ranks.
 
-    It takes over `world.average_gradients` for its parameters: gradients go straight to the rank
-    that owns them. After `overlap` they do so while the backward pass runs. ZeRO stage 2,
-    Rajbhandari et al. (2020).
+    `world.average_gradients` then sends gradients straight to the rank that owns them; after
+    `overlap`, while the backward pass still runs. ZeRO stage 2, Rajbhandari et al. (2020).
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], world: Any):
@@ -749,9 +748,9 @@ class ShardedMuonAdamW(MuonAdamW):
 
     def named_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the full state on rank 0 and {} elsewhere; a collective. See gather_state."""
-        return (
-            gather_state(self, model) if self.world.world_size > 1 else super().named_state(model)
-        )
+        if self.world.world_size == 1:
+            return super().named_state(model)
+        return gather_state(self, model)
 
     def load_named_state(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Keep this rank's part of a full state, of a run with any number of ranks."""
@@ -869,6 +868,29 @@ def recut(rows: Tensor, like: Tensor, n: int, start: int, end: int) -> Tensor:
     return cut.redistribute(placements=[Shard(end)]).to_local()
 
 
+def share_rows(groups: list[dict[str, Any]], n_ranks: int) -> list[list[list[Piece]]]:
+    """Share parameters out as `fully_shard` and `recut` cut them; [group][rank] -> pieces.
+
+    AdamW's tensors are cut by rows, as many on each rank (the last has fewer, or none). Muon's
+    matrices stay whole and go to the ranks in order, as many to each.
+    """
+    shares = []
+    for group in groups:
+        params, share = group["params"], [[] for _ in range(n_ranks)]
+        many = -(-len(params) // n_ranks)  # matrices a rank, and below rows a rank, rounded up
+        for i, param in enumerate(params):
+            if group["kind"] == "muon":
+                share[i // many].append(Piece(param, 0, param.numel()))
+                continue
+            height = param.shape[0]
+            row, rows = param.numel() // height, -(-height // n_ranks)
+            for rank in range(-(-height // rows)):
+                stop = min((rank + 1) * rows, height)
+                share[rank].append(Piece(param, rank * rows * row, stop * row))
+        shares.append(share)
+    return shares
+
+
 class FullyShardedMuonAdamW(ShardedMuonAdamW):
     """MuonAdamW for a model that `shard_model` has cut: it keeps state for what a rank owns.
 
@@ -878,21 +900,7 @@ class FullyShardedMuonAdamW(ShardedMuonAdamW):
 
     def __init__(self, param_groups: list[dict[str, Any]], world: Any):
         MuonAdamW.__init__(self, param_groups)
-        self.world, n = world, world.world_size
-        self.shares = []
-        for group in self.param_groups:
-            params, share = group["params"], [[] for _ in range(n)]
-            many = -(-len(params) // n)  # matrices a rank, and below rows a rank, rounded up
-            for i, param in enumerate(params):
-                if group["kind"] == "muon":
-                    share[i // many].append(Piece(param, 0, param.numel()))
-                    continue
-                height = param.shape[0]
-                row, rows = param.numel() // height, -(-height // n)
-                for rank in range(-(-height // rows)):
-                    stop = min((rank + 1) * rows, height)
-                    share[rank].append(Piece(param, rank * rows * row, stop * row))
-            self.shares.append(share)
+        self.world, self.shares = world, share_rows(self.param_groups, world.world_size)
 
     def overlap(self, passes: int = 1) -> None:
         """Do nothing: FSDP sends gradients while the backward pass runs, in every pass."""

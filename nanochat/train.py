@@ -179,16 +179,15 @@ class Meter:
 
     def __init__(self, log: MetricsLog, bar: Progress, world: Any, start_step: int, n_steps: int):
         self.log, self.bar, self.world, self.n_steps = log, bar, world, n_steps
-        self.first_timed = start_step + min(10, n_steps // 4)  # before, it compiles and warms up
+        self.first_timed = start_step + min(10, n_steps // 4)
         self.warnings, self.pending = EarlyWarnings(), None
         self.loss, self.seconds, self.tokens = math.nan, 0.0, 0
         self.clock = time.perf_counter()
 
     def add(self, **step: Any) -> None:
         """Take a step that has been handed to the device; read the one before."""
-        self.pending, before = step, self.pending
-        if before:
-            self.read(**before)
+        self.settle()
+        self.pending = step
         if self.world.device.type != "cuda":  # the work is done: nothing to overlap with
             self.settle()
 
@@ -250,11 +249,11 @@ def fit(
 ) -> dict[str, float]:
     """Train for n_steps optimizer steps: the one loop of pretraining, midtraining and SFT.
 
-    `batches.next()` gives (inputs, targets), each (B, T) int64. `schedule(step, n_steps)` is the
-    factor on every rate; Muon's momentum and decay follow chapter 4. `evaluate(step)` returns
-    metrics to log, every `eval_every` steps and at the end; `save(step)` keeps a checkpoint after
-    that many steps. `start_step` resumes. Events "step", "eval" and "warning" go to `log`. Returns
-    the last loss and the speed. Raises UserError when the loss is no longer a number.
+    A step takes `accumulation` pairs (inputs, targets) from `batches.next()`, each (B, T) int64.
+    `schedule(step, n_steps)` is the factor on every rate; momentum and decay follow chapter 4.
+    `evaluate(step)` returns metrics to log, every `eval_every` steps and at the end; `save(step)`
+    keeps a checkpoint after so many steps; `start_step` resumes. Events "step", "eval", "warning"
+    go to `log`. Returns the last loss (nats) and the speed. UserError if the loss is not finite.
     """
     world, log = world or SingleProcess(model.device), log or MetricsLog(None)
     if model.device.type == "cpu":
@@ -281,19 +280,24 @@ def fit(
             waited = time.perf_counter() - began
             loss, n_tokens = gradients.add_up(micro_batches)
             norm = gradient_norm(model)
-            looking = step % look_every == 0
-            size = stream_size(model, micro_batches[0][0][:1]) if looking else None
+            size = None if step % look_every else stream_size(model, micro_batches[0][0][:1])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             meter.add(step=step, loss=loss, norm=norm, tokens=n_tokens, waited=waited, size=size)
         meter.settle()
     if evaluate:
         log.write("eval", step=n_steps, **evaluate(n_steps))
-    speed = meter.tokens / meter.seconds if meter.seconds else 0.0
-    return {"loss": meter.loss, "tokens_per_second": speed}
+    return {"loss": meter.loss, "tokens_per_second": meter.tokens / max(meter.seconds, 1e-9)}
 
 
-TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+def plain_numbers(event: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of an event, named "<stage>/<field>"."""
+    stage = event.get("stage", "train")
+    numbers = {k: v for k, v in event.items() if isinstance(v, (int, float))}
+    return {f"{stage}/{k}": v for k, v in numbers.items() if not isinstance(v, bool)}
+
+
+TRACKERS = ("wandb", "tensorboard", "trackio")
 
 
 def open_tracker(name: str, run: str, folder: str | Path) -> Callable[[dict[str, Any]], None]:
@@ -306,10 +310,10 @@ def open_tracker(name: str, run: str, folder: str | Path) -> Callable[[dict[str,
     if name not in TRACKERS:
         raise UserError(f"unknown tracker {name!r}; choose one of {', '.join(TRACKERS)}.")
     try:
-        tool = importlib.import_module(TRACKERS[name])
+        tool = importlib.import_module(name)
     except ModuleNotFoundError:
         raise UserError(
-            f"the tracker {name} is not installed; run `pip install {TRACKERS[name]}`, or go on "
+            f"the tracker {name} is not installed; run `pip install {name}`, or go on "
             f"without a tracker: metrics.jsonl has every number."
         ) from None
     if name == "tensorboard":
@@ -327,13 +331,6 @@ def open_tracker(name: str, run: str, folder: str | Path) -> Callable[[dict[str,
     tool.init(project="nanochat", name=run)
     atexit.register(tool.finish)
     return lambda event: tool.log(plain_numbers(event))
-
-
-def plain_numbers(event: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of an event, named "<stage>/<field>"."""
-    stage = event.get("stage", "train")
-    numbers = {k: v for k, v in event.items() if isinstance(v, (int, float))}
-    return {f"{stage}/{k}": v for k, v in numbers.items() if not isinstance(v, bool)}
 
 
 class TrackedLog(MetricsLog):

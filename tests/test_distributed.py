@@ -27,6 +27,7 @@ from nanochat.distributed import (
     reduction_layouts,
     setup,
     share_out,
+    share_rows,
 )
 from nanochat.model import GPT, GPTConfig
 from nanochat.optim import build_optimizer, param_groups
@@ -65,6 +66,21 @@ def test_pieces_cover_every_element_once_and_are_balanced(shapes, n_ranks, kind)
     loads = [sum(p.stop - p.start for p in pieces) for pieces in share]
     slack = max(p.numel() for p in params) if kind == "muon" else len(params) * n_ranks
     assert max(loads) - min(loads) <= slack
+
+
+@given(shapes, st.integers(1, 7))
+@settings(max_examples=40, deadline=None)
+def test_rows_and_matrices_are_shared_out_as_chunk_cuts_them(shapes, n_ranks):
+    tables, matrices = [torch.rand(shape) for shape in shapes], [torch.rand(3, 2) for _ in shapes]
+    groups = [dict(kind="adamw", params=tables), dict(kind="muon", params=matrices)]
+    by_rows, whole = share_rows(groups, n_ranks)
+    for rank in range(n_ranks):
+        cuts = [table.chunk(n_ranks) for table in tables]
+        expected = [cut[rank].flatten() for cut in cuts if rank < len(cut)]
+        stacks = torch.stack(matrices).chunk(n_ranks)
+        expected += [matrix.flatten() for matrix in (stacks[rank] if rank < len(stacks) else [])]
+        found = [piece.of(piece.param) for piece in by_rows[rank] + whole[rank]]
+        assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 @given(shapes, st.integers(1, 5), st.sampled_from(["adamw", "muon"]))

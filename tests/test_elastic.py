@@ -70,6 +70,8 @@ def test_refusing_looks_at_the_attempt_before(tmp_path, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(n))
 
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    refuse_to_repeat()  # a job that torchrun did not start
     attempt(0, "ValueError: a crash")
     refuse_to_repeat()
     attempt(1, "UserError: no such folder.")

@@ -1,6 +1,6 @@
 #!/bin/bash
 # What each node of a job runs; slurm.sh and skypilot.yaml start it. Arguments go to every stage:
-# `--set depth=20`, for example. Chapter 6, section 6.11, explains it.
+# `--set depth=20`, for example. Chapter 6, section 11, explains it.
 #
 # NODES, NODE_RANK, HEAD  how many nodes, which one this is, the address of the first
 # GPUS                    ranks on each node
