@@ -218,6 +218,9 @@ $$L = -\frac{\sum_t m_t \log p(x_t \mid x_{<t})}{\sum_t m_t}.$$
 What gets a 1? The assistant's text, its tool calls with their two marks, and `<|assistant_end|>`,
 because knowing when to stop is something to learn. What gets a 0? Everything the person says,
 `<|assistant_start|>` (we write it), and the tool's output: at inference the engine puts it there.
+
+> **Exercise 9.1.** An assistant answers with an empty string. How many tokens of its turn are
+> trained, and what does the model learn from it?
 """
 
 
@@ -1463,6 +1466,9 @@ two. One that is longer is cut *before a question*, and its later part waits for
 the system message put in front again. This is what a chat does when its window is full (chapter
 11), and no target is lost. Only a single exchange that is longer than a row is cut at the row's
 end, and counted: the model could never have written that part.
+
+> **Exercise 9.2.** Best fit is not always best. Find six lengths that it lays into three rows of 10
+> tokens although two rows would do.
 """
 
 
@@ -1973,7 +1979,9 @@ The picture is to scale.
 n_out, n_in, rank = 512, 128, 8
 few = rank * (n_out + n_in) / (n_out * n_in)
 title = f"Rank {rank} trains {few:.0%} as many numbers as W has"
-fig, ax = figure(title, size=(5, 3.4), alt="A wide block W plus a thin column U times a thin row D")
+fig, ax = figure(
+    title, size=(5, 3.4), alt="A tall block W, plus a thin tall column U times a thin short row D"
+)
 shapes = {  # left edge, width, height, colour
     f"W: {n_out * n_in:,}": (0, n_in, n_out, "#cccccc"),
     f"U: {n_out * rank:,}": (230, rank, n_out, COLORS[1]),

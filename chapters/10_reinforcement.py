@@ -10,9 +10,9 @@
 r"""
 # 10. Reinforcement learning
 
-By the end of this chapter a model solves many more sums than before, although we have not shown it
-one more solution: we have only told it which of its own answers were right. And we have watched it
-cheat when we paid for the wrong thing.
+By the end of this chapter a model solves more sums than before, by a margin that luck does not
+explain, although we have not shown it one more solution: we have only told it which of its own
+answers were right. And we have watched it cheat when we paid for the wrong thing.
 
 First the finished thing, on a model that knows nothing at all. It writes one random token; we pay
 1 when the token begins with a digit, and 0 otherwise. No example is ever shown.
@@ -164,6 +164,10 @@ print(f"variance without a baseline over variance with the mean reward: {none / 
 
 # %% [markdown]
 r"""
+> **Exercise 10.1.** The spread is smallest at a baseline above the mean reward. Derive that baseline
+> by setting the derivative of $\mathbb{E}[(r - b)^2 (\nabla \log \pi)^2]$ to zero, and say which of
+> the two arms pulls it up.
+
 For a language model the action is a whole reply: tokens $y_1 \dots y_n$ with
 $\log \pi(y) = \sum_t \log p(y_t \mid y_{<t})$. The baseline is free of charge if we let the model
 answer the same question several times. The mean reward of the group is the baseline, and a reply's
@@ -542,7 +546,7 @@ r"""
 A step: choose questions, sample, compare, update once, forget. "Once" matters: the rollouts come
 from the policy that is being updated (**on-policy**), so the formula above holds as it stands.
 Methods that take several steps on the same rollouts (PPO) need a ratio and a clip to correct for
-it.
+it. We choose the questions first: every problem once an epoch, in an order that the seed decides.
 """
 
 
@@ -560,6 +564,12 @@ def question_indices(step: int, n_problems: int, n_questions: int, seed: int = 0
             order = np.random.default_rng([seed, epoch]).permutation(n_problems)
         indices.append(int(order[place]))
     return indices
+
+
+# %% [markdown]
+r"""
+Some numbers make no step: one sample a question has nothing to be compared with.
+"""
 
 
 # %%
@@ -989,23 +999,26 @@ pass@1 stands its **gain** over SFT on the same questions, with the interval of 
 
 # %%
 for name, share in solved.items():
-    gain = share - solved["SFT"]
-    (low, high), (worst, best) = bootstrap_interval(share), bootstrap_interval(gain)
-    scores = (
-        f"pass@1 {share.mean():.0%} ({low:.0%} to {high:.0%})   pass@8 {(share > 0).mean():.0%}"
-    )
-    print(f"{name:10s} {scores}   gain {gain.mean():+.0%} ({worst:+.0%} to {best:+.0%})")
+    low, high = bootstrap_interval(share)
+    print(f"{name:10s} pass@1 {share.mean():.0%} ({low:.0%} to {high:.0%})", end="   ")
+    print(f"pass@8 {(share > 0).mean():.0%}", end="   ")
+    if share is not solved["SFT"]:
+        worst, best = bootstrap_interval(share - solved["SFT"])
+        gain = (share - solved["SFT"]).mean()
+        print(f"gain {gain:+.0%} ({worst:+.0%} to {best:+.0%})", end="")
+    print()
 
 # %% [markdown]
 r"""
-pass@1 rises a lot, pass@8 much less, and the two variants end within each other's intervals: which
-of them is better cannot be told from one run on 60 questions. RL has not taught the model sums that
-it could never do; it has made it do *reliably* what it could do *sometimes*. This is what to expect
-of RL with a verifiable reward, and the reason why pass@k before training is a good forecast of what
-RL can give.
+pass@1 gains more than ten points, and the interval of the gain is far from 0, although the intervals
+of the two scores overlap. The two variants end alike: which of them is better cannot be told from
+one run on 60 questions. And pass@8 hardly moves. RL has not taught the model sums that it could
+never do; it has made it do *reliably* what it could do *sometimes*. That is why pass@k before
+training is a good forecast of what RL with a verifiable reward can give.
 
 The control says that the reward did it, and not the exercise: pushed about by a coin, the model
-gets worse. The gauges: the reward rises, the entropy falls, and the KL from the start stays small.
+gains nothing. The gauges show the price. The policy moves away from where it started, and its
+replies vary less.
 """
 
 # %%
@@ -1035,7 +1048,7 @@ shorter it is.
 
 # %%
 cheap = combine_rewards((format_reward, 1.0), (length_reward, 1.0))
-hacker, hacked, _ = run_rl(cheap, n_steps=rl_steps // 2)
+hacker, hacked, _ = run_rl(cheap)
 for name in ("reward", "correct", "length"):
     first, last = ([h[name] for h in part] for part in (hacked[:4], hacked[-4:]))
     print(f"{name:8s} {np.mean(first):6.2f} -> {np.mean(last):6.2f}")
@@ -1045,12 +1058,16 @@ for rollout in sample_rollouts(Engine(hacker, tokenizer), test_problems[:3], 1, 
 # %% [markdown]
 r"""
 The reward went up, so by its own account the run was a success. Look at *correct*, which this
-reward never saw, and at the replies. The model found the cheapest text that is paid. This is
-**reward hacking**: not malice, only optimisation of what we wrote instead of what we meant.
+reward never saw, and at the replies: less and less of the sum is left in them. The model found the
+cheapest text that is paid. This is **reward hacking**: not malice, only optimisation of what we
+wrote instead of what we meant.
 
 The cure is to pay for what we mean: the answer. That is the run of the section before, from the
 same start. Form needs no pay of its own, because no answer is found without it. Starting from the
-*hacked* model would be hard: it rarely earns the right reward any more, so it gets no signal.
+the *hacked* model would be hard: it rarely earns the right reward any more, so it gets no signal.
+
+> **Exercise 10.2.** Pay 1 for the right answer and a tenth of `length_reward`. Does the model still
+> learn its sums, and do its replies get shorter? At which weight does it begin to cheat?
 """
 
 # %%
@@ -1063,26 +1080,25 @@ for name, share in paid.items():
 r"""
 ## Recap
 
-`nanochat.rl` can now: pay (`answer_reward`, `format_reward`, `length_reward`, `combine_rewards`),
-sample (`sample_rollouts`, `set_advantages`), learn (`train_rl`, `policy_loss`, `drift`) and report
-(`evaluate_pass`, `pass_at_k`, `task_problems`).
+`nanochat.rl` can now
+
+* pay: `answer_reward`, `format_reward`, `length_reward`, `combine_rewards`;
+* sample and compare: `task_problems`, `sample_rollouts`, `set_advantages`;
+* learn: `policy_loss`, `rl_step`, `train_rl`, watched by `drift`;
+* report: `pass_at_k`, `count_right`, `evaluate_pass`, `evaluate_samples`.
 
 ## Pitfalls
 
 * **Training on forced tokens.** Tool output was not sampled by the policy. With it in the loss, the
   model learns to make up results. The mask comes from the engine; a test compares the gradient with
   an explicit one.
-* **Test sums in training.** nanochat's spelling test once drew its items with negated seeds;
-  Python's generator gives the same numbers for a seed and its negative, so the test was the
-  training set. Our splits go by the hash of the sum.
+* **Test sums in training.** Splits that follow from seeds went wrong in nanochat (chapter 9). Ours
+  go by the hash of the sum.
 * **A rate below zero.** A schedule that counts past its end turns descent into ascent (chapter 9).
   Ours is clamped.
 * **One seed, one number.** With 60 questions the interval of pass@1 is 10 to 20 points wide. A gain
-  of five points on such a test is a rumour.
-* **Numbers that change with the machine.** Each reply draws from a generator of its own, made of
-  the seed, the step and the question's place. So two processes sample what one samples, and a run
-  that was killed goes on with the replies that it would have had (`tests/test_chat_workers.py`,
-  `tests/kill_stages.py`).
+  of five points between two such numbers is a rumour; compare question by question, and repeat with
+  other seeds.
 * **No signal.** Groups that are all right or all wrong have no gradient. Log the share of useful
   rollouts (`useful`).
 
