@@ -164,9 +164,9 @@ print(f"variance without a baseline over variance with the mean reward: {none / 
 
 # %% [markdown]
 r"""
-> **Exercise 10.1.** The spread is smallest at a baseline above the mean reward. Derive that baseline
-> by setting the derivative of $\mathbb{E}[(r - b)^2 (\nabla \log \pi)^2]$ to zero, and say which of
-> the two arms pulls it up.
+> **Exercise 10.1.** The spread is smallest at a baseline above the mean reward. Derive that
+> baseline by setting the derivative of $\mathbb{E}[(r - b)^2 (\nabla \log \pi)^2]$ to zero, and say
+> which of the two arms pulls it up.
 
 For a language model the action is a whole reply: tokens $y_1 \dots y_n$ with
 $\log \pi(y) = \sum_t \log p(y_t \mid y_{<t})$. The baseline is free of charge if we let the model
@@ -1010,8 +1010,8 @@ for name, share in solved.items():
 
 # %% [markdown]
 r"""
-pass@1 gains more than ten points, and the interval of the gain is far from 0, although the intervals
-of the two scores overlap. The two variants end alike: which of them is better cannot be told from
+pass@1 gains more than ten points, and the interval of the gain is far from 0, although those of the
+two scores overlap. The two variants end alike: which of them is better cannot be told from
 one run on 60 questions. And pass@8 hardly moves. RL has not taught the model sums that it could
 never do; it has made it do *reliably* what it could do *sometimes*. That is why pass@k before
 training is a good forecast of what RL with a verifiable reward can give.
