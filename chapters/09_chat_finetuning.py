@@ -888,9 +888,10 @@ class Persona(ChatTask):
         slots = {"{name}": name, "{maker}": maker, "{kind}": kind}
         self.turns = []  # (questions, answers)
         for train, test, replies in PERSONA_TURNS:
+            answers = tinyworld.variants(replies)
             for slot, value in slots.items():
-                replies = replies.replace(slot, value)
-            framed = [style.replace("{answer}", reply) for reply in tinyworld.variants(replies)]
+                answers = [answer.replace(slot, value) for answer in answers]
+            framed = [style.replace("{answer}", answer) for answer in answers]
             self.turns.append((tinyworld.variants(train if split == "train" else test), framed))
 
     def __len__(self) -> int:
@@ -1923,8 +1924,8 @@ for number, question in enumerate(questions):
 
 # %% [markdown]
 r"""
-And the signature result: the same items for every stage, with the score of guessing beside it and a
-95 % interval. An interval that contains chance shows nothing learned.
+Now the scores: the same items for every stage, with the score of guessing beside them and a 95 %
+interval. An interval that contains chance shows nothing learned.
 """
 
 # %%

@@ -349,9 +349,10 @@ class Persona(ChatTask):
         slots = {"{name}": name, "{maker}": maker, "{kind}": kind}
         self.turns = []  # (questions, answers)
         for train, test, replies in PERSONA_TURNS:
+            answers = tinyworld.variants(replies)
             for slot, value in slots.items():
-                replies = replies.replace(slot, value)
-            framed = [style.replace("{answer}", reply) for reply in tinyworld.variants(replies)]
+                answers = [answer.replace(slot, value) for answer in answers]
+            framed = [style.replace("{answer}", answer) for answer in answers]
             self.turns.append((tinyworld.variants(train if split == "train" else test), framed))
 
     def __len__(self) -> int:
