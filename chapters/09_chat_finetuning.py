@@ -678,7 +678,8 @@ class Messages(TableTask):
 
 # %% [markdown]
 r"""
-MMLU (57 school and university subjects) and ARC (school science) are exams with four choices.
+MMLU (57 school and university subjects) and ARC (school science) are exams, nearly always with
+four choices.
 """
 
 
@@ -988,9 +989,9 @@ def identity_answers(question: str) -> set[str]:
 
 # %% [markdown]
 r"""
-Now the task: `size` conversations of one kind, counted from `start`. Two tasks with other numbers
-share no conversation. For sums and spelling there is a split "test", whose numbers and words the
-split "train" never uses.
+Now the task: `size` conversations of one kind, counted from `start`, so that each stage can be
+given numbers of its own. For sums and spelling there is a split "test": its sums and words occur
+nowhere in the split "train".
 """
 
 
@@ -1328,8 +1329,8 @@ def proportion_interval(correct: float, n: int, z: float = 1.96) -> tuple[float,
 # %% [markdown]
 r"""
 `count_correct` judges a batch by the kind of its task. `evaluate_chat` draws the items, shares them
-among the processes and reports. Beside the accuracy it gives the **centered** score of chapter 7:
-0 for guessing, 1 for all right.
+among the processes and reports. Beside the accuracy it gives the **centered** score of chapter 7,
+(accuracy - chance) / (1 - chance): 0 for guessing, 1 for all right.
 """
 
 
@@ -1714,9 +1715,9 @@ class ConversationBatches:
 
 # %% [markdown]
 r"""
-How many rows is an epoch? `estimate_rows` renders a sample and tells; a number of steps can then be
-chosen. And to follow a stage, `held_out_loss` measures the loss on batches that it does not train
-on.
+How many rows is an epoch? `estimate_rows` renders a sample and tells, so that a number of steps can
+be chosen. And to follow a stage, `held_out_loss` measures the loss on batches that it does not
+train on.
 """
 
 

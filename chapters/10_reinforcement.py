@@ -182,15 +182,16 @@ one has the advantage 0.75, each wrong one -0.25. No second network that predict
 
 | name | baseline | advantage divided by | what counts alike |
 |---|---|---|---|
-| REINFORCE (1992) | none | - | token |
-| RLOO (2024) | mean of the *other* replies | - | token |
-| nanochat, Dr. GRPO (2025): our `"reinforce"` | mean of the group | - | token |
-| GRPO (2024): our `"grpo"` | mean of the group | deviation of the group | reply, `"sequences"` |
+| REINFORCE (1992) | none | - | tokens |
+| RLOO (2024) | mean of the *other* replies | - | tokens |
+| nanochat, Dr. GRPO (2025): our `"reinforce"` | mean of the group | - | tokens |
+| GRPO (2024): our `"grpo"` | mean of the group | deviation of the group | replies |
 
 RLOO's advantage is ours times $n/(n-1)$, the same push. Dividing by the deviation lets a question
 that is nearly always answered right, or wrong, count as much as one that is open. GRPO also has a
 clip and a KL penalty in the loss, for several updates on the same replies; with one update, as
-here, the clip never acts. We compare our two variants below.
+here, the clip never acts. Below we compare the two kinds of advantages, with tokens that count
+alike in both.
 
 ## Problems and rewards
 
@@ -241,7 +242,7 @@ def answer_reward(parts: Sequence[dict], problem: dict) -> float:
 
 
 def format_reward(parts: Sequence[dict], problem: dict) -> float:
-    """Return 1.0 if the reply ends with some number after ####, right or wrong, else 0.0."""
+    """Return 1.0 if the reply's own text has some number after ####, right or wrong, else 0.0."""
     return float(final_answer(reply_text(parts)) is not None)
 
 
@@ -277,13 +278,17 @@ batch, because decoding one by one would take most of the time.
 #| export
 @dataclass
 class Rollout:
-    """One sampled reply: prompt ids, reply ids, mask (1 = sampled, 0 = forced), reward."""
+    """One sampled reply to problem number `problem`: its ids, and what it earned.
+
+    `mask` is 1 where the policy sampled the id and 0 where the engine forced it; `parts` are what
+    `parse` makes of the ids.
+    """
 
     problem: int
-    prompt: list
-    ids: list
-    mask: list
-    parts: list
+    prompt: list[int]
+    ids: list[int]
+    mask: list[int]
+    parts: list[dict]
     reward: float = 0.0
     advantage: float = 0.0
 
@@ -396,8 +401,8 @@ The policy is what we sampled from. At a temperature other than 1 that is the so
 `logits / temperature`, so this is what we differentiate; otherwise the gradient belongs to another
 policy. We divide the sum by the number of sampled tokens of the step. Every token then weighs the
 same, and a long right reply teaches more than a short one. Dividing per reply instead ("sequences")
-makes each reply weigh the same, and gives the tokens of long wrong replies a discount, which is one
-way that models learn to ramble (Liu et al. 2025).
+makes each reply weigh the same: a wrong reply of 100 tokens pushes each of them down a tenth as
+hard as one of 10 tokens. That is one way in which models learn to ramble (Liu et al. 2025).
 """
 
 

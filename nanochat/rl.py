@@ -78,7 +78,7 @@ def answer_reward(parts: Sequence[dict], problem: dict) -> float:
 
 
 def format_reward(parts: Sequence[dict], problem: dict) -> float:
-    """Return 1.0 if the reply ends with some number after ####, right or wrong, else 0.0."""
+    """Return 1.0 if the reply's own text has some number after ####, right or wrong, else 0.0."""
     return float(final_answer(reply_text(parts)) is not None)
 
 
@@ -94,13 +94,17 @@ def combine_rewards(*weighted: tuple[Callable, float]) -> Callable[[Sequence[dic
 
 @dataclass
 class Rollout:
-    """One sampled reply: prompt ids, reply ids, mask (1 = sampled, 0 = forced), reward."""
+    """One sampled reply to problem number `problem`: its ids, and what it earned.
+
+    `mask` is 1 where the policy sampled the id and 0 where the engine forced it; `parts` are what
+    `parse` makes of the ids.
+    """
 
     problem: int
-    prompt: list
-    ids: list
-    mask: list
-    parts: list
+    prompt: list[int]
+    ids: list[int]
+    mask: list[int]
+    parts: list[dict]
     reward: float = 0.0
     advantage: float = 0.0
 
