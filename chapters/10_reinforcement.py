@@ -101,9 +101,11 @@ $$J(\theta) = \mathbb{E}_{a \sim \pi_\theta}[r(a)] = 0.2\,(1 - p) + 0.8\,p, \qqu
 \frac{dJ}{d\theta} = 0.6\,p\,(1 - p).$$
 
 Here we know the pay-outs, so we know the gradient. A learner sees only its own pulls and coins. The
-trick is to write the gradient as an average over pulls:
+trick is to write the gradient as an average over pulls, with $\nabla \pi = \pi\,\nabla \log \pi$:
 
-$$\nabla J = \mathbb{E}_{a \sim \pi_\theta}\big[\,r(a)\,\nabla \log \pi_\theta(a)\,\big].$$
+$$\nabla J = \sum_a r(a)\,\nabla \pi_\theta(a)
+= \sum_a \pi_\theta(a)\,r(a)\,\nabla \log \pi_\theta(a)
+= \mathbb{E}_{a \sim \pi_\theta}\big[\,r(a)\,\nabla \log \pi_\theta(a)\,\big].$$
 
 Pull, get a coin, push up the log-probability of what you did in proportion to the coin. This is
 **REINFORCE** (Williams 1992). Nothing in it needs the reward to be differentiable.
@@ -397,12 +399,12 @@ def pad_rollouts(rollouts: Sequence[Rollout], pad_id: int, device):
 r"""
 ## The loss
 
-The policy is what we sampled from. At a temperature other than 1 that is the softmax of
-`logits / temperature`, so this is what we differentiate; otherwise the gradient belongs to another
-policy. We divide the sum by the number of sampled tokens of the step. Every token then weighs the
-same, and a long right reply teaches more than a short one. Dividing per reply instead ("sequences")
-makes each reply weigh the same: a wrong reply of 100 tokens pushes each of them down a tenth as
-hard as one of 10 tokens. That is one way in which models learn to ramble (Liu et al. 2025).
+The policy is the distribution that we sample from. At a temperature other than 1 that is the
+softmax of `logits / temperature`, so this is what we differentiate. We divide the sum by the number
+of sampled tokens of the step. Every token then weighs the same, and a long right reply teaches more
+than a short one. Dividing per reply instead ("sequences") makes each reply weigh the same: a wrong
+reply of 100 tokens pushes each of them down a tenth as hard as one of 10 tokens. That is one way in
+which models learn to ramble (Liu et al. 2025).
 """
 
 
@@ -937,7 +939,8 @@ r"""
 
 We train on sums that are not in the test, and measure pass@1 and pass@8 on held-out sums as we go.
 A second run differs only in its advantages: those of GRPO. The control is a short run with a **coin
-toss** for a reward: the same model and the same rates, but nothing to learn from.
+toss** for a reward, which pays about as often as the SFT model is right: the same model and the
+same rates, but nothing to learn from.
 """
 
 
@@ -1016,10 +1019,10 @@ for name, share in solved.items():
 # %% [markdown]
 r"""
 pass@1 gains more than ten points, and the interval of the gain is far from 0, although those of the
-two scores overlap. The two variants end alike: which of them is better cannot be told from
-one run on 60 questions. And pass@8 hardly moves. RL has not taught the model sums that it could
-never do; it has made it do *reliably* what it could do *sometimes*. That is why pass@k before
-training is a good forecast of what RL with a verifiable reward can give.
+two scores overlap. The two variants end alike: which of them is better cannot be told from one run
+on 60 questions. And pass@8 hardly moves. RL has not taught the model sums that it could never do;
+it has made it do *reliably* what it could do *sometimes*. That is why pass@k before training is a
+good forecast of what RL with a verifiable reward can give.
 
 The control says that the reward did it, and not the exercise: pushed about by a coin, the model
 gains nothing. The gauges show the price. The policy moves away from where it started, and its
@@ -1069,7 +1072,7 @@ wrote instead of what we meant.
 
 The cure is to pay for what we mean: the answer. That is the run of the section before, from the
 same start. Form needs no pay of its own, because no answer is found without it. Starting from the
-the *hacked* model would be hard: it rarely earns the right reward any more, so it gets no signal.
+*hacked* model would be hard: it rarely earns the right reward any more, so it gets no signal.
 
 > **Exercise 10.2.** Pay 1 for the right answer and a tenth of `length_reward`. Does the model still
 > learn its sums, and do its replies get shorter? At which weight does it begin to cheat?
