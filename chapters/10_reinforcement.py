@@ -849,7 +849,7 @@ def evaluate_pass(
     options = dict(temperature=temperature, batch=batch, seed=seed, world=world)
     counts = count_right(engine, problems, samples, max_tokens, **options)
     first = [count / samples for count in counts]
-    solved = [float(count > 0) for count in counts]
+    solved = [pass_at_k(samples, count, samples) for count in counts]
     (low, high), (low_k, high_k) = bootstrap_interval(first), bootstrap_interval(solved)
     means = dict(pass_at_1=float(np.mean(first)), pass_at_k=float(np.mean(solved)), k=samples)
     return dict(**means, low=low, high=high, low_k=low_k, high_k=high_k, n=len(problems))
@@ -1008,13 +1008,13 @@ pass@1 stands its **gain** over SFT on the same questions, with the interval of 
 # %%
 for name, share in solved.items():
     low, high = bootstrap_interval(share)
-    print(f"{name:10s} pass@1 {share.mean():.0%} ({low:.0%} to {high:.0%})", end="   ")
-    print(f"pass@8 {(share > 0).mean():.0%}", end="   ")
-    if share is not solved["SFT"]:
-        worst, best = bootstrap_interval(share - solved["SFT"])
-        gain = (share - solved["SFT"]).mean()
-        print(f"gain {gain:+.0%} ({worst:+.0%} to {best:+.0%})", end="")
-    print()
+    line = f"{name:10s} pass@1 {share.mean():.0%} ({low:.0%} to {high:.0%})"
+    line += f"   pass@8 {(share > 0).mean():.0%}"
+    if name != "SFT":
+        gain = share - solved["SFT"]
+        low, high = bootstrap_interval(gain)
+        line += f"   gain {gain.mean():+.0%} ({low:+.0%} to {high:+.0%})"
+    print(line)
 
 # %% [markdown]
 r"""

@@ -494,7 +494,7 @@ def evaluate_pass(
     options = dict(temperature=temperature, batch=batch, seed=seed, world=world)
     counts = count_right(engine, problems, samples, max_tokens, **options)
     first = [count / samples for count in counts]
-    solved = [float(count > 0) for count in counts]
+    solved = [pass_at_k(samples, count, samples) for count in counts]
     (low, high), (low_k, high_k) = bootstrap_interval(first), bootstrap_interval(solved)
     means = dict(pass_at_1=float(np.mean(first)), pass_at_k=float(np.mean(solved)), k=samples)
     return dict(**means, low=low, high=high, low_k=low_k, high_k=high_k, n=len(problems))
