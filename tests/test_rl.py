@@ -334,12 +334,14 @@ class Scripted:
         return [Completion(TOKENIZER.encode(t), [1] * len(t), t, []) for t in texts]
 
 
-def test_evaluate_pass_counts():
+def test_evaluate_pass_counts(monkeypatch):
     problems = [{"question": f"{i}", "answer": "1"} for i in range(10)]
     engine = Scripted(["#### 1", "#### 2", "no", "#### 2"])  # one right in four
     result = rl.evaluate_pass(engine, problems, samples=4, batch=8)
     assert result["pass_at_1"] == 0.25 and result["pass_at_k"] == 1.0
     assert result["k"] == 4 and result["n"] == 10 and result["low"] <= 0.25 <= result["high"]
+    monkeypatch.setattr(rl, "pass_at_k", lambda n, c, k: c / n / k)  # as a solved exercise does
+    assert rl.evaluate_pass(engine, problems, samples=4)["pass_at_k"] == 0.25 / 4
 
 
 def test_a_question_longer_than_the_window_is_never_right():
