@@ -10,9 +10,9 @@
 r"""
 # 10. Reinforcement learning
 
-By the end of this chapter a model solves many more sums than before, although we have not shown it
-one more solution: we have only told it which of its own answers were right. And we have watched it
-cheat when we paid for the wrong thing.
+By the end of this chapter a model solves more sums than before, by a margin that luck does not
+explain, although we have not shown it one more solution: we have only told it which of its own
+answers were right. And we have watched it cheat when we paid for the wrong thing.
 
 First the finished thing, on a model that knows nothing at all. It writes one random token; we pay
 1 when the token begins with a digit, and 0 otherwise. No example is ever shown.
@@ -63,7 +63,7 @@ profile = "quick"
 seed = 0
 seq_len = 96
 depth, width = 2, 96
-sft_steps, rl_steps = 90, 27
+sft_steps, rl_steps = 100, 27
 questions_per_step, samples = 16, 8
 n_test = 60
 
@@ -83,7 +83,7 @@ import torch.nn.functional as F
 
 from nanochat.chat import parse, render_prompt, reply_text
 from nanochat.common import MetricsLog, Progress, UserError
-from nanochat.evaluation import bootstrap_interval
+from nanochat.evaluation import bootstrap_interval, centered
 from nanochat.optim import lr_multiplier, muon_momentum
 from nanochat.tasks import ChatTask, final_answer
 from nanochat.train import SingleProcess
@@ -101,9 +101,11 @@ $$J(\theta) = \mathbb{E}_{a \sim \pi_\theta}[r(a)] = 0.2\,(1 - p) + 0.8\,p, \qqu
 \frac{dJ}{d\theta} = 0.6\,p\,(1 - p).$$
 
 Here we know the pay-outs, so we know the gradient. A learner sees only its own pulls and coins. The
-trick is to write the gradient as an average over pulls:
+trick is to write the gradient as an average over pulls, with $\nabla \pi = \pi\,\nabla \log \pi$:
 
-$$\nabla J = \mathbb{E}_{a \sim \pi_\theta}\big[\,r(a)\,\nabla \log \pi_\theta(a)\,\big].$$
+$$\nabla J = \sum_a r(a)\,\nabla \pi_\theta(a)
+= \sum_a \pi_\theta(a)\,r(a)\,\nabla \log \pi_\theta(a)
+= \mathbb{E}_{a \sim \pi_\theta}\big[\,r(a)\,\nabla \log \pi_\theta(a)\,\big].$$
 
 Pull, get a coin, push up the log-probability of what you did in proportion to the coin. This is
 **REINFORCE** (Williams 1992). Nothing in it needs the reward to be differentiable.
@@ -136,7 +138,7 @@ assert abs(estimate - exact) < 4 * (coins * slope).std() / 100_000**0.5
 
 # %% [markdown]
 r"""
-The mean is right. But one pull says next to nothing: its spread is many times the gradient. Most of
+The mean is right. But one pull says little: its spread is about three times the gradient. Much of
 the spread is avoidable. A coin from either arm pushes the policy *towards the arm that was
 pulled*, and only the difference between the pushes teaches anything. So we subtract a **baseline**
 $b$ from the coin. The mean does not move, because $\mathbb{E}[\nabla \log \pi] = 0$; the variance
@@ -148,7 +150,7 @@ baselines = torch.linspace(-1, 2, 61)
 spreads = torch.stack([((coins - b) * slope).std() for b in baselines])
 means = torch.stack([((coins - b) * slope).mean() for b in baselines])
 fig, ax = figure(
-    "A baseline near the mean reward makes one pull worth several",
+    "With the mean reward as baseline one pull is worth two",
     "baseline b (coins)",
     "gradient estimate of one pull",
     alt="The mean stays flat over the baseline; the spread has a minimum near the mean reward",
@@ -156,32 +158,42 @@ fig, ax = figure(
 ax.plot(baselines, spreads, color=COLORS[0], label="standard deviation")
 ax.plot(baselines, means, color=COLORS[1], label="mean")
 ax.axvline(float(coins.mean()), color="grey", linestyle=":", label="mean reward")
-ax.legend()
+ax.set_ylim(0, 0.9)
+ax.legend(loc="upper center", ncol=3, fontsize=8)
 plt.show()
+none, mean = (((coins - b) * slope).var() for b in (0, coins.mean()))
+print(f"variance without a baseline over variance with the mean reward: {none / mean:.1f}")
 
 # %% [markdown]
 r"""
+> **Exercise 10.1.** The spread is smallest at a baseline above the mean reward. Derive that
+> baseline by setting the derivative of $\mathbb{E}[(r - b)^2 (\nabla \log \pi)^2]$ to zero, and say
+> which of the two arms pulls it up.
+
 For a language model the action is a whole reply: tokens $y_1 \dots y_n$ with
 $\log \pi(y) = \sum_t \log p(y_t \mid y_{<t})$. The baseline is free of charge if we let the model
 answer the same question several times. The mean reward of the group is the baseline, and a reply's
 **advantage** is what it earned above it:
 
 $$L = -\frac{1}{N} \sum_i A_i \sum_{t \text{ sampled}} \log p(y_{i,t} \mid y_{i,<t}), \qquad
-A_i = r_i - \bar r_{\text{group}}.$$
+A_i = r_i - \bar r_{\text{group}},$$
 
-No critic, no second network. Methods of this family differ in little, and their names hide it:
+with $N$ the number of sampled tokens. Say one reply of four is right: the mean is 0.25, the right
+one has the advantage 0.75, each wrong one -0.25. No second network that predicts rewards (a
+*critic*) is needed. Methods of this family differ in little, and their names hide it:
 
-| name | baseline | advantage divided by | each counts alike |
+| name | baseline | advantage divided by | what counts alike |
 |---|---|---|---|
-| REINFORCE (1992) | none | - | token |
-| RLOO (2024) | mean of the *other* replies | - | token |
-| nanochat, Dr. GRPO (2025): our `"reinforce"` | mean of the group | - | token |
-| GRPO (2024): our `"grpo"` | mean of the group | deviation of the group | reply, `"sequences"` |
+| REINFORCE (1992) | none | - | tokens |
+| RLOO (2024) | mean of the *other* replies | - | tokens |
+| nanochat, Dr. GRPO (2025): our `"reinforce"` | mean of the group | - | tokens |
+| GRPO (2024): our `"grpo"` | mean of the group | deviation of the group | replies |
 
 RLOO's advantage is ours times $n/(n-1)$, the same push. Dividing by the deviation lets a question
 that is nearly always answered right, or wrong, count as much as one that is open. GRPO also has a
 clip and a KL penalty in the loss, for several updates on the same replies; with one update, as
-here, the clip never acts. We compare both variants below.
+here, the clip never acts. Below we compare the two kinds of advantages, with tokens that count
+alike in both.
 
 ## Problems and rewards
 
@@ -216,6 +228,14 @@ def problem_prompt(problem: dict, tokenizer) -> list[int]:
     return render_prompt({"messages": messages}, tokenizer)
 
 
+# %% [markdown]
+r"""
+A reward reads the parts of a reply and the problem, and returns a number. Only `answer_reward` is
+the one that we mean. The others pay for form and for brevity; we need them to show what happens
+when one pays for the wrong thing.
+"""
+
+
 # %%
 #| export
 def answer_reward(parts: Sequence[dict], problem: dict) -> float:
@@ -224,7 +244,7 @@ def answer_reward(parts: Sequence[dict], problem: dict) -> float:
 
 
 def format_reward(parts: Sequence[dict], problem: dict) -> float:
-    """Return 1.0 if the reply ends with some number after ####, right or wrong, else 0.0."""
+    """Return 1.0 if the reply's own text has some number after ####, right or wrong, else 0.0."""
     return float(final_answer(reply_text(parts)) is not None)
 
 
@@ -260,17 +280,31 @@ batch, because decoding one by one would take most of the time.
 #| export
 @dataclass
 class Rollout:
-    """One sampled reply: prompt ids, reply ids, mask (1 = sampled, 0 = forced), reward."""
+    """One sampled reply to problem number `problem`: its ids, and what it earned.
+
+    `mask` is 1 where the policy sampled the id and 0 where the engine forced it; `parts` are what
+    `parse` makes of the ids.
+    """
 
     problem: int
-    prompt: list
-    ids: list
-    mask: list
-    parts: list
+    prompt: list[int]
+    ids: list[int]
+    mask: list[int]
+    parts: list[dict]
     reward: float = 0.0
     advantage: float = 0.0
 
 
+# %% [markdown]
+r"""
+Each reply draws from random numbers of its own, made of the seed and the question's place. So two
+processes sample what one would have sampled, and a run that was killed goes on with the replies
+that it would have had (`tests/test_chat_workers.py`, `tests/kill_stages.py`).
+"""
+
+
+# %%
+#| export
 def sample_rollouts(
     engine,
     problems: Sequence[dict],
@@ -328,6 +362,21 @@ def set_advantages(rollouts: Sequence[Rollout], samples: int, variant: str = "re
         rollout.advantage = advantage if abs(advantage) > 1e-9 else 0.0
 
 
+# %%
+for variant in ("reinforce", "grpo"):
+    group = [Rollout(0, [], [], [], [], reward) for reward in (1, 0, 0, 0, 1, 1, 1, 1)]
+    set_advantages(group, 4, variant)
+    print(f"{variant:10s}", [round(rollout.advantage, 2) for rollout in group])
+
+# %% [markdown]
+r"""
+The second group is all right, so it has no say. For the update, rollouts become rows of one length:
+prompt, reply, padding. Targets are -1 wherever the policy did not choose.
+"""
+
+
+# %%
+#| export
 def pad_rollouts(rollouts: Sequence[Rollout], pad_id: int, device):
     """Return (inputs, targets, advantages) of rollouts: int64 (B, T), int64 (B, T), float (B,).
 
@@ -346,22 +395,16 @@ def pad_rollouts(rollouts: Sequence[Rollout], pad_id: int, device):
     return inputs, torch.from_numpy(targets).to(device), advantages
 
 
-# %%
-for variant in ("reinforce", "grpo"):
-    group = [Rollout(0, [], [], [], [], reward) for reward in (1, 0, 0, 0, 1, 1, 1, 1)]
-    set_advantages(group, 4, variant)
-    print(f"{variant:10s}", [round(rollout.advantage, 2) for rollout in group])
-
 # %% [markdown]
 r"""
 ## The loss
 
-The policy is what we sampled from. At a temperature other than 1 that is the softmax of
-`logits / temperature`, so this is what we differentiate; otherwise the gradient belongs to another
-policy. We divide the sum by the number of sampled tokens of the step. Every token then weighs the
-same, and a long right reply teaches more than a short one. Dividing per reply instead ("sequences")
-makes each reply weigh the same, and gives the tokens of long wrong replies a discount, which is one
-way that models learn to ramble (Liu et al. 2025).
+The policy is the distribution that we sample from. At a temperature other than 1 that is the
+softmax of `logits / temperature`, so this is what we differentiate. We divide the sum by the number
+of sampled tokens of the step. Every token then weighs the same, and a long right reply teaches more
+than a short one. Dividing per reply instead ("sequences") makes each reply weigh the same: a wrong
+reply of 100 tokens pushes each of them down a tenth as hard as one of 10 tokens. That is one way in
+which models learn to ramble (Liu et al. 2025).
 """
 
 
@@ -415,10 +458,11 @@ assert torch.allclose(_model.head.weight.grad, _exact, atol=1e-5)
 
 # %% [markdown]
 r"""
-Two gauges tell us how the patient is doing. The **KL divergence** from the policy we started with
-says how far RL has moved it. The **entropy** says how much it still varies its replies; at zero all
+Two gauges show the state of the policy. The **KL divergence** from the policy we started with says
+how far RL has moved it. The **entropy** says how much it still varies its replies; at zero all
 replies of a group are the same, and learning stops. Both are averages over what the policy samples,
-so the rollouts we have anyway are enough to estimate them.
+so the rollouts we have anyway are enough to estimate them: `kl_and_entropy` for one batch, `drift`
+for all rollouts of a step.
 """
 
 
@@ -467,6 +511,15 @@ def drift(
     return dict(kl=kl / max(n, 1), entropy=entropy / max(n, 1))
 
 
+# %% [markdown]
+r"""
+The gradient is added up in micro-batches, as in chapter 5. Rollouts without an advantage add
+nothing, so they never reach the model.
+"""
+
+
+# %%
+#| export
 def policy_gradient(
     model,
     rollouts: Sequence[Rollout],
@@ -500,7 +553,7 @@ r"""
 A step: choose questions, sample, compare, update once, forget. "Once" matters: the rollouts come
 from the policy that is being updated (**on-policy**), so the formula above holds as it stands.
 Methods that take several steps on the same rollouts (PPO) need a ratio and a clip to correct for
-it.
+it. We choose the questions first: every problem once an epoch, in an order that the seed decides.
 """
 
 
@@ -520,6 +573,14 @@ def question_indices(step: int, n_problems: int, n_questions: int, seed: int = 0
     return indices
 
 
+# %% [markdown]
+r"""
+Some numbers make no step: one sample a question has nothing to be compared with.
+"""
+
+
+# %%
+#| export
 def check_rl(problems: Sequence[dict], n_questions: int, samples: int, world_size: int) -> None:
     """Raise UserError unless a step of RL can be made of these numbers."""
     if n_questions % world_size:
@@ -533,8 +594,8 @@ def check_rl(problems: Sequence[dict], n_questions: int, samples: int, world_siz
 
 # %% [markdown]
 r"""
-With several processes each one answers its share of the questions. Only sums are exchanged:
-the metrics, and the gradient.
+With several processes each one answers its share of the questions. Only sums are exchanged: the
+metrics in `rollout_metrics`, the gradient in `update_policy`.
 """
 
 
@@ -581,6 +642,57 @@ def update_policy(
     optimizer.zero_grad(set_to_none=True)
 
 
+# %% [markdown]
+r"""
+One step of RL, put together from the parts above: sample, compare, measure, update once.
+"""
+
+
+# %%
+#| export
+def rl_step(
+    model,
+    optimizer,
+    engine,
+    problems: Sequence[dict],
+    *,
+    samples: int,
+    places: Sequence[int],
+    seed: int,
+    world,
+    reference=None,
+    max_tokens: int = 96,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    reward: Callable = answer_reward,
+    variant: str = "reinforce",
+    normalize: str = "tokens",
+) -> dict:
+    """Sample replies to this process's questions, update the policy once; return the metrics.
+
+    `places` and `seed` decide the random numbers (`sample_rollouts`), `variant` the advantages
+    (`set_advantages`), `normalize` what counts alike (`policy_loss`). The metrics are those of
+    `rollout_metrics` and, with a `reference`, of `drift`.
+    """
+    engine.refresh()
+    rollouts = sample_rollouts(
+        engine, problems, samples, max_tokens, temperature, top_k, seed, reward, places
+    )
+    set_advantages(rollouts, samples, variant)
+    metrics, pad_id = rollout_metrics(rollouts, problems, engine, world), engine.tokenizer.bos_id
+    if reference is not None:
+        metrics |= drift(model, reference, rollouts, pad_id, temperature, world)
+    update_policy(model, optimizer, rollouts, pad_id, metrics, world, temperature, normalize)
+    return metrics
+
+
+# %% [markdown]
+r"""
+And the loop around it: the rate falls in a line to zero, every process takes its questions, and now
+and then we measure, evaluate and save.
+"""
+
+
 # %%
 #| export
 def train_rl(
@@ -592,13 +704,7 @@ def train_rl(
     n_steps: int,
     questions_per_step: int = 16,
     samples: int = 8,
-    max_tokens: int = 96,
-    temperature: float = 1.0,
-    top_k: int | None = None,
     lr: float = 0.05,
-    reward: Callable = answer_reward,
-    variant: str = "reinforce",
-    normalize: str = "tokens",
     reference=None,
     drift_every: int = 5,
     seed: int = 0,
@@ -610,23 +716,23 @@ def train_rl(
     eval_every: int = 0,
     save: Callable[[int], None] | None = None,
     save_every: int = 0,
+    **options,
 ) -> list[dict]:
     """Train a chat model on problems with verifiable answers; return the metrics of every step.
 
     On-policy REINFORCE: each step, `questions_per_step` questions (over all processes) get
-    `samples` sampled replies each; a reply's advantage is its reward minus its group's mean
-    (`variant="grpo"`: divided by the group's standard deviation too). One update a step, so no
-    ratio and no clipping is needed. `lr` scales the optimizer's initial rates, falling in a line to
-    0. KL to `reference` (default: a copy of the model now; when resuming give the model that RL
-    started from) and entropy are measured every `drift_every` steps (0: never). Events "rl_step"
-    and "eval" go to `log`; `evaluate`, `save` and `start_step` are as in `nanochat.train.fit`.
-    Everything random depends on `seed` and the step alone, so resuming is exact.
+    `samples` sampled replies each, and one `rl_step` with `options` follows: max_tokens, reward,
+    variant, ... `lr` scales the optimizer's initial rates, falling in a line to 0. KL to
+    `reference` (default: a copy of the model now; when resuming give the model that RL started
+    from) and entropy are measured every `drift_every` steps (0: never). Events "rl_step" and
+    "eval" go to `log`; `evaluate`, `save` and `start_step` are as in `nanochat.train.fit`.
+    Everything random depends on `seed` and the step alone, so resuming is exact. Raises UserError.
     """
-    world, log = world or SingleProcess(model.device), log or MetricsLog(None)
+    world, log, history = world or SingleProcess(model.device), log or MetricsLog(None), []
     check_rl(problems, questions_per_step, samples, world.world_size)
     if drift_every and reference is None:
         reference = copy.deepcopy(model).requires_grad_(False)
-    history, pad_id = [], engine.tokenizer.bos_id
+    places = range(world.rank, questions_per_step, world.world_size)
     with Progress(n_steps, label, quiet=10.0 if world.is_main else float("inf")) as bar:
         bar.skip(start_step)
         for step in range(start_step, n_steps):
@@ -634,21 +740,11 @@ def train_rl(
                 log.write("eval", step=step, **evaluate(step))
             factor = lr * lr_multiplier(step, n_steps, warmdown=1.0, final=0.0)
             optimizer.set_schedule(factor, muon_momentum(step))
-            places = range(world.rank, questions_per_step, world.world_size)
             chosen = question_indices(step, len(problems), questions_per_step, seed)
             mine = [problems[chosen[place]] for place in places]
-            options = dict(temperature=temperature, top_k=top_k, reward=reward, places=places)
-            engine.refresh()
-            rollouts = sample_rollouts(
-                engine, mine, samples, max_tokens, seed=seed + step, **options
-            )
-            set_advantages(rollouts, samples, variant)
-            metrics = rollout_metrics(rollouts, mine, engine, world)
-            if drift_every and step % drift_every == 0:
-                metrics.update(drift(model, reference, rollouts, pad_id, temperature, world))
-            update_policy(
-                model, optimizer, rollouts, pad_id, metrics, world, temperature, normalize
-            )
+            options["reference"] = reference if drift_every and step % drift_every == 0 else None
+            draw = dict(samples=samples, places=places, seed=seed + step, world=world)
+            metrics = rl_step(model, optimizer, engine, mine, **draw, **options)
             history.append(dict(step=step, lr=factor, **metrics))
             log.write("rl_step", **history[-1])
             if world.is_main:
@@ -665,9 +761,9 @@ r"""
 ## pass@k
 
 One number hides too much. **pass@1** is the chance that one sampled reply is right; **pass@k** the
-chance that at least one of $k$ is. Estimating pass@k from exactly $k$ samples wastes most of what
-they tell. With $n \ge k$ samples, $c$ of them right, the unbiased estimate counts subsets (Chen et
-al. 2021):
+chance that at least one of $k$ is. Suppose 2 of 5 samples are right. Of the 10 pairs among them, 3
+hold no right one, so the estimate of pass@2 is 7/10. Looking at the first pair only would have said
+0 or 1. In general, with $n \ge k$ samples, $c$ of them right (Chen et al. 2021):
 
 $$\text{pass@}k = 1 - \binom{n - c}{k} \Big/ \binom{n}{k}.$$
 """
@@ -686,6 +782,54 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+# %%
+#| test
+from itertools import combinations
+
+_hits = [any(pair) for pair in combinations([1, 1, 0, 0, 0], 2)]
+assert abs(pass_at_k(5, 2, 2) - sum(_hits) / len(_hits)) < 1e-12
+
+# %% [markdown]
+r"""
+So we count the right replies of every problem; everything else follows from the counts. `right` is
+any reward that says 1 or 0.
+"""
+
+
+# %%
+#| export
+def count_right(
+    engine,
+    problems: Sequence[dict],
+    samples: int,
+    max_tokens: int,
+    temperature: float = 1.0,
+    batch: int = 128,
+    seed: int = 0,
+    right: Callable = answer_reward,
+    world=None,
+) -> list[int]:
+    """Return for each problem how many of `samples` sampled replies are right.
+
+    A question that is longer than the context window counts as never right. With `world` every
+    process answers its share. `batch` replies are decoded at once.
+    """
+    rank, world_size = (world.rank, world.world_size) if world else (0, 1)
+    lengths = [len(problem_prompt(problem, engine.tokenizer)) for problem in problems]
+    fits = [place for place, n in enumerate(lengths) if n < engine.model.config.seq_len]
+    mine, counts = fits[rank::world_size], torch.zeros(len(problems))
+    size = max(1, batch // samples)
+    for start in range(0, len(mine), size):
+        places = mine[start : start + size]
+        asked = [problems[place] for place in places]
+        options = dict(temperature=temperature, seed=seed, reward=right, places=places)
+        for rollout in sample_rollouts(engine, asked, samples, max_tokens, **options):
+            counts[places[rollout.problem]] += rollout.reward
+    return (world.sum(counts) if world else counts).round().int().tolist()
+
+
+# %%
+#| export
 def evaluate_pass(
     engine,
     problems: Sequence[dict],
@@ -696,24 +840,14 @@ def evaluate_pass(
     seed: int = 0,
     world=None,
 ) -> dict:
-    """Return dict(pass_at_1, pass_at_k, k, low, high, n): the share of problems solved.
+    """Return dict(pass_at_1, pass_at_k, k, low, high, low_k, high_k, n): how many are solved.
 
-    Each problem gets k = `samples` sampled replies; pass_at_1 is the mean share of right ones,
+    Each of the n problems gets k = `samples` replies; pass_at_1 is the mean share of right ones,
     pass_at_k the share of problems with at least one. low and high are a 95 % bootstrap interval
-    of pass_at_1 over problems, low_k and high_k of pass_at_k. `batch` replies are decoded at once.
+    of pass_at_1 over problems, low_k and high_k of pass_at_k.
     """
-    rank, world_size = (world.rank, world.world_size) if world else (0, 1)
-    counts = torch.zeros(len(problems), device=engine.model.device)
-    mine = list(range(len(problems)))[rank::world_size]
-    size = max(1, batch // samples)
-    for start in range(0, len(mine), size):
-        chosen = mine[start : start + size]
-        group = [problems[i] for i in chosen]
-        options = dict(temperature=temperature, seed=seed, places=chosen)
-        rollouts = sample_rollouts(engine, group, samples, max_tokens, **options)
-        for rollout in rollouts:
-            counts[chosen[rollout.problem]] += rollout.reward
-    counts = (world.sum(counts) if world else counts).round().int().tolist()
+    options = dict(temperature=temperature, batch=batch, seed=seed, world=world)
+    counts = count_right(engine, problems, samples, max_tokens, **options)
     first = [count / samples for count in counts]
     solved = [pass_at_k(samples, count, samples) for count in counts]
     (low, high), (low_k, high_k) = bootstrap_interval(first), bootstrap_interval(solved)
@@ -721,12 +855,46 @@ def evaluate_pass(
     return dict(**means, low=low, high=high, low_k=low_k, high_k=high_k, n=len(problems))
 
 
-# %%
-#| test
-from itertools import combinations
+# %% [markdown]
+r"""
+The same counts serve tasks whose replies a rule of their own judges, such as HumanEval, which runs
+programs. `evaluate_samples` reports like `evaluate_chat` of chapter 9, with pass@k beside it.
+"""
 
-_hits = [any(pair) for pair in combinations([1, 1, 0, 0, 0], 2)]
-assert abs(pass_at_k(5, 2, 2) - sum(_hits) / len(_hits)) < 1e-12
+
+# %%
+#| export
+def evaluate_samples(
+    engine,
+    task: ChatTask,
+    limit: int | None,
+    samples: int,
+    max_tokens: int,
+    seed: int = 0,
+    world=None,
+) -> dict:
+    """Answer each problem of a generative task `samples` times at temperature 1 and judge it.
+
+    `limit` takes a random part of the task. Returns accuracy (pass@1) with a 95 % interval over
+    problems (low, high), chance, centered, n, and `pass_at`: {"1": share, "2": ..., "4": ...}.
+    """
+    problems = []
+    for row in np.random.default_rng(seed).permutation(len(task))[:limit]:
+        item = task.conversation(int(row))
+        problems.append({"question": item["messages"][-2]["content"], "item": item})
+
+    def right(parts, problem):
+        return task.evaluate(reply_text(parts), problem["item"])
+
+    options = dict(seed=seed, right=right, world=world)
+    counts = count_right(engine, problems, samples, max_tokens, **options)
+    ks = [2**i for i in range(samples.bit_length())]
+    passed = {str(k): float(np.mean([pass_at_k(samples, c, k) for c in counts])) for k in ks}
+    low, high = bootstrap_interval([count / samples for count in counts])
+    accuracy, chance = passed["1"], task.chance
+    result = dict(accuracy=accuracy, chance=chance, centered=centered(accuracy, chance))
+    return dict(**result, n=len(counts), low=low, high=high, pass_at=passed)
+
 
 # %% [markdown]
 r"""
@@ -767,19 +935,20 @@ assert not asked & {problem["question"] for problem in test_problems}  # nothing
 
 # %% [markdown]
 r"""
-## The signature result
+## More right answers, without one more solution
 
 We train on sums that are not in the test, and measure pass@1 and pass@8 on held-out sums as we go.
 A second run differs only in its advantages: those of GRPO. The control is a short run with a **coin
-toss** for a reward: the same model and the same rates, but nothing to learn from it.
+toss** for a reward, which pays about as often as the SFT model is right: the same model and the
+same rates, but nothing to learn from.
 """
 
 
 # %%
 def run_rl(reward, n_steps=rl_steps, evaluations=0, variant="reinforce"):
     """Train a copy of the SFT model with a reward; return (model, history, [(step, pass)])."""
-    policy = copy.deepcopy(start)
-    engine, curve = Engine(policy, tokenizer), []
+    policy, curve = copy.deepcopy(start), []
+    engine = Engine(policy, tokenizer)
 
     def evaluate(step):
         curve.append((step, evaluate_pass(engine, test_problems, 8, max_tokens=40)))
@@ -787,17 +956,25 @@ def run_rl(reward, n_steps=rl_steps, evaluations=0, variant="reinforce"):
 
     history = train_rl(
         policy, build_optimizer(policy), engine, train_problems, n_steps=n_steps,
-        questions_per_step=questions_per_step, samples=samples, max_tokens=40, lr=0.3,
+        questions_per_step=questions_per_step, samples=samples, max_tokens=40, lr=0.2,
         reward=reward, variant=variant, reference=start, seed=seed,
-        evaluate=evaluate, eval_every=n_steps // evaluations if evaluations else 0,
+        evaluate=evaluate if evaluations else None, eval_every=n_steps // max(evaluations, 1),
     )  # fmt: skip
     return policy, history, curve
 
 
+def share_right(policy):
+    """Return for each test question the share of 8 replies that are right, (n_test,)."""
+    return np.array(count_right(Engine(policy, tokenizer), test_problems, 8, max_tokens=40)) / 8
+
+
+# %%
 coin = np.random.default_rng(seed)
 solver, history, curve = run_rl(answer_reward, evaluations=3)
-_, _, grpo = run_rl(answer_reward, variant="grpo")
-_, _, control = run_rl(lambda parts, problem: float(coin.random() < 0.4), rl_steps // 3)
+grouped, _, _ = run_rl(answer_reward, variant="grpo")
+pushed, _, _ = run_rl(lambda parts, problem: float(coin.random() < 0.4), rl_steps // 3)
+policies = {"SFT": start, "RL": solver, "RL, GRPO": grouped, "coin toss": pushed}
+solved = {name: share_right(policy) for name, policy in policies.items()}
 
 # %%
 fig, ax = figure(
@@ -814,42 +991,57 @@ for number, (name, low, high) in enumerate(
     bars = [[abs(result[end] - result[name]) for _, result in curve] for end in (low, high)]
     label = ("pass@1", "pass@8")[number]
     ax.errorbar(steps, middle, yerr=bars, marker="o", capsize=3, color=COLORS[number], label=label)
-both = curve[:1] + control
-ax.plot([s for s, _ in both], [r["pass_at_1"] for _, r in both], "--", color="grey",
-        label="pass@1, coin toss")  # fmt: skip
-ax.plot(rl_steps, grpo[-1][1]["pass_at_1"], "s", color=COLORS[2], label="pass@1, GRPO")
+tossed = [solved["SFT"].mean(), solved["coin toss"].mean()]
+ax.plot([0, rl_steps // 3], tossed, "--", color="grey", label="pass@1, coin toss")
+ax.plot(rl_steps, solved["RL, GRPO"].mean(), "s", color=COLORS[2], label="pass@1, GRPO")
 ax.set_ylim(0, 1)
 ax.legend(loc="lower right", fontsize=8)
 plt.show()
 
-# %%
-before_rl, after_rl, random_rl = curve[0][1], curve[-1][1], control[-1][1]
-rows = {"SFT": before_rl, "RL": after_rl, "RL, GRPO": grpo[-1][1], "coin toss": random_rl}
-for name, result in rows.items():
-    print(
-        f"{name:14s} pass@1 {result['pass_at_1']:.0%} ({result['low']:.0%} to {result['high']:.0%})"
-        f"   pass@8 {result['pass_at_k']:.0%} ({result['low_k']:.0%} to {result['high_k']:.0%})"
-    )
-
 # %% [markdown]
 r"""
-pass@1 rises a lot, pass@8 much less, and the two variants end within each other's intervals: which
-of them is better cannot be told from one run on 60 questions. RL has not taught the model sums that
-it could never do; it has made it do *reliably* what it could do *sometimes*. This is what to expect
-of RL with a verifiable reward, and the reason why pass@k before training is a good forecast of what
-RL can give.
-
-The control says that the reward did it, and not the exercise: pushed about by a coin, the model
-gets worse. The gauges: the reward rises, the entropy falls, and the KL from the start stays small.
+Is that more than luck? Two models that meet the same questions are best compared question by
+question: what an easy or a hard question adds to both drops out of the difference. So beside each
+pass@1 stands its **gain** over SFT on the same questions, with the interval of the gain.
 """
 
 # %%
-fig, axes = plt.subplots(1, 3, figsize=(9, 2.6))
-for ax, name in zip(axes, ("reward", "kl", "entropy")):
+for name, share in solved.items():
+    low, high = bootstrap_interval(share)
+    line = f"{name:10s} pass@1 {share.mean():.0%} ({low:.0%} to {high:.0%})"
+    line += f"   pass@8 {(share > 0).mean():.0%}"
+    if name != "SFT":
+        gain = share - solved["SFT"]
+        low, high = bootstrap_interval(gain)
+        line += f"   gain {gain.mean():+.0%} ({low:+.0%} to {high:+.0%})"
+    print(line)
+
+# %% [markdown]
+r"""
+pass@1 gains more than ten points, and the interval of the gain is far from 0, although those of the
+two scores overlap. The two variants end alike: which of them is better cannot be told from one run
+on 60 questions. And pass@8 hardly moves. RL has not taught the model sums that it could never do;
+it has made it do *reliably* what it could do *sometimes*. That is why pass@k before training is a
+good forecast of what RL with a verifiable reward can give.
+
+The control says that the reward did it, and not the exercise: pushed about by a coin, the model
+gains nothing. The gauges show the price. The policy moves away from where it started, and its
+replies vary less.
+"""
+
+# %%
+gauges = {
+    "reward": ("The reward rises", "reward (0 to 1)"),
+    "kl": ("The policy moves away", "KL (nats per token)"),
+    "entropy": ("It varies its replies less", "entropy (nats per token)"),
+}
+fig, axes = plt.subplots(1, 3, figsize=(9, 2.6), layout="constrained")
+for ax, (name, (title, unit)) in zip(axes, gauges.items()):
     points = [(h["step"], h[name]) for h in history if name in h]
     ax.plot(*zip(*points), color=COLORS[0], marker="." if name != "reward" else None)
-    ax.set(title=name, xlabel="RL step", ylabel="" if name == "reward" else "nats per token")
-fig.tight_layout()
+    ax.set_title(title, fontsize=10, loc="left")
+    ax.set(xlabel="RL step", ylabel=unit)
+fig.set_label("Reward, KL from the start and entropy over the steps of RL")
 plt.show()
 
 # %% [markdown]
@@ -864,7 +1056,7 @@ shorter it is.
 
 # %%
 cheap = combine_rewards((format_reward, 1.0), (length_reward, 1.0))
-hacker, hacked, hacker_curve = run_rl(cheap, n_steps=rl_steps // 2)
+hacker, hacked, _ = run_rl(cheap)
 for name in ("reward", "correct", "length"):
     first, last = ([h[name] for h in part] for part in (hacked[:4], hacked[-4:]))
     print(f"{name:8s} {np.mean(first):6.2f} -> {np.mean(last):6.2f}")
@@ -874,44 +1066,47 @@ for rollout in sample_rollouts(Engine(hacker, tokenizer), test_problems[:3], 1, 
 # %% [markdown]
 r"""
 The reward went up, so by its own account the run was a success. Look at *correct*, which this
-reward never saw, and at the replies. The model found the cheapest text that is paid. This is
-**reward hacking**: not malice, only optimisation of what we wrote instead of what we meant.
+reward never saw, and at the replies: less and less of the sum is left in them. The model found the
+cheapest text that is paid. This is **reward hacking**: not malice, only optimisation of what we
+wrote instead of what we meant.
 
 The cure is to pay for what we mean: the answer. That is the run of the section before, from the
 same start. Form needs no pay of its own, because no answer is found without it. Starting from the
 *hacked* model would be hard: it rarely earns the right reward any more, so it gets no signal.
+
+> **Exercise 10.2.** Pay 1 for the right answer and a tenth of `length_reward`. Does the model still
+> learn its sums, and do its replies get shorter? At which weight does it begin to cheat?
 """
 
 # %%
-paid = [("nothing yet", before_rl), ("form", hacker_curve[-1][1]), ("the answer", after_rl)]
-for name, result in paid:
-    interval = f"({result['low']:.0%} to {result['high']:.0%})"
-    print(f"paid for {name:12s} pass@1 {result['pass_at_1']:.0%} {interval}")
+paid = {"nothing yet": solved["SFT"], "form": share_right(hacker), "the answer": solved["RL"]}
+for name, share in paid.items():
+    low, high = bootstrap_interval(share)
+    print(f"paid for {name:12s} pass@1 {share.mean():.0%} ({low:.0%} to {high:.0%})")
 
 # %% [markdown]
 r"""
 ## Recap
 
-`nanochat.rl` can now: pay (`answer_reward`, `format_reward`, `length_reward`, `combine_rewards`),
-sample (`sample_rollouts`, `set_advantages`), learn (`train_rl`, `policy_loss`, `drift`) and report
-(`evaluate_pass`, `pass_at_k`, `task_problems`).
+`nanochat.rl` can now
+
+* pay: `answer_reward`, `format_reward`, `length_reward`, `combine_rewards`;
+* sample and compare: `task_problems`, `sample_rollouts`, `set_advantages`;
+* learn: `policy_loss`, `rl_step`, `train_rl`, watched by `drift`;
+* report: `pass_at_k`, `count_right`, `evaluate_pass`, `evaluate_samples`.
 
 ## Pitfalls
 
 * **Training on forced tokens.** Tool output was not sampled by the policy. With it in the loss, the
   model learns to make up results. The mask comes from the engine; a test compares the gradient with
   an explicit one.
-* **Test sums in training.** nanochat's spelling test once drew its items with negated seeds;
-  Python's generator gives the same numbers for a seed and its negative, so the test was the
-  training set. Our splits go by the hash of the sum.
+* **Test sums in training.** Splits that follow from seeds went wrong in nanochat (chapter 9). Ours
+  go by the hash of the sum.
 * **A rate below zero.** A schedule that counts past its end turns descent into ascent (chapter 9).
   Ours is clamped.
 * **One seed, one number.** With 60 questions the interval of pass@1 is 10 to 20 points wide. A gain
-  of five points on such a test is a rumour.
-* **Numbers that change with the machine.** Each reply draws from a generator of its own, made of
-  the seed, the step and the question's place. So two processes sample what one samples, and a run
-  that was killed goes on with the replies that it would have had (`tests/test_chat_workers.py`,
-  `tests/kill_stages.py`).
+  of five points between two such numbers is a rumour; compare question by question, and repeat with
+  other seeds.
 * **No signal.** Groups that are all right or all wrong have no gradient. Log the share of useful
   rollouts (`useful`).
 

@@ -12,10 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from nanochat.chat import reply_text
 from nanochat.common import UserError, doctor, pick_device, pick_dtype, write_json
 from nanochat.core import (
     chat_core,
@@ -28,7 +26,7 @@ from nanochat.core import (
 )
 from nanochat.distributed import LaunchError, setup
 from nanochat.engine import Engine, bench
-from nanochat.evaluation import bootstrap_interval, centered, core_table, tinyworld_core
+from nanochat.evaluation import core_table, tinyworld_core
 from nanochat.recipe import (
     MODELS,
     Recipe,
@@ -44,7 +42,7 @@ from nanochat.recipe import (
     training_speed,
 )
 from nanochat.report import markdown_table, write_report
-from nanochat.rl import pass_at_k, sample_rollouts
+from nanochat.rl import evaluate_samples
 from nanochat.serve import run_server
 from nanochat.tasks import ARC, GSM8K, MMLU, ChatTask, HumanEval, TinyWorldTask, evaluate_chat
 from nanochat.tinyworld import World
@@ -72,7 +70,6 @@ __all__ = [
     "do_serve",
     "do_stage",
     "eval_options",
-    "evaluate_samples",
     "execute_capstone",
     "main",
     "model_options",
@@ -317,48 +314,6 @@ def chat_exams(source: str) -> dict[str, ChatTask]:
             tasks[name] = kind(Path(source) / local, "test", subset if kind is ARC else "")
     tasks["spelling"] = TinyWorldTask(World(), "spelling", "test", size=256, start=30_000_000)
     return tasks
-
-
-def evaluate_samples(
-    engine: Engine,
-    task: ChatTask,
-    limit: int | None,
-    samples: int,
-    max_tokens: int,
-    seed: int = 0,
-    world: Any = None,
-) -> dict[str, Any]:
-    """Answer each problem of a generative task `samples` times at temperature 1.
-
-    Returns accuracy (pass@1) with its 95 % interval over problems, chance, centered, n, and
-    `pass_at` {k: share} for k = 1, 2, 4, ... by the unbiased estimator (chapter 10).
-    """
-    rows = np.random.default_rng(seed).permutation(len(task))[:limit]
-    rank, world_size = (world.rank, world.world_size) if world else (0, 1)
-    mine, counts = list(range(len(rows)))[rank::world_size], torch.zeros(len(rows))
-    size = max(1, 128 // samples)
-    for start in range(0, len(mine), size):
-        places = mine[start : start + size]
-        found = [task.conversation(int(rows[place])) for place in places]
-        problems = [{"question": c["messages"][-2]["content"], "asked": c} for c in found]
-        rollouts = sample_rollouts(
-            engine,
-            problems,
-            samples,
-            max_tokens,
-            seed=seed,
-            places=places,
-            reward=lambda parts, problem: task.evaluate(reply_text(parts), problem["asked"]),
-        )
-        for rollout in rollouts:
-            counts[places[rollout.problem]] += rollout.reward
-    right = (world.sum(counts) if world else counts).round().int().tolist()
-    ks = [2**i for i in range(samples.bit_length())]
-    passed = {k: sum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
-    low, high = bootstrap_interval([c / samples for c in right])
-    scale = centered(passed[1], task.chance)
-    result = dict(accuracy=passed[1], chance=task.chance, centered=scale, n=len(right))
-    return {**result, "low": low, "high": high, "pass_at": {str(k): v for k, v in passed.items()}}
 
 
 def chat_result(

@@ -32,6 +32,7 @@ __all__ = [
     "merged_copy",
     "pack_row",
     "split_conversation",
+    "training_pieces",
 ]
 
 
@@ -88,73 +89,91 @@ def pack_row(pieces: Sequence[tuple[list[int], list[int]]], seq_len: int, pad_id
     return torch.from_numpy(row[:-1].copy()), torch.from_numpy(targets)
 
 
+def training_pieces(
+    mixture: Mixture, place: int, tokenizer, max_tokens: int, train_on: str
+) -> list[tuple[list[int], list[int]]]:
+    """Return conversation `place` of a mixture as pieces (ids, mask), see `split_conversation`.
+
+    `train_on` "assistant" keeps the mask of `render`, "all" trains on all but bos. Raises UserError
+    that names the task and its row for a malformed conversation.
+    """
+    try:
+        pieces = split_conversation(mixture[place], tokenizer, max_tokens)
+    except UserError as error:
+        task, row = mixture.origin(place)
+        name = mixture.tasks[task].name
+        raise UserError(f"Conversation {row} of task {name!r}: {error}") from error
+    if train_on == "all":
+        pieces = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in pieces]
+    return pieces
+
+
 class ConversationStream:
     """Endless rows of packed conversations; every conversation exactly once in an epoch.
 
-    A window of `window` conversations waits; each row takes the longest that fits until none
-    does. At the end of an epoch the window is emptied before the next one, in another order,
-    begins. One longer than a row waits in several pieces (`split_conversation`). `epoch` counts
-    from 0; `truncated` counts exchanges longer than a row, which are cut at the row's end.
+    A window of `window` conversations waits, long ones in pieces; each row takes the longest that
+    fits until none does. At the end of an epoch the window is emptied before the next begins, in
+    another order. `truncated` counts exchanges longer than a row, which are cut at its end.
     """
 
     def __init__(
-        self, mixture: Mixture, tokenizer, seq_len: int, train_on: str, seed: int, window=64
+        self, mixture: Mixture, tokenizer, seq_len: int, train_on: str, seed: int, window: int = 64
     ):
         if train_on not in ("all", "assistant"):
             raise UserError(f"train_on must be 'all' or 'assistant', not {train_on!r}.")
-        self.mixture, self.tokenizer, self.seq_len = mixture, tokenizer, seq_len
-        self.train_on, self.seed, self.window = train_on, seed, window
-        self.epoch, self.cursor, self.truncated, self.waiting = 0, 0, 0, []
+        self.mixture, self.tokenizer, self.window = mixture, tokenizer, window
+        self.seq_len, self.train_on, self.seed = seq_len, train_on, seed
+        self.truncated, self.waiting = 0, []  # waiting: (position, piece, ids, mask)
         self._start_epoch(0)
 
     def _start_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch, whose order follows from the seed and its number."""
         rng = np.random.default_rng([self.seed, epoch])
         self.epoch, self.cursor, self.order = epoch, 0, rng.permutation(len(self.mixture))
 
     def _pieces(self, position: int) -> list[tuple[int, int, list[int], list[int]]]:
         """Return (position, piece, ids, mask) of the conversation at a place of this epoch."""
-        place, row_len = int(self.order[position]), self.seq_len + 1
-        try:
-            pieces = split_conversation(self.mixture[place], self.tokenizer, row_len)
-        except UserError as error:
-            task, row = self.mixture.origin(place)
-            name = self.mixture.tasks[task].name
-            raise UserError(f"Conversation {row} of task {name!r}: {error}") from error
-        if self.train_on == "all":  # but nothing before bos says that a conversation begins
-            pieces = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in pieces]
+        where, row_len = (self.mixture, int(self.order[position])), self.seq_len + 1
+        pieces = training_pieces(*where, self.tokenizer, row_len, self.train_on)
         return [(position, piece, ids, mask) for piece, (ids, mask) in enumerate(pieces)]
 
     def _fill(self) -> None:
         """Fill the window from this epoch; start the next one when this one is used up."""
         if not self.waiting and self.cursor == len(self.order):
             self._start_epoch(self.epoch + 1)
-        row_len = self.seq_len + 1
         while len(self.waiting) < self.window and self.cursor < len(self.order):
-            for position, piece, ids, mask in self._pieces(self.cursor):
-                self.truncated += len(ids) > row_len
-                self.waiting.append((position, piece, ids[:row_len], mask[:row_len]))
+            pieces = self._pieces(self.cursor)
+            self.truncated += sum(len(ids) > self.seq_len + 1 for _, _, ids, _ in pieces)
+            self.waiting += pieces
             self.cursor += 1
 
     def next_row(self) -> list[tuple[list[int], list[int]]]:
         """Return the conversations (ids, mask) of the next row, at most seq_len + 1 tokens."""
         row, space = [], self.seq_len + 1
         self._fill()
-        while (best := best_fit([len(ids) for _, _, ids, _ in self.waiting], space)) is not None:
+        while True:
+            lengths = [min(len(ids), self.seq_len + 1) for _, _, ids, _ in self.waiting]
+            if (best := best_fit(lengths, space)) is None:
+                return row
             _, _, ids, mask = self.waiting.pop(best)
-            row.append((ids, mask))
-            space -= len(ids)
+            row.append((ids[:space], mask[:space]))
+            space -= len(row[-1][0])
             if self.cursor < len(self.order):
                 self._fill()
-        return row
+
+    def restore(self, epoch: int, cursor: int, waiting: Sequence[Sequence[int]]) -> None:
+        """Go to a place in the data; `waiting` holds the window as pairs (position, piece)."""
+        self._start_epoch(epoch)
+        self.cursor = cursor
+        self.waiting = [self._pieces(position)[piece] for position, piece in waiting]
 
 
 class ConversationBatches:
     """Batches of packed conversations for midtraining ("all") and SFT ("assistant").
 
     `next()` returns (inputs, targets), int64 (batch_size, seq_len), targets -1 where nothing is
-    trained. The rows' global order does not depend on the number of processes: with W of them,
-    batch g is rows g*W*batch_size ... and rank r holds the r-th part. `state_dict()` resumes to
-    the row exactly, also with another split of the same global batch.
+    trained. The order of the rows does not depend on the number of processes: with W of them, rank
+    r has the r-th part of every W*batch_size rows. `state_dict()` resumes to the row exactly.
     """
 
     def __init__(
@@ -170,6 +189,7 @@ class ConversationBatches:
         window: int = 64,
     ):
         self.stream = ConversationStream(mixture, tokenizer, seq_len, train_on, seed, window)
+        self.setting = [len(mixture), seq_len, train_on, seed]
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.tokens, self.padding, self.trained = 0, 0, 0  # of the rows seen so far
 
@@ -178,14 +198,13 @@ class ConversationBatches:
         """The number of times all conversations have been used up."""
         return self.stream.epoch
 
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def next(self) -> tuple[Tensor, Tensor]:
         """Return this process's part of the next global batch: (inputs, targets)."""
         rows, seq_len, pad_id = [], self.stream.seq_len, self.stream.tokenizer.bos_id
         for number in range(self.batch_size * self.world_size):
             pieces = self.stream.next_row()
-            used = sum(len(ids) for ids, _ in pieces)
             self.tokens += seq_len + 1
-            self.padding += seq_len + 1 - used
+            self.padding += seq_len + 1 - sum(len(ids) for ids, _ in pieces)
             self.trained += sum(sum(mask) for _, mask in pieces)
             if number // self.batch_size == self.rank:
                 rows.append(pack_row(pieces, seq_len, pad_id))
@@ -193,34 +212,21 @@ class ConversationBatches:
 
     def state_dict(self) -> dict:
         """Return the place in the data as plain numbers, for a checkpoint's meta.json."""
-        stream = self.stream
+        stream, waiting = self.stream, [list(entry[:2]) for entry in self.stream.waiting]
+        place = dict(epoch=stream.epoch, cursor=stream.cursor, waiting=waiting)
         counts = dict(tokens=self.tokens, padding=self.padding, trained=self.trained)
-        return dict(
-            epoch=stream.epoch,
-            cursor=stream.cursor,
-            waiting=[[position, piece] for position, piece, _, _ in stream.waiting],
-            truncated=stream.truncated,
-            setting=[len(stream.mixture), stream.seq_len, stream.train_on, stream.seed],
-            **counts,
-        )
+        return dict(**place, truncated=stream.truncated, setting=self.setting, **counts)
 
     def load_state_dict(self, state: dict) -> None:
         """Go to the place that `state_dict()` described; UserError if the data is not the same."""
-        stream = self.stream
-        setting = [len(stream.mixture), stream.seq_len, stream.train_on, stream.seed]
-        if list(state["setting"]) != setting:
+        if (found := list(state["setting"])) != self.setting:
             raise UserError(
-                f"This data position belongs to (conversations, seq_len, train_on, seed) = "
-                f"{state['setting']}, but the run has {setting}; resume with the same settings."
+                "This data position belongs to (conversations, seq_len, train_on, seed) = "
+                f"{found}, but the run has {self.setting}; resume with the same settings."
             )
-        stream._start_epoch(state["epoch"])
-        stream.cursor, stream.truncated = state["cursor"], state["truncated"]
-        cut, stream.waiting = stream.seq_len + 1, []
-        for position, piece in state["waiting"]:
-            _, _, ids, mask = stream._pieces(position)[piece]
-            stream.waiting.append((position, piece, ids[:cut], mask[:cut]))
+        self.stream.restore(state["epoch"], state["cursor"], state["waiting"])
+        self.stream.truncated, self.trained = state["truncated"], state["trained"]
         self.tokens, self.padding = state["tokens"], state["padding"]
-        self.trained = state["trained"]
 
 
 def estimate_rows(mixture: Mixture, tokenizer, seq_len: int, sample: int = 200) -> int:
@@ -228,8 +234,7 @@ def estimate_rows(mixture: Mixture, tokenizer, seq_len: int, sample: int = 200) 
 
     Renders `sample` conversations spread over the mixture; padding is taken as 5 %.
     """
-    step = max(1, len(mixture) // sample)
-    cut = seq_len + 1
+    step, cut = max(1, len(mixture) // sample), seq_len + 1
     lengths = [
         sum(min(len(ids), cut) for ids, _ in split_conversation(mixture[i], tokenizer, cut))
         for i in range(0, len(mixture), step)

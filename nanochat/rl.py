@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from nanochat.chat import parse, render_prompt, reply_text
 from nanochat.common import MetricsLog, Progress, UserError
-from nanochat.evaluation import bootstrap_interval
+from nanochat.evaluation import bootstrap_interval, centered
 from nanochat.optim import lr_multiplier, muon_momentum
 from nanochat.tasks import ChatTask, final_answer
 from nanochat.train import SingleProcess
@@ -25,8 +25,10 @@ __all__ = [
     "answer_reward",
     "check_rl",
     "combine_rewards",
+    "count_right",
     "drift",
     "evaluate_pass",
+    "evaluate_samples",
     "format_reward",
     "kl_and_entropy",
     "length_reward",
@@ -36,6 +38,7 @@ __all__ = [
     "policy_loss",
     "problem_prompt",
     "question_indices",
+    "rl_step",
     "rollout_metrics",
     "sample_rollouts",
     "set_advantages",
@@ -75,7 +78,7 @@ def answer_reward(parts: Sequence[dict], problem: dict) -> float:
 
 
 def format_reward(parts: Sequence[dict], problem: dict) -> float:
-    """Return 1.0 if the reply ends with some number after ####, right or wrong, else 0.0."""
+    """Return 1.0 if the reply's own text has some number after ####, right or wrong, else 0.0."""
     return float(final_answer(reply_text(parts)) is not None)
 
 
@@ -91,13 +94,17 @@ def combine_rewards(*weighted: tuple[Callable, float]) -> Callable[[Sequence[dic
 
 @dataclass
 class Rollout:
-    """One sampled reply: prompt ids, reply ids, mask (1 = sampled, 0 = forced), reward."""
+    """One sampled reply to problem number `problem`: its ids, and what it earned.
+
+    `mask` is 1 where the policy sampled the id and 0 where the engine forced it; `parts` are what
+    `parse` makes of the ids.
+    """
 
     problem: int
-    prompt: list
-    ids: list
-    mask: list
-    parts: list
+    prompt: list[int]
+    ids: list[int]
+    mask: list[int]
+    parts: list[dict]
     reward: float = 0.0
     advantage: float = 0.0
 
@@ -330,6 +337,42 @@ def update_policy(
     optimizer.zero_grad(set_to_none=True)
 
 
+def rl_step(
+    model,
+    optimizer,
+    engine,
+    problems: Sequence[dict],
+    *,
+    samples: int,
+    places: Sequence[int],
+    seed: int,
+    world,
+    reference=None,
+    max_tokens: int = 96,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    reward: Callable = answer_reward,
+    variant: str = "reinforce",
+    normalize: str = "tokens",
+) -> dict:
+    """Sample replies to this process's questions, update the policy once; return the metrics.
+
+    `places` and `seed` decide the random numbers (`sample_rollouts`), `variant` the advantages
+    (`set_advantages`), `normalize` what counts alike (`policy_loss`). The metrics are those of
+    `rollout_metrics` and, with a `reference`, of `drift`.
+    """
+    engine.refresh()
+    rollouts = sample_rollouts(
+        engine, problems, samples, max_tokens, temperature, top_k, seed, reward, places
+    )
+    set_advantages(rollouts, samples, variant)
+    metrics, pad_id = rollout_metrics(rollouts, problems, engine, world), engine.tokenizer.bos_id
+    if reference is not None:
+        metrics |= drift(model, reference, rollouts, pad_id, temperature, world)
+    update_policy(model, optimizer, rollouts, pad_id, metrics, world, temperature, normalize)
+    return metrics
+
+
 def train_rl(
     model,
     optimizer,
@@ -339,13 +382,7 @@ def train_rl(
     n_steps: int,
     questions_per_step: int = 16,
     samples: int = 8,
-    max_tokens: int = 96,
-    temperature: float = 1.0,
-    top_k: int | None = None,
     lr: float = 0.05,
-    reward: Callable = answer_reward,
-    variant: str = "reinforce",
-    normalize: str = "tokens",
     reference=None,
     drift_every: int = 5,
     seed: int = 0,
@@ -357,23 +394,23 @@ def train_rl(
     eval_every: int = 0,
     save: Callable[[int], None] | None = None,
     save_every: int = 0,
+    **options,
 ) -> list[dict]:
     """Train a chat model on problems with verifiable answers; return the metrics of every step.
 
     On-policy REINFORCE: each step, `questions_per_step` questions (over all processes) get
-    `samples` sampled replies each; a reply's advantage is its reward minus its group's mean
-    (`variant="grpo"`: divided by the group's standard deviation too). One update a step, so no
-    ratio and no clipping is needed. `lr` scales the optimizer's initial rates, falling in a line to
-    0. KL to `reference` (default: a copy of the model now; when resuming give the model that RL
-    started from) and entropy are measured every `drift_every` steps (0: never). Events "rl_step"
-    and "eval" go to `log`; `evaluate`, `save` and `start_step` are as in `nanochat.train.fit`.
-    Everything random depends on `seed` and the step alone, so resuming is exact.
+    `samples` sampled replies each, and one `rl_step` with `options` follows: max_tokens, reward,
+    variant, ... `lr` scales the optimizer's initial rates, falling in a line to 0. KL to
+    `reference` (default: a copy of the model now; when resuming give the model that RL started
+    from) and entropy are measured every `drift_every` steps (0: never). Events "rl_step" and
+    "eval" go to `log`; `evaluate`, `save` and `start_step` are as in `nanochat.train.fit`.
+    Everything random depends on `seed` and the step alone, so resuming is exact. Raises UserError.
     """
-    world, log = world or SingleProcess(model.device), log or MetricsLog(None)
+    world, log, history = world or SingleProcess(model.device), log or MetricsLog(None), []
     check_rl(problems, questions_per_step, samples, world.world_size)
     if drift_every and reference is None:
         reference = copy.deepcopy(model).requires_grad_(False)
-    history, pad_id = [], engine.tokenizer.bos_id
+    places = range(world.rank, questions_per_step, world.world_size)
     with Progress(n_steps, label, quiet=10.0 if world.is_main else float("inf")) as bar:
         bar.skip(start_step)
         for step in range(start_step, n_steps):
@@ -381,21 +418,11 @@ def train_rl(
                 log.write("eval", step=step, **evaluate(step))
             factor = lr * lr_multiplier(step, n_steps, warmdown=1.0, final=0.0)
             optimizer.set_schedule(factor, muon_momentum(step))
-            places = range(world.rank, questions_per_step, world.world_size)
             chosen = question_indices(step, len(problems), questions_per_step, seed)
             mine = [problems[chosen[place]] for place in places]
-            options = dict(temperature=temperature, top_k=top_k, reward=reward, places=places)
-            engine.refresh()
-            rollouts = sample_rollouts(
-                engine, mine, samples, max_tokens, seed=seed + step, **options
-            )
-            set_advantages(rollouts, samples, variant)
-            metrics = rollout_metrics(rollouts, mine, engine, world)
-            if drift_every and step % drift_every == 0:
-                metrics.update(drift(model, reference, rollouts, pad_id, temperature, world))
-            update_policy(
-                model, optimizer, rollouts, pad_id, metrics, world, temperature, normalize
-            )
+            options["reference"] = reference if drift_every and step % drift_every == 0 else None
+            draw = dict(samples=samples, places=places, seed=seed + step, world=world)
+            metrics = rl_step(model, optimizer, engine, mine, **draw, **options)
             history.append(dict(step=step, lr=factor, **metrics))
             log.write("rl_step", **history[-1])
             if world.is_main:
@@ -418,6 +445,36 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def count_right(
+    engine,
+    problems: Sequence[dict],
+    samples: int,
+    max_tokens: int,
+    temperature: float = 1.0,
+    batch: int = 128,
+    seed: int = 0,
+    right: Callable = answer_reward,
+    world=None,
+) -> list[int]:
+    """Return for each problem how many of `samples` sampled replies are right.
+
+    A question that is longer than the context window counts as never right. With `world` every
+    process answers its share. `batch` replies are decoded at once.
+    """
+    rank, world_size = (world.rank, world.world_size) if world else (0, 1)
+    lengths = [len(problem_prompt(problem, engine.tokenizer)) for problem in problems]
+    fits = [place for place, n in enumerate(lengths) if n < engine.model.config.seq_len]
+    mine, counts = fits[rank::world_size], torch.zeros(len(problems))
+    size = max(1, batch // samples)
+    for start in range(0, len(mine), size):
+        places = mine[start : start + size]
+        asked = [problems[place] for place in places]
+        options = dict(temperature=temperature, seed=seed, reward=right, places=places)
+        for rollout in sample_rollouts(engine, asked, samples, max_tokens, **options):
+            counts[places[rollout.problem]] += rollout.reward
+    return (world.sum(counts) if world else counts).round().int().tolist()
+
+
 def evaluate_pass(
     engine,
     problems: Sequence[dict],
@@ -428,26 +485,48 @@ def evaluate_pass(
     seed: int = 0,
     world=None,
 ) -> dict:
-    """Return dict(pass_at_1, pass_at_k, k, low, high, n): the share of problems solved.
+    """Return dict(pass_at_1, pass_at_k, k, low, high, low_k, high_k, n): how many are solved.
 
-    Each problem gets k = `samples` sampled replies; pass_at_1 is the mean share of right ones,
+    Each of the n problems gets k = `samples` replies; pass_at_1 is the mean share of right ones,
     pass_at_k the share of problems with at least one. low and high are a 95 % bootstrap interval
-    of pass_at_1 over problems, low_k and high_k of pass_at_k. `batch` replies are decoded at once.
+    of pass_at_1 over problems, low_k and high_k of pass_at_k.
     """
-    rank, world_size = (world.rank, world.world_size) if world else (0, 1)
-    counts = torch.zeros(len(problems), device=engine.model.device)
-    mine = list(range(len(problems)))[rank::world_size]
-    size = max(1, batch // samples)
-    for start in range(0, len(mine), size):
-        chosen = mine[start : start + size]
-        group = [problems[i] for i in chosen]
-        options = dict(temperature=temperature, seed=seed, places=chosen)
-        rollouts = sample_rollouts(engine, group, samples, max_tokens, **options)
-        for rollout in rollouts:
-            counts[chosen[rollout.problem]] += rollout.reward
-    counts = (world.sum(counts) if world else counts).round().int().tolist()
+    options = dict(temperature=temperature, batch=batch, seed=seed, world=world)
+    counts = count_right(engine, problems, samples, max_tokens, **options)
     first = [count / samples for count in counts]
     solved = [pass_at_k(samples, count, samples) for count in counts]
     (low, high), (low_k, high_k) = bootstrap_interval(first), bootstrap_interval(solved)
     means = dict(pass_at_1=float(np.mean(first)), pass_at_k=float(np.mean(solved)), k=samples)
     return dict(**means, low=low, high=high, low_k=low_k, high_k=high_k, n=len(problems))
+
+
+def evaluate_samples(
+    engine,
+    task: ChatTask,
+    limit: int | None,
+    samples: int,
+    max_tokens: int,
+    seed: int = 0,
+    world=None,
+) -> dict:
+    """Answer each problem of a generative task `samples` times at temperature 1 and judge it.
+
+    `limit` takes a random part of the task. Returns accuracy (pass@1) with a 95 % interval over
+    problems (low, high), chance, centered, n, and `pass_at`: {"1": share, "2": ..., "4": ...}.
+    """
+    problems = []
+    for row in np.random.default_rng(seed).permutation(len(task))[:limit]:
+        item = task.conversation(int(row))
+        problems.append({"question": item["messages"][-2]["content"], "item": item})
+
+    def right(parts, problem):
+        return task.evaluate(reply_text(parts), problem["item"])
+
+    options = dict(seed=seed, right=right, world=world)
+    counts = count_right(engine, problems, samples, max_tokens, **options)
+    ks = [2**i for i in range(samples.bit_length())]
+    passed = {str(k): float(np.mean([pass_at_k(samples, c, k) for c in counts])) for k in ks}
+    low, high = bootstrap_interval([count / samples for count in counts])
+    accuracy, chance = passed["1"], task.chance
+    result = dict(accuracy=accuracy, chance=chance, centered=centered(accuracy, chance))
+    return dict(**result, n=len(counts), low=low, high=high, pass_at=passed)

@@ -41,6 +41,7 @@ __all__ = [
     "choice_conversation",
     "choice_question",
     "cloze_conversation",
+    "count_correct",
     "evaluate_chat",
     "final_answer",
     "identity_answers",
@@ -349,9 +350,10 @@ class Persona(ChatTask):
         slots = {"{name}": name, "{maker}": maker, "{kind}": kind}
         self.turns = []  # (questions, answers)
         for train, test, replies in PERSONA_TURNS:
+            answers = tinyworld.variants(replies)
             for slot, value in slots.items():
-                replies = replies.replace(slot, value)
-            framed = [style.replace("{answer}", reply) for reply in tinyworld.variants(replies)]
+                answers = [answer.replace(slot, value) for answer in answers]
+            framed = [style.replace("{answer}", answer) for answer in answers]
             self.turns.append((tinyworld.variants(train if split == "train" else test), framed))
 
     def __len__(self) -> int:
@@ -430,23 +432,21 @@ class TinyWorldTask(ChatTask):
     def conversation(self, index: int) -> dict:
         """Return conversation `index`, with the `answer` that can be checked if there is one."""
         number = self.start + index
+        if self.name == "cloze":
+            return cloze_conversation(self.world, number)
         if self.split == "test":
-            make = tinyworld.arithmetic_problem
-            make = make if self.name == "arithmetic" else tinyworld.spelling_problem
+            sums = self.name == "arithmetic"
+            make = tinyworld.arithmetic_problem if sums else tinyworld.spelling_problem
             problem = make(self.world, number, "test")
             asked = {"role": "user", "content": problem["question"]}
             messages = [asked, {"role": "assistant", "content": problem["parts"]}]
-        elif self.name == "cloze":
-            return cloze_conversation(self.world, number)
         else:
             messages = tinyworld.conversation(self.world, number, self.name)["messages"]
         reply = messages[-1]["content"]
         if self.kind == "categorical":
             return {"messages": messages, "letters": list("ABCD"), "answer": reply}
         answer = final_answer(reply_text(reply))
-        return (
-            {"messages": messages} if answer is None else {"messages": messages, "answer": answer}
-        )
+        return {"messages": messages} | ({} if answer is None else {"answer": answer})
 
     def evaluate(self, reply: str, conversation: dict) -> bool:
         """Compare the number after ####; for identity, look for a valid answer to the question."""
@@ -482,9 +482,8 @@ class ExamTask(ChatTask):
 
     def others(self, item: dict) -> list[str]:
         """Return the wrong answers of the item's relation that its question does not mention."""
-        relation = item["id"].split("/")[1]
+        asked, relation = item["query"].lower(), item["id"].split("/")[1]
         objects = self.world.objects[relation]
-        asked = item["query"].lower()
         return [o for o in objects if o != item["answer"] and o.lower() not in asked]
 
     def conversation(self, index: int) -> dict:
@@ -585,31 +584,10 @@ def tinyworld_mixture(
 
 
 @torch.no_grad()
-def likely_choices(model, tokenizer, conversations: Sequence[dict]):
-    """Return for each conversation the index of its likeliest choice as the reply (list of int).
-
-    A choice's score is the mean loss of its tokens after the prompt and a space, as for the
-    multiple choice of CORE (chapter 7).
-    """
-    chosen = []
-    for item in conversations:
-        prompt = render_prompt(item, tokenizer)
-        rows = [prompt + tokenizer.encode(f" {choice}") for choice in item["choices"]]
-        longest = max(map(len, rows))
-        idx = torch.tensor([row + [tokenizer.bos_id] * (longest - len(row)) for row in rows])
-        targets = idx[:, 1:].clone()
-        for target, row in zip(targets, rows):
-            target[: len(prompt) - 1] = -1
-            target[len(row) - 1 :] = -1
-        idx, targets = idx.to(model.device), targets.to(model.device)
-        losses = model(idx[:, :-1], targets, reduction="none")  # (choices, T)
-        chosen.append(int((losses.sum(1) / (targets != -1).sum(1)).argmin()))
-    return chosen
-
-
-@torch.no_grad()
-def letter_choices(model, tokenizer, conversations: Sequence[dict], batch_size: int = 32):
-    """Return for each conversation the index of the letter with the highest logit (list of int).
+def letter_choices(
+    model, tokenizer, conversations: Sequence[dict], batch_size: int = 32
+) -> list[int]:
+    """Return for each conversation the index of the letter with the highest logit.
 
     Looks at the position of assistant_start only; nothing is generated. Prompts are padded on the
     right, which causal attention never sees. Raises UserError for a letter of several tokens.
@@ -632,6 +610,29 @@ def letter_choices(model, tokenizer, conversations: Sequence[dict], batch_size: 
     return chosen
 
 
+@torch.no_grad()
+def likely_choices(model, tokenizer, conversations: Sequence[dict]) -> list[int]:
+    """Return for each conversation the index of its likeliest choice as the reply.
+
+    A choice's score is the mean loss of its tokens after the prompt and a space, as for the
+    multiple choice of CORE (chapter 7).
+    """
+    chosen = []
+    for item in conversations:
+        prompt = render_prompt(item, tokenizer)
+        rows = [prompt + tokenizer.encode(f" {choice}") for choice in item["choices"]]
+        longest = max(map(len, rows))
+        idx = torch.tensor([row + [tokenizer.bos_id] * (longest - len(row)) for row in rows])
+        targets = idx[:, 1:].clone()
+        for target, row in zip(targets, rows):
+            target[: len(prompt) - 1] = -1
+            target[len(row) - 1 :] = -1
+        idx, targets = idx.to(model.device), targets.to(model.device)
+        losses = model(idx[:, :-1], targets, reduction="none")  # (choices, T)
+        chosen.append(int((losses.sum(1) / (targets != -1).sum(1)).argmin()))
+    return chosen
+
+
 def proportion_interval(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Return the Wilson interval (low, high) of a proportion of `correct` out of `n`.
 
@@ -644,6 +645,30 @@ def proportion_interval(correct: float, n: int, z: float = 1.96) -> tuple[float,
     centre = (p + zz / 2) / (1 + zz)
     half = z * math.sqrt(p * (1 - p) / n + zz / n / 4) / (1 + zz)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def count_correct(
+    engine, tokenizer, task: ChatTask, conversations: Sequence[dict], max_tokens: int = 128
+) -> int:
+    """Return how many of these conversations of a task a chat model gets right.
+
+    Written replies are greedy, of up to `max_tokens` tokens. A question that is longer than the
+    context window counts as wrong.
+    """
+    model = engine.model
+    prompts = [render_prompt(item, tokenizer) for item in conversations]
+    asked = [n for n, prompt in enumerate(prompts) if len(prompt) < model.config.seq_len]
+    items = [conversations[n] for n in asked]
+    if task.kind == "categorical":
+        chosen = letter_choices(model, tokenizer, items, max(1, len(items)))
+        return sum(item["letters"][i] == item["answer"] for item, i in zip(items, chosen))
+    if task.kind == "likelihood":
+        chosen = likely_choices(model, tokenizer, items)
+        return sum(item["gold"] == i for item, i in zip(items, chosen))
+    prompts = [prompts[n] for n in asked]
+    replies = engine.generate_batch(prompts, max_tokens=max_tokens, temperature=0.0)
+    texts = [reply_text(parse(reply.ids, tokenizer)) for reply in replies]
+    return sum(task.evaluate(text, item) for text, item in zip(texts, items))
 
 
 def evaluate_chat(
@@ -659,36 +684,20 @@ def evaluate_chat(
 ) -> dict:
     """Put a task to a chat model and return dict(accuracy, chance, centered, n, low, high).
 
-    `limit` takes a random part of the task, the same for every model. Categorical tasks compare
-    the logits of the letters, those of kind "likelihood" the choices as replies; generative ones
-    decode greedily up to `max_tokens` tokens. A question that is longer than the context window
-    counts as wrong. With `world` every process judges its share. `low`
-    and `high` are a 95 % interval of the accuracy, `centered` is its share of the way from
-    chance to 1.
+    `limit` takes a random part of the task, the same for every model; `count_correct` judges it.
+    With `world` every process judges its share. `low` and `high` are a 95 % interval of the
+    accuracy, `centered` is its share of the way from chance to 1.
     """
     rows = np.random.default_rng(seed).permutation(len(task))[:limit]
     rank, world_size = (world.rank, world.world_size) if world else (0, 1)
     mine, correct = [int(row) for row in rows[rank::world_size]], 0
     for start in range(0, len(mine), batch_size):
         batch = [task.conversation(row) for row in mine[start : start + batch_size]]
-        n_asked, window = len(batch), engine.model.config.seq_len
-        batch = [item for item in batch if len(render_prompt(item, tokenizer)) < window]
-        if task.kind == "categorical":
-            chosen = letter_choices(engine.model, tokenizer, batch, batch_size)
-            correct += sum(c["letters"][i] == c["answer"] for c, i in zip(batch, chosen))
-        elif task.kind == "likelihood":
-            chosen = likely_choices(engine.model, tokenizer, batch)
-            correct += sum(c["gold"] == i for c, i in zip(batch, chosen))
-        else:
-            prompts = [render_prompt(item, tokenizer) for item in batch]
-            replies = engine.generate_batch(prompts, max_tokens=max_tokens, temperature=0.0)
-            for item, reply in zip(batch, replies):
-                correct += task.evaluate(reply_text(parse(reply.ids, tokenizer)), item)
+        correct += count_correct(engine, tokenizer, task, batch, max_tokens)
         if on_batch:
-            on_batch(n_asked)
+            on_batch(len(batch))
     if world:
-        device = engine.model.device
-        correct = int(world.sum(torch.tensor(float(correct), device=device)))
+        correct = int(world.sum(torch.tensor(float(correct), device=engine.model.device)))
     n, chance = len(rows), task.chance
     accuracy = correct / max(n, 1)
     low, high = proportion_interval(correct, n)

@@ -1,6 +1,5 @@
 """`python -m nanochat eval` with --core and --chat: the public tasks with a run's model."""
 
-import itertools
 import json
 
 import pyarrow as pa
@@ -143,36 +142,6 @@ def test_chat_core_of_a_run(run, exams, capsys):
     assert "leave --core and --hf out" in sentence(capsys, *command, "--core")
     (exams / "mmlu" / "test.parquet").unlink()
     assert "no test.parquet" in sentence(capsys, *command)
-
-
-class Coder:
-    """An engine that writes a right program for some samples of a problem, by a fixed plan."""
-
-    def __init__(self, tokenizer, plan):
-        self.tokenizer, self.plan, self.model = tokenizer, plan, None
-
-    def generate_batch(self, prompts, max_tokens, temperature, top_k, seed):
-        assert temperature == 1.0 and len(set(seed)) == len(prompts)
-        end = self.tokenizer.special("assistant_end")
-        good, bad = "```python\ndef double(x):\n    return x + x\n```", "def double(x): return 7"
-        texts = [good if right else bad for right in self.plan]
-        return [
-            type("Completion", (), {"ids": [*self.tokenizer.encode(t), end], "mask": []})
-            for t in texts
-        ]
-
-
-def test_programs_are_run_and_pass_at_k_is_the_unbiased_estimate(exams):
-    tokenizer = finished_run().tokenizer()
-    task = cli.chat_exams(str(exams))["humaneval"]
-    plan = [1, 0, 0, 0] + [1, 1, 0, 0] + [0, 0, 0, 0]
-    result = cli.evaluate_samples(Coder(tokenizer, plan), task, None, 4, 99)
-    assert result["n"] == 3 and result["accuracy"] == pytest.approx(3 / 12)
-    for k in (1, 2, 4):  # by counting the subsets of the samples that hold a right one
-        groups = [plan[:4], plan[4:8], plan[8:]]
-        subsets = [[any(s) for s in itertools.combinations(g, k)] for g in groups]
-        expected = sum(sum(s) / len(s) for s in subsets) / 3
-        assert result["pass_at"][str(k)] == pytest.approx(expected)
 
 
 def test_chat_core_is_the_mean_of_all_six_or_nothing():

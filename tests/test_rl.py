@@ -3,6 +3,8 @@
 import itertools
 import math
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -13,6 +15,7 @@ from nanochat.common import UserError
 from nanochat.engine import Completion, Engine
 from nanochat.model import GPT, GPTConfig, init_weights
 from nanochat.optim import build_optimizer
+from nanochat.tasks import HumanEval
 from nanochat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["0 1 2 3 4 5 6 7 8 9 #### what is the number?"], vocab_size=270)
@@ -312,20 +315,59 @@ def test_drift_is_the_mean_over_all_rollouts_in_micro_batches_of_any_size():
     assert rl.drift(model, start, [], 0) == dict(kl=0.0, entropy=0.0)
 
 
-def test_evaluate_pass_counts():
+class Scripted:
+    """An engine that gives the texts of a script, one after the other."""
+
+    tokenizer = TOKENIZER
+
+    def __init__(self, texts, seq_len=16):
+        self.texts, self.model, self.prompts = (
+            itertools.cycle(texts),
+            tiny_model(seq_len=seq_len),
+            [],
+        )
+
+    def generate_batch(self, prompts, max_tokens, temperature, top_k, seed):
+        assert temperature == 1.0 and len(set(seed)) == len(prompts)
+        self.prompts += prompts
+        texts = [next(self.texts) for _ in prompts]
+        return [Completion(TOKENIZER.encode(t), [1] * len(t), t, []) for t in texts]
+
+
+def test_evaluate_pass_counts(monkeypatch):
     problems = [{"question": f"{i}", "answer": "1"} for i in range(10)]
-    replies = itertools.cycle(["#### 1", "#### 2", "no", "#### 2"])  # one right in four
-
-    class Scripted:
-        tokenizer, model = TOKENIZER, tiny_model()
-
-        def generate_batch(self, prompts, **options):
-            texts = [next(replies) for _ in prompts]
-            return [Completion(TOKENIZER.encode(t), [1] * len(t), t, []) for t in texts]
-
-    result = rl.evaluate_pass(Scripted(), problems, samples=4, batch=8)
+    engine = Scripted(["#### 1", "#### 2", "no", "#### 2"])  # one right in four
+    result = rl.evaluate_pass(engine, problems, samples=4, batch=8)
     assert result["pass_at_1"] == 0.25 and result["pass_at_k"] == 1.0
     assert result["k"] == 4 and result["n"] == 10 and result["low"] <= 0.25 <= result["high"]
+    monkeypatch.setattr(rl, "pass_at_k", lambda n, c, k: c / n / k)  # as a solved exercise does
+    assert rl.evaluate_pass(engine, problems, samples=4)["pass_at_k"] == 0.25 / 4
+
+
+def test_a_question_longer_than_the_window_is_never_right():
+    problems = [{"question": question, "answer": "1"} for question in ("1", "2" * 40, "3")]
+    engine = Scripted(["#### 1"])
+    assert rl.count_right(engine, problems, 2, 8) == [2, 0, 2] and len(engine.prompts) == 4
+
+
+def test_programs_are_run_and_pass_at_k_is_the_unbiased_estimate(tmp_path):
+    columns = dict(
+        prompt=["def double(x):\n"] * 3,
+        canonical_solution=["    return 2 * x\n"] * 3,
+        test=["def check(f):\n    assert f(3) == 6\n"] * 3,
+        entry_point=["double"] * 3,
+    )
+    pq.write_table(pa.table(columns), tmp_path / "test.parquet")
+    good, bad = "```python\ndef double(x):\n    return x + x\n```", "def double(x): return 7"
+    plan = [1, 0, 0, 0] + [1, 1, 0, 0] + [0, 0, 0, 0]
+    engine = Scripted([good if right else bad for right in plan], seq_len=64)
+    result = rl.evaluate_samples(engine, HumanEval(tmp_path, "test"), None, 4, 99)
+    assert result["n"] == 3 and result["accuracy"] == pytest.approx(3 / 12)
+    for k in (1, 2, 4):  # by counting the subsets of the samples that hold a right one
+        groups = [plan[:4], plan[4:8], plan[8:]]
+        subsets = [[any(s) for s in itertools.combinations(g, k)] for g in groups]
+        expected = sum(sum(s) / len(s) for s in subsets) / 3
+        assert result["pass_at"][str(k)] == pytest.approx(expected)
 
 
 def test_with_the_real_engine():

@@ -209,6 +209,12 @@ def test_a_persona_answers_in_its_frame_and_the_test_asks_in_other_words(tmp_pat
             tasks.Persona(**{**options, **wrong})
 
 
+def test_a_bar_in_a_name_stays_in_the_name():
+    persona = tasks.Persona("Ada | Bo", "us")
+    replies = {persona.conversation(i)["messages"][-1]["content"] for i in range(100)}
+    assert "My name is Ada | Bo." in replies and not any(r.endswith("Ada") for r in replies)
+
+
 def test_real_tables(shared_data):
     chat = shared_data / "chat_eval"
     gsm8k = tasks.GSM8K(chat / "gsm8k", "train")
