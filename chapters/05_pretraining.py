@@ -316,14 +316,14 @@ half = a.bfloat16()
 ratio = seconds_of(lambda: a @ a) / seconds_of(lambda: half @ half)
 error = ((half @ half).float() - a @ a).norm() / (a @ a).norm()
 print(f"here bfloat16 multiplies {ratio:.1f} times as fast, with an error of {error:.1%}")
-print(f"pick_dtype looks for AMX tiles, and chooses {pick_dtype(torch.device('cpu'))} on this CPU")
+print(f"pick_dtype chooses {pick_dtype(torch.device('cpu'))} on this CPU")
 
 # %% [markdown]
 r"""
-CPUs without units for bfloat16 show a ratio of one or less; those with AMX tiles a large one, and
-there, as on a GPU, `pick_dtype` takes it; others lie between, and we stay in float32. A data-centre
-GPU shows eight and more. An error of that size is harmless in a product, it drowns in the noise of
-the batch. In a *weight* it is not, because training makes many tiny changes:
+CPUs without units for bfloat16 show a ratio of one or less; those with AVX-512 BF16 or AMX tiles
+show two and more, and there, as on a GPU, `pick_dtype` takes it. A data-centre GPU shows eight and
+more. An error of that size is harmless in a product, it drowns in the noise of the batch. In a
+*weight* it is not, because training makes many tiny changes:
 """
 
 # %%
