@@ -19,7 +19,7 @@ from book.printing import (
     print_chapter,
     scrub,
 )
-from book.running import run
+from book.running import execute, run
 
 CIRCLE = "chapters/00_circle.ipynb"
 
@@ -159,3 +159,19 @@ def test_png_metadata_is_dropped_and_pixels_stay():
     data = {"image/png": base64.b64encode(image).decode() + "\n"}
     (found,) = normalise([{"output_type": "display_data", "data": data, "metadata": {}}], {})
     assert base64.b64decode(found["data"]["image/png"]) == head + tail
+
+
+def test_the_label_of_a_figure_is_printed_as_alt_text(sample):
+    book = load_book(sample)
+    code = """
+import matplotlib.pyplot as plt
+plt.figure(figsize=(1, 1)).set_label("an empty square")
+plt.show()
+plt.figure(figsize=(1, 1))
+plt.show()"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python"}
+    executed, done = execute(book, book.chapters[0], notebook)
+    assert not done.failure
+    shown = normalise(executed.cells[-1].outputs, {})
+    assert [o["metadata"] for o in shown] == [{"image/png": {"alt": "an empty square"}}, {}]
