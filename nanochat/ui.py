@@ -64,6 +64,7 @@ class Piece:
     kind is "text", "python" or "python_output" (a token of such a part), "start" (the question is
     noted, nothing is generated yet), "note" (a remark by the session, not by the model) or "end"
     (`text` says why: "stop", "length" or "cancelled"). `opens` is true when a new part begins.
+    `top` holds the likeliest (text, logprob) at this place where somebody has asked for them.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class Piece:
     logprob: float = 0.0
     forced: bool = False
     opens: bool = False
+    top: tuple[tuple[str, float], ...] = ()
 
 
 def read_pieces(tokens: Iterator[Any], tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -192,7 +194,7 @@ def stream_reply(
 ) -> Iterator[Piece]:
     """Stream the answer to a conversation; a note comes first when old turns did not fit.
 
-    An engine with a method `stream_messages` (a server, see below) renders the prompt itself.
+    An engine with a method `stream_messages` (an endpoint, appendix A5) renders the prompt itself.
     """
     if hasattr(engine, "stream_messages"):
         yield from engine.stream_messages(messages, settings, stop)
