@@ -8,16 +8,16 @@
 
 # %% [markdown]
 r"""
-# 11. Talk to it
+# 11. Talking to it
 
-By the end of this chapter you have shown that one short loop over tokens can feed a notebook
-widget, a terminal and a web server, that the reply appears while it is still being written, and
-that the Stop button works within two tenths of a second.
+By the end of this chapter you have shown that one short loop over tokens feeds a notebook widget
+and a terminal alike, that a reply appears while it is still being written, and that the Stop button
+works within two tenths of a second.
 
 A chat window does not care who answers. So we begin without a model: the engine below is a
-**parrot**. It has the one method the engine of chapter 8 has, `generate`, and yields the same
-`Token` objects, ten milliseconds apart. Everything we build in this chapter must work with the
-parrot first; the model comes later and needs no change.
+**parrot**. Like the engine of chapter 8 it has a method `generate` that yields `Token` objects,
+here ten milliseconds apart. Everything we build in this chapter works with the parrot first; the
+model comes later and needs no change.
 """
 
 # %%
@@ -72,16 +72,15 @@ display(HTML(transcript_html(widget.session.messages)))
 r"""
 **You will be able to**
 
-1. stream a reply and say what "time to first token" measures;
-2. put text from a model into a page so that it can never become markup or script;
-3. explain why a button handler must not compute, and fix it with a thread and an event;
-4. measure how long Stop takes, and say what sets that time;
-5. write and read server-sent events, and call our server from any client that speaks OpenAI's API;
-6. name the limits a server needs before it may listen to anybody but you.
+1. turn tokens into parts of a message, and stream them;
+2. keep a talk inside a finite window, and say what was left out;
+3. put text from a model into a page so that it can never become markup or script;
+4. explain why a button handler must not compute, and mend it with a thread and an event;
+5. measure how long Stop takes, and say what sets that time;
+6. show how sure a model was of each of its tokens.
 
-**Before this**: chapters 8 (the engine) and 9 (the chat format). **To read**: 40 minutes.
-**To run**: about 40 seconds on two CPU cores, offline. The server part needs the extra
-`pip install "nanochat[serve]"`.
+**Before this**: chapters 8 (the engine) and 9 (the chat format). **To read**: 30 minutes.
+**To run**: about 20 seconds on two CPU cores, offline.
 """
 
 # %% tags=["parameters"]
@@ -176,6 +175,12 @@ def read_pieces(tokens: Iterator[Any], tokenizer: Tokenizer) -> Iterator[Piece]:
         opens = opens and not opens_now
 
 
+# %% [markdown]
+r"""
+A message of chapter 9 holds parts, not pieces. `add_piece` lets them grow, one piece at a time.
+"""
+
+
 # %%
 #| export
 def add_piece(parts: list[dict[str, str]], piece: Piece) -> None:
@@ -191,7 +196,7 @@ def add_piece(parts: list[dict[str, str]], piece: Piece) -> None:
 
 # %% [markdown]
 r"""
-We check it on a hand-made stream: words, a calculator call, its result, words, the end.
+We check both on a hand-made stream: words, a call of the calculator, its result, words, the end.
 """
 
 # %%
@@ -216,6 +221,9 @@ assert _pieces[-1] == Piece("end", "stop", _tok.special("assistant_end"), -0.5)
 
 # %% [markdown]
 r"""
+> **Exercise 11.1.** Write the whole way from tokens to parts in one function. (In the sheet:
+> `11-parts`.)
+
 ## The window is finite
 
 A model that was trained on rows of `seq_len` tokens has never seen position `seq_len + 1`. A long
@@ -223,7 +231,8 @@ talk reaches that border. Three choices: fail, silently cut, or cut and say so. 
 whole turns, keep the system message, and tell the reader.
 
 How many turns must go? Rendering and counting after each dropped turn costs one rendering per turn.
-The question "does the rest fit?" flips from no to yes only once, so we can search by halving.
+The question "does the rest fit?" flips from no to yes only once, so we can search by halving. Some
+room must stay free for the answer; we call it `reserve`.
 """
 
 
@@ -275,8 +284,8 @@ for turn in range(8):
 r"""
 ## Settings and one reply
 
-Temperature, top-k, top-p, length and seed belong together, so we keep them in one small object that
-knows what is allowed. Three front ends will check their input by the same rule.
+Temperature, top-k, top-p, length and seed (chapter 8) belong together, so we keep them in one small
+object that knows what is allowed. Widget, terminal and server check their input by the same rule.
 """
 
 
@@ -311,6 +320,14 @@ class ChatSettings:
         return self
 
 
+# %% [markdown]
+r"""
+`generate_pieces` runs the engine on a prompt and says at the end why it ended: the model had said
+all ("stop"), the room was used up ("length"), or somebody pressed Stop ("cancelled"). Stop is a
+`threading.Event` that is looked at between two tokens; we come back to it at the button.
+"""
+
+
 # %%
 #| export
 def generate_pieces(
@@ -334,6 +351,13 @@ def generate_pieces(
             break
     cancelled = stop is not None and stop.is_set()
     yield Piece("end", "cancelled" if cancelled else "length" if count >= room else "stop")
+
+
+# %% [markdown]
+r"""
+`stream_reply` is the same for a whole conversation: it fits the talk into the window first. This is
+the short loop that everything else in this chapter pulls from.
+"""
 
 
 # %%
@@ -378,22 +402,15 @@ print(f"\nthe first of {len(arrivals) - 1} tokens came after {first / last:.0%} 
 
 # %% [markdown]
 r"""
-The reader of a reply reads at five to ten tokens a second. What feels slow is the wait for the
-first one: **time to first token**. Streaming does not make the model faster; it moves almost all of
-the waiting behind the reading.
+People read five to ten tokens a second. What feels slow is the wait for the first one: the **time
+to first token**. Streaming does not make the model faster; it moves almost all of the waiting
+behind the reading.
 
 ## A conversation is a list that is edited
 
-A session holds the messages and offers what people do with a talk: send, stop, edit an earlier
-question, ask for another answer, start over, save, load. All three front ends will use this class,
-so none of them holds state of its own.
-
-Editing question $i$ means: forget everything from message $i$ on, then send the new text.
-Regenerating is editing the last question into itself, with another seed. So the three are one
-generator with different beginnings.
-
-First the check that everything from outside must pass: a file somebody gives you, or a request to
-the server.
+A conversation may come from outside: from a file that somebody gives you, or in a request to a
+server (appendix A5). Then nothing about it may be taken for granted, not even that it is a list.
+`check_messages` returns a clean copy, or says what is wrong where.
 """
 
 
@@ -434,6 +451,20 @@ def _check_content(message: dict[str, Any], i: int, kinds: tuple[str, ...]) -> A
 
 
 # %%
+for saved in (["hello"], [{"role": "assistant", "content": "I begin."}], "hello"):
+    try:
+        check_messages(saved)
+    except UserError as error:
+        print(error)
+
+# %% [markdown]
+r"""
+What did a reply cost? Below each answer stands a line such as "41 tokens · first after 0.02 s · 95
+tokens/s". `ReplyStats` does the counting.
+"""
+
+
+# %%
 #| export
 @dataclass
 class ReplyStats:
@@ -455,6 +486,28 @@ class ReplyStats:
         rate = (self.tokens - 1) / max(self.seconds - self.first_seconds, 1e-9)
         speed = f" · {rate:.0f} tokens/s" if self.tokens > 1 else ""
         return f"{self.tokens} tokens · first after {self.first_seconds:.2f} s{speed}"
+
+
+# %% [markdown]
+r"""
+Now the conversation itself. A session holds the messages and offers what people do with a talk:
+send, stop, edit an earlier question, ask for another answer, start over. Widget and terminal both
+use this class, so neither holds a conversation of its own.
+
+Editing question $i$ means: forget everything from message $i$ on, then send the new text.
+Regenerating is editing the last question into itself, with another seed. So the three are one
+generator with different beginnings. To find that last question is a function of its own.
+"""
+
+
+# %%
+#| export
+def last_question(messages: list[dict[str, Any]]) -> tuple[int, str]:
+    """Index and text of the last question of a conversation; UserError if there is none."""
+    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not asked:
+        raise UserError("There is no question yet: write a message first.")
+    return asked[-1], messages[asked[-1]]["content"]
 
 
 # %%
@@ -480,7 +533,8 @@ class ChatSession:
         self.pieces: list[Piece] = []  # of the latest reply
         self.compared: dict[str, list[dict[str, str]]] = {}  # parts by model, see `compare`
         self.compared_text = ""
-        self.stats, self.finish_reason, self.replies = ReplyStats(), "", 0
+        self.stats, self.replies = ReplyStats(), 0
+        self.note, self.finish_reason = "", ""  # the reason is "" while a reply is being written
         self._stop, self._busy = threading.Event(), threading.Lock()
 
     def send(self, text: str, **settings: Any) -> Iterator[Piece]:
@@ -495,8 +549,7 @@ class ChatSession:
 
     def regenerate(self, **settings: Any) -> Iterator[Piece]:
         """Ask the last question again; the seed moves on, so the answer may differ."""
-        i, text = self._last_question()
-        yield from self.edit(i, text, **settings)
+        yield from self.edit(*last_question(self.messages), **settings)
 
     def stop(self) -> None:
         """End the running reply before its next token; what has come stays."""
@@ -506,13 +559,7 @@ class ChatSession:
         """Forget the conversation; the seed starts over too."""
         self._refuse_busy()
         self.messages, self.pieces, self.replies, self.compared = [], [], 0, {}
-        self.stats, self.finish_reason = ReplyStats(), ""
-
-    def _last_question(self) -> tuple[int, str]:
-        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        if not asked:
-            raise UserError("There is no question yet: write a message first.")
-        return asked[-1], self.messages[asked[-1]]["content"]
+        self.stats, self.note, self.finish_reason = ReplyStats(), "", ""
 
     def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         system = [{"role": "system", "content": self.system}] if self.system.strip() else []
@@ -527,8 +574,9 @@ class ChatSession:
 r"""
 The generator behind the three needs care in one place: what happens when it does not run to its
 end. The engine may fail (then the conversation goes back to what it was), the reader may stop
-(then the part that came stays), or the program may simply drop the generator.
-The `finally` clause frees the session in every case.
+(then the part that came stays), or the program may drop the generator half way. Python closes a
+dropped generator, and then leaves its `with` and `finally` as well, so the session is free again
+in every case.
 """
 
 
@@ -548,7 +596,7 @@ def _reply(
         asked = [*before, {"role": "user", "content": text}]
         backup, parts = self.messages, []
         self.messages = [*asked, {"role": "assistant", "content": parts}]
-        self.pieces, self.stats, self.finish_reason = [], ReplyStats(), "cancelled"
+        self.pieces, self.stats, self.note, self.finish_reason = [], ReplyStats(), "", ""
         self.replies, self.compared = self.replies + 1, {}
         prompt = self._with_system(asked)
         try:
@@ -556,7 +604,9 @@ def _reply(
             for piece in stream_reply(self.engine, self.tokenizer, prompt, settings, self._stop):
                 if piece.kind == "end":
                     self.finish_reason = piece.text
-                elif piece.kind != "note":
+                elif piece.kind == "note":
+                    self.note = piece.text
+                else:
                     self.stats.count()
                     self.pieces.append(piece)
                     add_piece(parts, piece)
@@ -564,9 +614,17 @@ def _reply(
         except Exception:
             self.messages, self.finish_reason = backup, "error"
             raise
+        finally:
+            self.finish_reason = self.finish_reason or "cancelled"
 
 
 ChatSession._reply = _reply
+
+
+# %% [markdown]
+r"""
+The other end of a talk is wanted too: by the terminal, and by the screen reader.
+"""
 
 
 # %%
@@ -599,7 +657,7 @@ assert session.finish_reason == "cancelled" and 8 <= session.stats.tokens <= 10
 
 # %% [markdown]
 r"""
-A recipe leaves several models behind: base, midtrained, fine-tuned, reinforced. The best way to see
+A run leaves several models behind: base, midtrained, fine-tuned, reinforced. The best way to see
 what a stage did is one question to all of them, side by side. The models take turns, one token
 each, so all columns grow together and the fastest does not win the reader's eye. The conversation
 itself stays as it is.
@@ -615,30 +673,33 @@ def _compare(
     settings = replace(self.settings, **settings).check()
     talk = self.messages
     if not text.strip():
-        i, text = self._last_question()
+        i, text = last_question(talk)
         talk = talk[:i]
     prompt = self._with_system([*talk, {"role": "user", "content": text}])
     self._refuse_busy()
     with self._busy:
         self._stop.clear()
         self.compared, self.compared_text = {name: [] for name in engines}, text
-        self.stats, self.finish_reason = ReplyStats(), "cancelled"
-        yield Piece("start")
+        self.stats, self.note, self.finish_reason = ReplyStats(), "", ""
         streams = {}
         for name, engine in engines.items():
             tokenizer = getattr(engine, "tokenizer", None) or self.tokenizer
             streams[name] = stream_reply(engine, tokenizer, prompt, settings, self._stop)
-        while streams:
-            for name in list(streams):
-                piece = next(streams[name], None)
-                if piece is None:
-                    del streams[name]
-                elif piece.kind in ("end", "note"):
-                    self.finish_reason = piece.text if piece.kind == "end" else self.finish_reason
-                else:
-                    self.stats.count()
-                    add_piece(self.compared[name], piece)
-                    yield piece
+        try:
+            yield Piece("start")
+            while streams:
+                for name in list(streams):
+                    piece = next(streams[name], None)
+                    if piece is None:
+                        del streams[name]
+                    elif piece.kind == "end":
+                        self.finish_reason = piece.text
+                    elif piece.kind != "note":
+                        self.stats.count()
+                        add_piece(self.compared[name], piece)
+                        yield piece
+        finally:
+            self.finish_reason = self.finish_reason or "cancelled"
 
 
 ChatSession.compare = _compare
@@ -653,7 +714,8 @@ print({name: "".join(part["text"] for part in parts) for name, parts in session.
 # %% [markdown]
 r"""
 A conversation is worth keeping, so a session can be written to JSON and read back. Two things are
-saved: what was said, and how the answers were chosen.
+saved: what was said, and how the answers were chosen. Reading checks everything before it changes
+anything, so a broken file leaves the session as it was.
 """
 
 
@@ -668,6 +730,8 @@ def save_session(session: ChatSession, path: str | Path) -> None:
     )
 
 
+# %%
+#| export
 def load_session(session: ChatSession, path: str | Path) -> None:
     """Replace a session's conversation and settings by those of a file; check them first."""
     session._refuse_busy()
@@ -691,7 +755,7 @@ r"""
 
 A notebook cell and a browser page are made of HTML, and the model writes whatever it likes. If it
 writes `<img src=x onerror=...>` and we put that into the page, the browser runs it. It need not be
-malice: a model that has read web pages writes tags. The naive bubble:
+malice: a model that has read web pages writes tags. The naive bubble, and the escaped one:
 """
 
 # %%
@@ -704,13 +768,13 @@ print(f"<div class='bubble'>{html.escape(evil)}</div>")
 r"""
 `html.escape` turns the five dangerous characters `& < > " '` into entities, and the text is only
 text again. But we also want a little Markdown: code, bold, lists. The usual way is to turn Markdown
-into HTML and then remove what is dangerous from the result. Removing is a list of known evils, and
-the list is never complete.
+into HTML and then to remove what is dangerous from the result. Removing needs a list of all known
+evils, and the list is never complete.
 
 We go the other way. Split the **raw** text at the marks we know; escape every leaf; put tags from
 our own short list around the leaves. No character of the model's text gets into the page without
-passing `html.escape`, so there is nothing to remove. Links and images are not on the list: an image
-would call another machine just by being shown.
+passing `html.escape`, so there is nothing to remove. Links and images are not on our list: an image
+calls another machine just by being shown. One line first: code, bold and emphasis.
 """
 
 
@@ -718,7 +782,6 @@ would call another machine just by being shown.
 #| export
 MARKDOWN_TAGS = ("p", "br", "pre", "code", "strong", "em", "ul", "ol", "li")
 _INLINE = r"`([^`\n]+)`|\*\*([^*\n]+)\*\*|\*([^*\s][^*\n]*)\*"
-_ITEM = r"\s{0,8}(?:([-*+])|\d{1,9}[.)])\s+(.*)"
 
 
 def _inline_html(text: str) -> str:
@@ -730,6 +793,18 @@ def _inline_html(text: str) -> str:
         out.append(f"<{tag}>{html.escape(match[match.lastindex])}</{tag}>")
         at = match.end()
     return "".join(out) + html.escape(text[at:])
+
+
+# %% [markdown]
+r"""
+Then lines that belong together, a list or a paragraph (a heading becomes a bold line), and at last
+the whole text: a fence of three backticks switches between code and everything else.
+"""
+
+
+# %%
+#| export
+_ITEM = r"\s{0,8}(?:([-*+])|\d{1,9}[.)])\s+(.*)"
 
 
 def _block_html(lines: list[str]) -> str:
@@ -771,7 +846,7 @@ print(markdown_html(evil + "\n\n- `1 < 2`\n- two\n\n```\nfor i in x: <b>\n```"))
 # %% [markdown]
 r"""
 The claim "only our tags" can be checked by a machine: feed hostile text, list every tag that comes
-out. Python's own HTML parser is the referee. The test file does the same with thousands of
+out. Python's own HTML parser is the referee. The tests of the package do the same with thousands of
 generated texts.
 """
 
@@ -797,11 +872,12 @@ assert _seen <= {(tag,) for tag in MARKDOWN_TAGS}, _seen
 
 # %% [markdown]
 r"""
+> **Exercise 11.2.** Let links in, and nothing but links. (In the sheet: `11-links`.)
+
 ## A bubble
 
-One function draws one message. The calculator's part is folded into a `<details>` element: a click
-opens it, and no script is needed. The colours are Jupyter's own variables, with a fallback behind
-the comma, and a see-through blue, so the dark theme needs no second style sheet.
+A message is drawn as a bubble. The colours are Jupyter's own variables, with a fallback behind the
+comma, and a see-through blue, so the dark theme needs no second style sheet.
 """
 
 
@@ -832,7 +908,15 @@ CHAT_CSS = """
 .nc-column .nc-turn { max-width: none; }
 """
 
+# %% [markdown]
+r"""
+The calculator's part is folded into a `<details>` element: a click opens it, and no script is
+needed. What we call `content` is a text, or the list of parts that `add_piece` made.
+"""
 
+
+# %%
+#| export
 def content_html(content: Any) -> str:
     """The inside of a bubble: Markdown text, and tool calls folded together with their results."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -856,6 +940,12 @@ def bubble_html(message: dict[str, Any]) -> str:
     kind = "user" if message["role"] == "user" else "model"
     inside = content_html(message["content"])
     return f'<div class="nc-turn nc-{kind}" role="article" aria-label="{who}">{inside}</div>'
+
+
+# %% [markdown]
+r"""
+Bubbles side by side make a comparison, and bubbles below one another a transcript.
+"""
 
 
 # %%
@@ -896,8 +986,8 @@ display(HTML(transcript_html(example)))
 
 # %% [markdown]
 r"""
-The engine also knows how sure it was of each token. A second view paints that: the darker a token,
-the less likely it was. Hovering shows the number. The text is escaped here too.
+The engine also reports how likely the model found each token. A second view paints that: the darker
+a token, the less likely it was. Hovering shows the number. The text is escaped here too.
 """
 
 
@@ -923,19 +1013,16 @@ r"""
 
 Now the widget, from an empty cell. Three pieces of `ipywidgets`: a box to type in, a button, and an
 `HTML` field whose value we replace while the text grows. The obvious handler streams inside the
-click. We add a Stop button that notes when it was heard.
+click.
 """
 
 # %%
 view = ipywidgets.HTML()
-heard = []
-stop_button = ipywidgets.Button(description="Stop")
-stop_button.on_click(lambda _: heard.append(time.perf_counter()))
 
 
 def naive_click(_):
     for _piece in stream_reply(parrot, parrot.tokenizer, question, ChatSettings()):
-        view.value = html.escape(view.value + _piece.text)
+        view.value += html.escape(_piece.text)
 
 
 button = ipywidgets.Button(description="Send")
@@ -947,7 +1034,7 @@ print(f"the kernel was deaf for {blocked:.2f} s, as long as the whole reply")
 
 # %% [markdown]
 r"""
-A notebook kernel handles one message at a time. While the handler of Send runs, the click on Stop
+A notebook kernel handles one message at a time. While the handler of Send runs, a click on Stop
 waits in the queue and is heard when there is nothing left to stop.
 
 The cure has two halves. A **thread** computes, so the handler returns at once. An **event**
@@ -981,7 +1068,65 @@ stop_event.set()
 r"""
 One more trap: every change of `value` sends the **whole** text to the browser. A reply of $n$
 tokens, drawn at each token, sends $1 + 2 + \dots + n \approx n^2/2$ tokens. We draw at most every
-50 ms (nobody reads faster), and only the last bubble; older bubbles are not touched.
+50 ms (nobody reads faster), and only the last bubble.
+
+`ReplyThread` is the thread that we keep. It does not know what is drawn; it calls `draw` now and
+then, and `done` at the end. An error cannot be raised there, for a thread has no cell to fail in,
+so `done` gets it as a sentence.
+"""
+
+
+# %%
+#| export
+class ReplyThread:
+    """Pulls the pieces of a reply in a thread of its own.
+
+    `draw()` is called at most every `refresh` seconds, and `done(failure)` once at the end, with a
+    sentence, or "" if all went well.
+    """
+
+    def __init__(
+        self, draw: Callable[[], None], done: Callable[[str], None], refresh: float
+    ) -> None:
+        self.draw, self.done, self.refresh = draw, done, refresh
+        self.thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """True while a reply is being written."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the reply is complete; False when `timeout` seconds pass first."""
+        if self.thread is not None:
+            self.thread.join(timeout)
+        return not self.busy
+
+    def start(self, pieces: Iterator[Piece]) -> None:
+        """Begin to pull; returns at once."""
+        self.thread = threading.Thread(target=self._run, args=(pieces,), daemon=True)
+        self.thread.start()
+
+    def _run(self, pieces: Iterator[Piece]) -> None:
+        drawn, failure = 0.0, ""
+        try:
+            for _ in pieces:
+                if time.perf_counter() - drawn >= self.refresh:
+                    self.draw()
+                    drawn = time.perf_counter()
+        except UserError as error:
+            failure = str(error)
+        except Exception as error:
+            failure = f"The engine failed: {type(error).__name__}: {error}"
+        finally:
+            self.done(failure)
+
+
+# %% [markdown]
+r"""
+> **Exercise 11.3.** At which pieces is the window drawn? (In the sheet: `11-draws`.)
+
+## A box in which Enter sends
 
 The controls are plain `ipywidgets` with a description, which is also what a screen reader says.
 One part `ipywidgets` does not have: a box of several lines in which Enter *sends*, Shift+Enter
@@ -1068,72 +1213,61 @@ class Composer(anywidget.AnyWidget):
 
 # %% [markdown]
 r"""
-The other controls need no JavaScript of ours:
+## The widget
+
+It has four parts. `ReplyThread` we know. `Bubbles` draws the talk; rows that have not changed keep
+their widget, and nothing is sent for them. Beside each question stands a button, Edit.
 """
 
 
 # %%
 #| export
-class ChatControls:
-    """The visible parts of a ChatWidget; it only builds them, `ChatWidget` gives them life."""
+def make_button(text: str, help: str, **options: Any) -> ipywidgets.Button:
+    """A button as wide as its text, with a tooltip."""
+    layout = {"width": "auto", "flex": "0 0 auto"}
+    return ipywidgets.Button(description=text, tooltip=help, layout=layout, **options)
 
-    def __init__(self, names: list[str], settings: ChatSettings, system: str) -> None:
-        wide = {"layout": {"width": "95%"}, "style": {"description_width": "90px"}}
-        make = ipywidgets
-        self.box = Composer()
-        self.box.add_class("nc-composer")
-        self.send = self._button("Send", "Send the message (Enter)", button_style="primary")
-        self.stop = self._button("Stop", "Stop the reply", disabled=True)
-        self.again = self._button("Regenerate", "Answer the last question again")
-        self.compare = self._button("Compare", "Ask all models the message, or the last question")
-        self.clear = self._button("Clear", "Forget the conversation")
-        self.more = make.ToggleButton(description="Settings", layout={"width": "auto"})
-        self.model = make.Dropdown(options=names, description="Model", **wide)
-        self.system = make.Text(value=system, description="System", **wide)
-        warmth, top_p = settings.temperature, settings.top_p or 1.0  # sliders have no spoken name
-        self.temperature = make.BoundedFloatText(
-            warmth, min=0, max=2, step=0.1, description="Temperature", **wide
-        )
-        top_k, length = settings.top_k or 0, settings.max_tokens
-        self.top_k = make.BoundedIntText(top_k, min=0, max=1000, description="Top-k", **wide)
-        self.top_k.tooltip = "0 keeps all tokens"
-        self.top_p = make.BoundedFloatText(
-            top_p, min=0.05, max=1, step=0.05, description="Top-p", **wide
-        )
-        self.max_tokens = make.BoundedIntText(
-            length, min=1, max=4096, description="Max tokens", **wide
-        )
-        self.seed = make.BoundedIntText(settings.seed, min=0, max=2**31, description="Seed", **wide)
-        self.shade = make.Checkbox(description="Show token probabilities", indent=False)
-        self.file = make.Text("conversation.json", description="File", **wide)
-        self.save = self._button("Save", "Write the conversation to the file")
-        self.load = self._button("Load", "Read a conversation from the file")
+
+# %%
+#| export
+class Bubbles:
+    """The talk as it is seen: one row for each message, and the columns of a comparison.
+
+    `edit(i)` is called when the button beside question `i` is clicked.
+    """
+
+    def __init__(self, edit: Callable[[int], None]) -> None:
         rigid = {"flex": "0 0 auto", "width": "100%"}  # or the scrolling box would squeeze its rows
-        self.status, self.rows = make.HTML(), make.VBox(layout=rigid)
-        self.columns = make.HTML(layout=rigid)  # a comparison of models
-        self.view = self._arrange()
-
-    def _button(self, text: str, help: str, **options: Any) -> ipywidgets.Button:
-        return ipywidgets.Button(
-            description=text, tooltip=help, layout={"width": "auto", "flex": "0 0 auto"}, **options
-        )
-
-    def _arrange(self) -> ipywidgets.VBox:
-        row, column = ipywidgets.HBox, ipywidgets.VBox
+        self.rows, self.columns = ipywidgets.VBox(layout=rigid), ipywidgets.HTML(layout=rigid)
         scroll = {"max_height": "480px", "overflow": "auto", "flex_flow": "column-reverse"}
-        options = [self.system, self.temperature, self.top_k, self.top_p, self.max_tokens]
-        options += [self.seed, self.shade, self.file, row([self.save, self.load])]
-        settings = column(options, layout={"display": "none"})
-        show = {True: "flex", False: "none"}
-        self.more.observe(lambda c: settings.layout.set_trait("display", show[c.new]), "value")
-        style = ipywidgets.HTML(f"<style>{CHAT_CSS}</style>")
-        several = len(self.model.options) > 1
-        rows = column([self.rows, self.columns], layout={"flex": "0 0 auto", "width": "100%"})
-        talk = ipywidgets.Box([rows], layout=scroll)
-        buttons = [self.send, self.stop, self.again, self.clear]
-        buttons += [*([self.compare] if several else []), self.more]
-        parts = [style, *([self.model] if several else []), talk, self.status, self.box]
-        return column([*parts, row(buttons), settings])
+        inside = ipywidgets.VBox([self.rows, self.columns], layout=rigid)
+        self.view, self.edit = ipywidgets.Box([inside], layout=scroll), edit
+
+    def draw(self, session: ChatSession, shade: bool) -> None:
+        """Make the rows agree with the session."""
+        messages, rows = session.messages, list(self.rows.children)
+        rows += [self._row(i) for i in range(len(rows), len(messages))]
+        for row, message in zip(rows, messages[:-1]):
+            row.children[0].value = bubble_html(message)  # nothing is sent if it is the same
+        self.rows.children = rows[: len(messages)]
+        self.draw_last(session, shade)
+
+    def draw_last(self, session: ChatSession, shade: bool) -> None:
+        """Draw what grows: the last bubble (its tokens, if `shade`), and a comparison."""
+        if session.messages:
+            last = session.messages[-1]
+            shaded = shade and session.pieces
+            value = tokens_html(session.pieces) if shaded else bubble_html(last)
+            self.rows.children[-1].children[0].value = value
+        text, answers = session.compared_text, session.compared
+        self.columns.value = comparison_html(text, answers) if answers else ""
+
+    def _row(self, i: int) -> ipywidgets.HBox:
+        row = [ipywidgets.HTML(layout={"flex": "1 1 auto", "min_width": "0"})]
+        if i % 2 == 0:
+            row.append(make_button("Edit", "Edit this question and ask again"))
+            row[1].on_click(lambda _: self.edit(i))
+        return ipywidgets.HBox(row, layout={"flex": "0 0 auto", "align_items": "center"})
 
 
 # %% [markdown]
@@ -1141,13 +1275,84 @@ r"""
 The talk lies in a box with `column-reverse`: browsers keep such a box scrolled to its **end** while
 it grows, which saves us a script.
 
-Now the life. `_start` runs a generator of pieces in a thread; `draw` makes the bubbles agree with
-the session; `_draw_last` redraws only the growing one.
+The third part is what can be clicked and filled in. `ChatControls` translates between the fields
+and `ChatSettings`; in a field, top-k 0 and top-p 1 mean "off".
 """
 
 
 # %%
 #| export
+class ChatControls:
+    """The buttons and fields of a ChatWidget; it only holds them, `ChatWidget` gives them life."""
+
+    def __init__(self, names: list[str], settings: ChatSettings, system: str) -> None:
+        self.box = Composer()
+        self.box.add_class("nc-composer")
+        self.send = make_button("Send", "Send the message (Enter)", button_style="primary")
+        self.stop = make_button("Stop", "Stop the reply", disabled=True)
+        self.again = make_button("Regenerate", "Answer the last question again")
+        self.compare = make_button("Compare", "Ask all models the message, or the last question")
+        self.clear = make_button("Clear", "Forget the conversation")
+        self.save = make_button("Save", "Write the conversation to the file")
+        self.load = make_button("Load", "Read a conversation from the file")
+        wide = {"layout": {"width": "95%"}, "style": {"description_width": "90px"}}
+        text, whole = ipywidgets.Text, ipywidgets.BoundedIntText
+        real = ipywidgets.BoundedFloatText  # sliders have no spoken name
+        self.model = ipywidgets.Dropdown(options=names, description="Model", **wide)
+        self.system = text(description="System", **wide)
+        self.temperature = real(min=0, max=2, step=0.1, description="Temperature", **wide)
+        self.top_k = whole(min=0, max=1000, description="Top-k", tooltip="0: all", **wide)
+        self.top_p = real(min=0.05, max=1, step=0.05, description="Top-p", **wide)
+        self.max_tokens = whole(min=1, max=4096, description="Max tokens", **wide)
+        self.seed = whole(min=0, max=2**31, description="Seed", **wide)
+        self.shade = ipywidgets.Checkbox(description="Show token probabilities", indent=False)
+        self.file = text("conversation.json", description="File", **wide)
+        self.status = ipywidgets.HTML()
+        self.show(settings, system)
+
+    def show(self, settings: ChatSettings, system: str) -> None:
+        """Fill the fields."""
+        self.system.value, self.temperature.value = system, settings.temperature
+        self.top_k.value, self.top_p.value = settings.top_k or 0, settings.top_p or 1.0
+        self.max_tokens.value, self.seed.value = settings.max_tokens, settings.seed
+
+    def settings(self) -> ChatSettings:
+        """What the fields say."""
+        top_k, top_p = self.top_k.value or None, self.top_p.value if self.top_p.value < 1 else None
+        length, seed = self.max_tokens.value, self.seed.value
+        return ChatSettings(self.temperature.value, top_k, top_p, length, seed)
+
+    def set_busy(self, busy: bool) -> None:
+        """While a reply is being written only Stop can be clicked."""
+        self.stop.disabled = not busy
+        for one in (self.send, self.again, self.compare, self.clear, self.save, self.load):
+            one.disabled = busy
+
+
+# %% [markdown]
+r"""
+How these parts lie below one another is a function of its own. The settings hide behind a button,
+and what needs several models is there only if there are several.
+"""
+
+
+# %%
+#| export
+def arrange(controls: ChatControls, talk: ipywidgets.Widget) -> ipywidgets.VBox:
+    """The whole widget: model, talk, status, message box, buttons, and settings on demand."""
+    c, row, column = controls, ipywidgets.HBox, ipywidgets.VBox
+    fields = [c.system, c.temperature, c.top_k, c.top_p, c.max_tokens, c.seed, c.shade, c.file]
+    settings = column([*fields, row([c.save, c.load])], layout={"display": "none"})
+    more = ipywidgets.ToggleButton(description="Settings", layout={"width": "auto"})
+    show = {True: "flex", False: "none"}
+    more.observe(lambda change: settings.layout.set_trait("display", show[change.new]), "value")
+    several = len(c.model.options) > 1
+    buttons = [c.send, c.stop, c.again, c.clear, *([c.compare] if several else []), more]
+    style = ipywidgets.HTML(f"<style>{CHAT_CSS}</style>")
+    parts = [style, *([c.model] if several else []), talk, c.status, c.box]
+    return column([*parts, row(buttons), settings])
+
+
 def name_engines(engines: Any) -> dict[str, Any]:
     """One engine or a dict of them, as a dict; an empty dict is refused."""
     named = dict(engines) if isinstance(engines, dict) else {"nanochat": engines}
@@ -1158,185 +1363,76 @@ def name_engines(engines: Any) -> dict[str, Any]:
 
 # %% [markdown]
 r"""
-What each button does:
+The fourth part lets a session grow on the screen. Between the click on Send and the last token:
+`run` takes the piece "start" while still in the click, so bad input fails where it can be shown,
+the question stands there at once, and an early Stop is not lost. `_done` runs in the thread.
 """
 
 
 # %%
 #| export
-class _ChatActions:
-    """What the buttons of a ChatWidget do; mixed into it below."""
+class ChatView:
+    """A session on the screen: bubbles, a status line, and the thread of the running reply."""
 
-    def send(self) -> None:
-        """Send what stands in the box; after Edit it replaces that question."""
-        text, i = self.controls.box.value, self.editing
-        self._apply()
-        if self.busy or not text.strip():
-            raise UserError("Write a message first." if not self.busy else "Wait, or press Stop.")
-        self._start(self.session.send(text) if i is None else self.session.edit(i, text))
-        self.editing, self.controls.box.value = None, ""
+    def __init__(
+        self,
+        session: ChatSession,
+        controls: ChatControls,
+        edit: Callable[[int], None],
+        refresh: float,
+    ) -> None:
+        self.session, self.controls, self.bubbles = session, controls, Bubbles(edit)
+        self.whole = arrange(controls, self.bubbles.view)
+        self.reply = ReplyThread(self._draw_last, self._done, refresh)
+        self.note, self.failure = "", ""
+        self.editing: int | None = None  # the question that Send will replace
 
-    def regenerate(self) -> None:
-        """Answer the last question again with the next seed."""
-        self._apply()
-        self._start(self.session.regenerate())
-
-    def compare(self) -> None:
-        """Ask all models what stands in the box, or the last question, side by side."""
-        self._apply()
-        self._start(self.session.compare(self.engines, self.controls.box.value))
-
-    def edit(self, i: int) -> None:
-        """Put question `i` into the box; Send then replaces it and all that followed."""
-        self.editing, self.controls.box.value = i, self.session.messages[i]["content"]
-        self._draw_status()
-
-    def clear(self) -> None:
-        """Forget the conversation."""
-        self.session.clear()
-        self.editing, self._note = None, ""
-        self.draw()
-
-    def save(self) -> None:
-        """Write the conversation to the file named in the settings."""
-        self._apply()
-        save_session(self.session, self.controls.file.value)
-        self._note = "Saved."
-
-    def load(self) -> None:
-        """Read a conversation from the file named in the settings."""
-        load_session(self.session, self.controls.file.value)
-        c, settings = self.controls, self.session.settings
-        c.system.value, c.temperature.value = self.session.system, settings.temperature
-        c.top_k.value, c.top_p.value = settings.top_k or 0, settings.top_p or 1.0
-        c.max_tokens.value, c.seed.value = settings.max_tokens, settings.seed
-        self.editing, self._note = None, "Loaded."
-        self.draw()
-
-    def _apply(self) -> None:
-        """Read model, system prompt and settings from the controls."""
-        if self.busy:
-            raise UserError("A reply is still being written: press Stop or wait for its end.")
-        c, engine = self.controls, self.engines[self.controls.model.value]
-        self.session.engine, self.session.tokenizer = engine, self.tokenizer or engine.tokenizer
-        self.session.system = c.system.value
-        top_p = c.top_p.value if c.top_p.value < 1 else None
-        self.session.settings = ChatSettings(
-            c.temperature.value, c.top_k.value or None, top_p, c.max_tokens.value, c.seed.value
-        )
-
-
-# %%
-#| export
-class _ChatDrawing:
-    """The thread and the status line of a ChatWidget; mixed into it below."""
-
-    @property
-    def busy(self) -> bool:
-        """True while a reply is being written."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the running reply is complete; False when `timeout` seconds pass first."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-        return not self.busy
-
-    def _start(self, pieces: Iterator[Piece]) -> None:
+    def run(self, pieces: Iterator[Piece]) -> None:
         """Note the question here, at once; leave the computing to a thread."""
-        next(pieces)  # the piece "start": bad input fails here, and an early Stop is not lost
-        self._note, self._running = "", True
+        next(pieces)
+        self.note = ""
         self.draw()
-        self._set_busy(True)
-        self._thread = threading.Thread(target=self._stream, args=(pieces,), daemon=True)
-        self._thread.start()
+        self.controls.set_busy(True)
+        self.reply.start(pieces)
 
-    def _stream(self, pieces: Iterator[Piece]) -> None:
-        """The worker: let the session grow and redraw the last bubble every `refresh` seconds."""
-        drawn = 0.0
-        try:
-            for piece in pieces:
-                if piece.kind == "note":
-                    self._note = piece.text
-                elif time.perf_counter() - drawn >= self.refresh:
-                    self._draw_last()
-                    drawn = time.perf_counter()
-        except UserError as error:
-            self._failure = str(error)
-        except Exception as error:  # shown in the widget: a thread has no cell to fail in
-            self._failure = f"The engine failed: {type(error).__name__}: {error}"
-        finally:
-            self._running = False
-            self.draw()
-            self._set_busy(False)
-            self.controls.box.said = self._failure or last_answer(self.session)
+    def _done(self, failure: str) -> None:
+        self.failure = failure
+        self.draw()
+        self.controls.set_busy(False)
+        self.controls.box.said = failure or last_answer(self.session)
 
-    def _set_busy(self, busy: bool) -> None:
-        c = self.controls
-        c.stop.disabled = not busy
-        for button in (c.send, c.again, c.compare, c.clear, c.save, c.load):
-            button.disabled = busy
+    def draw(self) -> None:
+        """Make bubbles and status agree with the session."""
+        self.bubbles.draw(self.session, self.controls.shade.value)
+        self.draw_status()
 
-    def _draw_status(self) -> None:
+    def _draw_last(self) -> None:
+        self.bubbles.draw_last(self.session, self.controls.shade.value)
+        self.draw_status()
+
+    def draw_status(self) -> None:
         """The line below the talk: what failed, what is being edited, or how fast it went."""
-        text = str(self.session.stats) if self.session.stats.tokens else ""
-        ends = {"cancelled": "stopped", "length": "cut at the length limit"}
-        why = "" if self._running else ends.get(self.session.finish_reason, "")
+        session = self.session
         editing = "editing an earlier question" if self.editing is not None else ""
-        words = [self._failure or editing, self._note, text, why]
+        speed = str(session.stats) if session.stats.tokens else ""
+        ends = {"cancelled": "stopped", "length": "cut at the length limit"}
+        end = ends.get(session.finish_reason, "")
+        words = [self.failure or editing, self.note or session.note, speed, end]
         line = html.escape(" · ".join(word for word in words if word))
-        kind = "alert" if self._failure else "status"
+        kind = "alert" if self.failure else "status"
         self.controls.status.value = f'<div role="{kind}" aria-live="polite">{line}</div>'
 
 
 # %% [markdown]
 r"""
-And the drawing of the talk itself. Rows that have not changed keep their widget.
+`ChatWidget` joins the four. It ties each button to its action, and turns an error that a person can
+mend into a line of text below the talk.
 """
 
 
 # %%
 #| export
-class _ChatBubbles:
-    """The rows of bubbles of a ChatWidget; mixed into it below."""
-
-    def draw(self) -> None:
-        """Make the bubbles agree with the session; rows that have not changed are kept."""
-        rows, messages = list(self.controls.rows.children), self.session.messages
-        for i in range(len(rows), len(messages)):
-            bubble = ipywidgets.HTML(layout={"flex": "1 1 auto", "min_width": "0"})
-            row = [bubble]
-            if i % 2 == 0:
-                row.append(self.controls._button("Edit", "Edit this question and ask again"))
-                row[1].on_click(lambda _, i=i: self._try(lambda: self.edit(i)))
-            rows.append(ipywidgets.HBox(row, layout={"flex": "0 0 auto", "align_items": "center"}))
-        for row, message in zip(rows, messages[:-1]):
-            row.children[0].value = bubble_html(message)  # nothing is sent if it is the same
-        self.controls.rows.children = rows[: len(messages)]
-        self._draw_last()
-
-    def _draw_last(self) -> None:
-        if self.session.messages:
-            shade = self.controls.shade.value and self.session.pieces
-            message = self.session.messages[-1]
-            value = tokens_html(self.session.pieces) if shade else bubble_html(message)
-            self.controls.rows.children[-1].children[0].value = value
-        compared = self.session.compared
-        columns = comparison_html(self.session.compared_text, compared) if compared else ""
-        self.controls.columns.value = columns
-        self._draw_status()
-
-
-# %% [markdown]
-r"""
-The widget itself only joins the two: it makes the controls, ties each button to its action, and
-turns an error that a person can mend into a line of text below the talk.
-"""
-
-
-# %%
-#| export
-class ChatWidget(_ChatActions, _ChatDrawing, _ChatBubbles):
+class ChatWidget:
     """A chat in a notebook cell, around one engine or several (`{"base": ..., "sft": ...}`).
 
     Put it last in a cell, or `display(widget)`. The session is `widget.session`; `wait()` waits for
@@ -1352,19 +1448,23 @@ class ChatWidget(_ChatActions, _ChatDrawing, _ChatBubbles):
         settings: ChatSettings | None = None,
         refresh: float = 0.05,
     ) -> None:
-        self.engines, self.tokenizer, self.refresh = name_engines(engines), tokenizer, refresh
+        self.engines, self.tokenizer = name_engines(engines), tokenizer
         first = next(iter(self.engines.values()))
         settings = (settings or ChatSettings()).check()
         self.session = ChatSession(first, tokenizer or first.tokenizer, system, settings)
         self.controls = ChatControls(list(self.engines), settings, system)
-        self.editing: int | None = None
-        self._thread: threading.Thread | None = None
-        self._note, self._failure, self._running = "", "", False
+        edit = lambda i: self._try(lambda: self.edit(i))  # noqa: E731
+        self.view = ChatView(self.session, self.controls, edit, refresh)
+        self.draw, self.wait = self.view.draw, self.view.reply.wait
         self._connect()
         self.draw()
 
+    @property
+    def busy(self) -> bool:
+        """True while a reply is being written."""
+        return self.view.reply.busy
+
     def _connect(self) -> None:
-        """Tie every control to its action; an error a user can mend becomes a line of text."""
         c = self.controls
         pairs = [(c.send, self.send), (c.stop, self.session.stop), (c.again, self.regenerate)]
         pairs += [(c.clear, self.clear), (c.save, self.save), (c.load, self.load)]
@@ -1375,24 +1475,111 @@ class ChatWidget(_ChatActions, _ChatDrawing, _ChatBubbles):
         c.shade.observe(lambda _: self.draw(), "value")
 
     def _try(self, action: Callable[[], None]) -> None:
+        self.view.failure = ""
         try:
-            self._failure = ""
             action()
         except UserError as error:
-            self._failure = str(error)
-        self._draw_status()
+            self.view.failure = str(error)
+        self.view.draw_status()
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        display(self.controls.view)
+        display(self.view.whole)
 
 
 # %% [markdown]
 r"""
-Does Stop hold its promise? We let the parrot speak slowly and a lot, press Stop after a while, and
-measure how long the widget still works. Six tries at each of three speeds: if our explanation is
-right, the dots lie between zero and the time of one token, wherever in a token the click falls.
+What the buttons do comes in two groups. Four ask the model; they first hand the choices in the
+fields to the session.
+"""
+
+
+# %%
+#| export
+def _apply(self: ChatWidget) -> None:
+    """Read model, system prompt and settings from the controls."""
+    if self.busy:
+        raise UserError("A reply is still being written: press Stop or wait for its end.")
+    engine = self.engines[self.controls.model.value]
+    self.session.engine, self.session.tokenizer = engine, self.tokenizer or engine.tokenizer
+    self.session.system = self.controls.system.value
+    self.session.settings = self.controls.settings()
+
+
+def _on_send(self: ChatWidget) -> None:
+    """Send what stands in the box; after Edit it replaces that question."""
+    self._apply()
+    text, i = self.controls.box.value, self.view.editing
+    if not text.strip():
+        raise UserError("Write a message first.")
+    self.view.run(self.session.send(text) if i is None else self.session.edit(i, text))
+    self.view.editing, self.controls.box.value = None, ""
+
+
+def _on_regenerate(self: ChatWidget) -> None:
+    """Answer the last question again with the next seed."""
+    self._apply()
+    self.view.run(self.session.regenerate())
+
+
+def _on_compare(self: ChatWidget) -> None:
+    """Ask all models what stands in the box, or the last question, side by side."""
+    self._apply()
+    self.view.run(self.session.compare(self.engines, self.controls.box.value))
+
+
+ChatWidget._apply, ChatWidget.send = _apply, _on_send
+ChatWidget.regenerate, ChatWidget.compare = _on_regenerate, _on_compare
+
+
+# %% [markdown]
+r"""
+The others change the conversation without a model.
+"""
+
+
+# %%
+#| export
+def _on_edit(self: ChatWidget, i: int) -> None:
+    """Put question `i` into the box; Send then replaces it and all that followed."""
+    self.view.editing, self.controls.box.value = i, self.session.messages[i]["content"]
+    self.view.draw_status()
+
+
+def _on_clear(self: ChatWidget) -> None:
+    """Forget the conversation."""
+    self.session.clear()
+    self.view.editing, self.view.note = None, ""
+    self.draw()
+
+
+def _on_save(self: ChatWidget) -> None:
+    """Write the conversation to the file named in the settings."""
+    self._apply()
+    save_session(self.session, self.controls.file.value)
+    self.view.note = "Saved."
+
+
+def _on_load(self: ChatWidget) -> None:
+    """Read a conversation from the file named in the settings."""
+    load_session(self.session, self.controls.file.value)
+    self.controls.show(self.session.settings, self.session.system)
+    self.view.editing, self.view.note = None, "Loaded."
+    self.draw()
+
+
+ChatWidget.edit, ChatWidget.clear = _on_edit, _on_clear
+ChatWidget.save, ChatWidget.load = _on_save, _on_load
+
+
+# %% [markdown]
+r"""
+## How long does Stop take?
+
+We let the parrot speak slowly and a lot, press Stop after a while, and measure how long the widget
+still works. Six tries at each of three speeds: if our explanation is right, the dots lie between
+zero and the time of one token, wherever in a token the click falls.
 """
 
 # %%
@@ -1438,6 +1625,10 @@ assert max(middle) < 0.2, middle
 
 # %% [markdown]
 r"""
+The dots stay below the dashed line, and far below our promise. The time of Stop is the time of a
+token: a model that needs a second for each would take up to a second to stop, and no button could
+change it.
+
 ## The same session in a terminal
 
 A terminal needs no thread. Python turns Ctrl-C into a `KeyboardInterrupt`, which leaves the loop;
@@ -1453,6 +1644,38 @@ def plain_text(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or c.isprintable() or c.isspace() and c > "\x85")
 
 
+# %% [markdown]
+r"""
+In a terminal the buttons are words behind a slash. Each method `do_NAME` is one of them; five words
+change a setting, and a table says which.
+"""
+
+
+# %%
+#| export
+_KNOBS = {
+    "temperature": ("temperature", float),
+    "topk": ("top_k", int),
+    "topp": ("top_p", float),
+    "max": ("max_tokens", int),
+    "seed": ("seed", int),
+}
+
+
+def _change_setting(session: ChatSession, word: str, text: str) -> str:
+    """Set the knob behind `/word`; top-k 0 and top-p 1 mean "off". UserError for a bad value."""
+    name, kind = _KNOBS[word]
+    try:
+        value = kind(text)
+    except ValueError:
+        raise UserError(f"{name} needs a number; found {text!r:.40}.") from None
+    off = (name, value) in (("top_k", 0), ("top_p", 1.0))
+    session.settings = replace(session.settings, **{name: None if off else value}).check()
+    return f"{name} is {value} now."
+
+
+# %%
+#| export
 class _Commands:
     """The slash commands of `terminal_chat`: each method `do_NAME(argument)` returns a line."""
 
@@ -1460,11 +1683,14 @@ class _Commands:
         self.session, self.engines = session, engines
 
     def run(self, line: str) -> str:
-        name, _, argument = line[1:].partition(" ")
-        action = getattr(self, f"do_{name.lower()}", None)
+        word, _, argument = line[1:].partition(" ")
+        word, argument = word.lower(), argument.strip()
+        if word in _KNOBS:
+            return _change_setting(self.session, word, argument)
+        action = getattr(self, f"do_{word}", None)
         if action is None:
-            raise UserError(f"There is no command /{name}; /help lists them.")
-        return action(argument.strip())
+            raise UserError(f"There is no command /{word}; /help lists them.")
+        return action(argument)
 
     def do_help(self, _: str) -> str:
         return (
@@ -1484,7 +1710,8 @@ class _Commands:
         if name:
             if name not in self.engines:
                 raise UserError(f"There is no model {name!r}; found {', '.join(self.engines)}.")
-            self.session.engine = self.engines[name]
+            engine = self.session.engine = self.engines[name]
+            self.session.tokenizer = getattr(engine, "tokenizer", None) or self.session.tokenizer
         mine = [n for n, engine in self.engines.items() if engine is self.session.engine]
         return f"Model {mine[0]} of {', '.join(self.engines)}."
 
@@ -1497,25 +1724,18 @@ class _Commands:
         return f"Loaded {len(self.session.messages)} messages."
 
 
+# %% [markdown]
+r"""
+A reply is printed piece by piece; what the calculator does stands in brackets. `read` and `write`
+can be replaced, which is how the cell below types.
+"""
+
+
 # %%
 #| export
-def _change_setting(self: _Commands, argument: str, name: str, kind: type) -> str:
-    """Read one setting; top-k 0 and top-p 1 mean "off"."""
-    try:
-        value = kind(argument)
-    except ValueError:
-        raise UserError(f"{name} needs a number; found {argument!r:.40}.") from None
-    off = (name, value) in (("top_k", 0), ("top_p", 1.0))
-    changed = replace(self.session.settings, **{name: None if off else value})
-    self.session.settings = changed.check()
-    return f"{name} is {value} now."
-
-
-_Commands.do_temperature = lambda self, text: _change_setting(self, text, "temperature", float)
-_Commands.do_topk = lambda self, text: _change_setting(self, text, "top_k", int)
-_Commands.do_topp = lambda self, text: _change_setting(self, text, "top_p", float)
-_Commands.do_max = lambda self, text: _change_setting(self, text, "max_tokens", int)
-_Commands.do_seed = lambda self, text: _change_setting(self, text, "seed", int)
+def _write_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _print_reply(pieces: Iterator[Piece], write: Callable[[str], Any]) -> None:
@@ -1547,14 +1767,13 @@ def terminal_chat(
     system: str = "",
     settings: ChatSettings | None = None,
     read: Callable[[str], str] = input,
-    write: Callable[[str], Any] | None = None,
+    write: Callable[[str], Any] = _write_now,
 ) -> str:
     """Chat in a terminal until /quit, Ctrl-D, or Ctrl-C at the prompt.
 
     With `prompt`, answer that one question and return. Returns the last answer's text.
     """
     engines = name_engines(engines)
-    write = write or _write_now
     engine = next(iter(engines.values()))
     session = ChatSession(engine, tokenizer or engine.tokenizer, system, settings)
     commands = _Commands(session, engines)
@@ -1583,11 +1802,6 @@ def terminal_chat(
     return last_answer(session)
 
 
-def _write_now(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 # %%
 typed = iter(["Hello, terminal", "/temperature 0", "/temperature warm", "/again", "/quit"])
 written = []
@@ -1600,7 +1814,7 @@ r"""
 
 Enough of the parrot. We train a model of half a million parameters on two kinds of conversation of
 the tiny world: questions about itself, and word problems that it solves with the calculator. It
-knows nothing else, and it will show. If you have a better one, name its folder in `model`.
+knows nothing else. If you have a better one, name its folder in `model`.
 """
 
 # %%
@@ -1667,8 +1881,9 @@ print(widget.session.stats.tokens, "tokens in the last answer")
 
 # %% [markdown]
 r"""
-Click on the folded line to see the call of the calculator. In a live notebook, end a cell with
-`widget` to go on talking, or pick the parrot in its list of models.
+Click on the folded line to see the call of the calculator. The sum is right because the calculator
+did it; the words around it are the model's own, and a model of this size mixes them up. In a live
+notebook, end a cell with `widget` to go on talking, or pick the parrot in its list of models.
 
 What did the training buy? We ask the model and a twin that never trained, side by side. In the
 widget the button *Compare* does this with all its models: after the capstone these are the base,
@@ -1698,3 +1913,48 @@ for _ in session.send("Vera had 20 nuts but lost 15 of them. How many nuts does 
 display(HTML(f'<style>{CHAT_CSS}</style><div class="nc-chat">{tokens_html(session.pieces)}</div>'))
 sure = sum(piece.logprob > math.log(0.9) for piece in session.pieces)
 print(f"{sure} of {len(session.pieces)} tokens had a probability above 0.9")
+
+# %% [markdown]
+r"""
+*Try it:* set the temperature to 2 and look at the shades again. Does the model get less sure, or
+does it only choose less likely tokens? (The probabilities are those at temperature 1, whatever the
+settings; chapter 8 says why.)
+
+## Recap
+
+What `nanochat` can do now that it could not before:
+
+- `nanochat.ui.ChatWidget(engine)` chats in a notebook, `terminal_chat(engine)` in a terminal, and
+  `python -m nanochat chat` with a finished run;
+- `ChatSession` holds a conversation for both: `send`, `edit`, `regenerate`, `stop`, `clear`,
+  `compare`; `save_session` and `load_session` keep it in a file that `check_messages` checks;
+- `stream_reply` and `generate_pieces` turn tokens into `Piece`s, `read_pieces` and `add_piece` turn
+  tokens into parts of a message;
+- `fit_context` keeps the newest turns that fit and says how many did not;
+- `markdown_html`, `transcript_html`, `comparison_html` and `tokens_html` draw text that can never
+  become markup; `plain_text` does the same for a terminal.
+
+Appendix A5 puts a server around the same engine: a web page, and an endpoint for other programs.
+
+## Pitfalls
+
+- **Cleaning HTML instead of never making it.** Every list of forbidden tags has had a hole. Escape
+  at the leaves.
+- **Computing in the callback.** It works in every demonstration, until somebody presses Stop.
+- **A stop that comes too early.** If the worker clears the event when it *starts*, a quick click is
+  lost. Here the event is cleared in the click on Send, before the thread exists.
+- **Half a letter.** A token may end inside a UTF-8 character. Decode with a decoder that waits
+  (`StreamDecoder` in chapter 1), never token by token.
+- **The silent cut.** A chat that drops old turns without a word looks like a model that lies about
+  what you said. Say what was left out.
+- **Whose words are they?** A user can type `<|assistant_start|>`. Only `render_prompt` (chapter 9)
+  makes special tokens; text from outside is encoded as text.
+
+## Readings
+
+- OWASP, *Cross Site Scripting Prevention Cheat Sheet*: escaping by context.
+- Nielsen (1993), *Usability Engineering*, chapter 5: why 0.1 s, 1 s and 10 s are the limits.
+- W3C, *WAI-ARIA 1.2*, the roles `log`, `status` and `alert`: what a screen reader does with them.
+- ipywidgets, *Asynchronous Widgets*, and anywidget, *Getting started*: the two libraries under our
+  widget.
+"""
