@@ -623,16 +623,24 @@ ChatSession._reply = _reply
 
 # %% [markdown]
 r"""
-The other end of a talk is wanted too: by the terminal, and by the screen reader.
+The other end of a talk is wanted too: by the terminal, and by a screen reader. What is read aloud
+is the text of an answer, without what the calculator wrote.
 """
 
 
 # %%
 #| export
+def answer_text(content: Any) -> str:
+    """The text of an answer (a text, or parts) without what the calculator wrote."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
 def last_answer(session: ChatSession) -> str:
-    """The text of the last answer, without what the calculator wrote."""
-    parts = session.messages[-1]["content"] if session.messages else []
-    return "".join(part["text"] for part in parts if part["type"] == "text")
+    """The text of the last answer; "" when there is none."""
+    last = session.messages[-1] if session.messages else {"role": "user"}
+    return answer_text(last["content"]) if last["role"] == "assistant" else ""
 
 
 # %% [markdown]
@@ -709,7 +717,7 @@ calm, hasty = Parrot(parrot.tokenizer, delay=0.01), Parrot(parrot.tokenizer, del
 for _ in session.compare({"calm": calm, "hasty": hasty}, "Who is faster?"):
     if session.stats.tokens == 12:
         session.stop()
-print({name: "".join(part["text"] for part in parts) for name, parts in session.compared.items()})
+print({name: answer_text(parts) for name, parts in session.compared.items()})
 
 # %% [markdown]
 r"""
@@ -1353,14 +1361,6 @@ def arrange(controls: ChatControls, talk: ipywidgets.Widget) -> ipywidgets.VBox:
     return column([*parts, row(buttons), settings])
 
 
-def name_engines(engines: Any) -> dict[str, Any]:
-    """One engine or a dict of them, as a dict; an empty dict is refused."""
-    named = dict(engines) if isinstance(engines, dict) else {"nanochat": engines}
-    if not named:
-        raise UserError("There is no engine to talk to: pass an Engine or a dict of engines.")
-    return named
-
-
 # %% [markdown]
 r"""
 The fourth part lets a session grow on the screen. Between the click on Send and the last token:
@@ -1399,7 +1399,8 @@ class ChatView:
         self.failure = failure
         self.draw()
         self.controls.set_busy(False)
-        self.controls.box.said = failure or last_answer(self.session)
+        answers = [f"{name}: {answer_text(c)}" for name, c in self.session.compared.items()]
+        self.controls.box.said = failure or "\n".join(answers) or last_answer(self.session)
 
     def draw(self) -> None:
         """Make bubbles and status agree with the session."""
@@ -1425,9 +1426,19 @@ class ChatView:
 
 # %% [markdown]
 r"""
-`ChatWidget` joins the four. It ties each button to its action, and turns an error that a person can
-mend into a line of text below the talk.
+`ChatWidget` joins the four. It takes one engine or several by name. It ties each button to its
+action, and turns an error that a person can mend into a line of text below the talk.
 """
+
+
+# %%
+#| export
+def name_engines(engines: Any) -> dict[str, Any]:
+    """One engine or a dict of them, as a dict; an empty dict is refused."""
+    named = dict(engines) if isinstance(engines, dict) else {"nanochat": engines}
+    if not named:
+        raise UserError("There is no engine to talk to: pass an Engine or a dict of engines.")
+    return named
 
 
 # %%
@@ -1453,8 +1464,9 @@ class ChatWidget:
         settings = (settings or ChatSettings()).check()
         self.session = ChatSession(first, tokenizer or first.tokenizer, system, settings)
         self.controls = ChatControls(list(self.engines), settings, system)
-        edit = lambda i: self._try(lambda: self.edit(i))  # noqa: E731
-        self.view = ChatView(self.session, self.controls, edit, refresh)
+        self.view = ChatView(
+            self.session, self.controls, lambda i: self._try(lambda: self.edit(i)), refresh
+        )
         self.draw, self.wait = self.view.draw, self.view.reply.wait
         self._connect()
         self.draw()

@@ -40,6 +40,7 @@ __all__ = [
     "ReplyStats",
     "ReplyThread",
     "add_piece",
+    "answer_text",
     "arrange",
     "bubble_html",
     "check_messages",
@@ -374,10 +375,17 @@ def _reply(
 ChatSession._reply = _reply
 
 
+def answer_text(content: Any) -> str:
+    """The text of an answer (a text, or parts) without what the calculator wrote."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
 def last_answer(session: ChatSession) -> str:
-    """The text of the last answer, without what the calculator wrote."""
-    parts = session.messages[-1]["content"] if session.messages else []
-    return "".join(part["text"] for part in parts if part["type"] == "text")
+    """The text of the last answer; "" when there is none."""
+    last = session.messages[-1] if session.messages else {"role": "user"}
+    return answer_text(last["content"]) if last["role"] == "assistant" else ""
 
 
 def _compare(
@@ -792,14 +800,6 @@ def arrange(controls: ChatControls, talk: ipywidgets.Widget) -> ipywidgets.VBox:
     return column([*parts, row(buttons), settings])
 
 
-def name_engines(engines: Any) -> dict[str, Any]:
-    """One engine or a dict of them, as a dict; an empty dict is refused."""
-    named = dict(engines) if isinstance(engines, dict) else {"nanochat": engines}
-    if not named:
-        raise UserError("There is no engine to talk to: pass an Engine or a dict of engines.")
-    return named
-
-
 class ChatView:
     """A session on the screen: bubbles, a status line, and the thread of the running reply."""
 
@@ -828,7 +828,8 @@ class ChatView:
         self.failure = failure
         self.draw()
         self.controls.set_busy(False)
-        self.controls.box.said = failure or last_answer(self.session)
+        answers = [f"{name}: {answer_text(c)}" for name, c in self.session.compared.items()]
+        self.controls.box.said = failure or "\n".join(answers) or last_answer(self.session)
 
     def draw(self) -> None:
         """Make bubbles and status agree with the session."""
@@ -852,6 +853,14 @@ class ChatView:
         self.controls.status.value = f'<div role="{kind}" aria-live="polite">{line}</div>'
 
 
+def name_engines(engines: Any) -> dict[str, Any]:
+    """One engine or a dict of them, as a dict; an empty dict is refused."""
+    named = dict(engines) if isinstance(engines, dict) else {"nanochat": engines}
+    if not named:
+        raise UserError("There is no engine to talk to: pass an Engine or a dict of engines.")
+    return named
+
+
 class ChatWidget:
     """A chat in a notebook cell, around one engine or several (`{"base": ..., "sft": ...}`).
 
@@ -873,8 +882,9 @@ class ChatWidget:
         settings = (settings or ChatSettings()).check()
         self.session = ChatSession(first, tokenizer or first.tokenizer, system, settings)
         self.controls = ChatControls(list(self.engines), settings, system)
-        edit = lambda i: self._try(lambda: self.edit(i))  # noqa: E731
-        self.view = ChatView(self.session, self.controls, edit, refresh)
+        self.view = ChatView(
+            self.session, self.controls, lambda i: self._try(lambda: self.edit(i)), refresh
+        )
         self.draw, self.wait = self.view.draw, self.view.reply.wait
         self._connect()
         self.draw()

@@ -555,6 +555,7 @@ def test_widget_compares_models_side_by_side():
     widget.wait()
     shown = widget.view.bubbles.columns.value
     assert "base &lt;b&gt;</b>" in shown and "I am base" in shown and "used the calculator" in shown
+    assert widget.controls.box.said == "base <b>: I am base\nsft: It is 36."
     assert len(bubbles(widget)) == 2
     say(widget, "next")
     widget.wait()
@@ -669,6 +670,15 @@ def test_terminal_changes_the_tokenizer_with_the_model():
     answer, _ = talk({"base": Parrot(), "sft": other}, ["/model sft", "who?"])
     assert answer == "the quick brown fox"
     assert "who?" in other.tokenizer.decode(other.calls[0]["ids"])
+
+
+@pytest.mark.parametrize("end, heard", [([], ""), (["the hen"], "the hen")])
+def test_terminal_ends_after_loading_plain_text(tmp_path, end, heard):
+    talked = [{"role": "user", "content": "who?"}]
+    talked += [{"role": "assistant", "content": text} for text in end]
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"format": "nanochat conversation", "messages": talked}))
+    assert talk(Parrot(), [f"/load {path}", "/quit"])[0] == heard
 
 
 def test_terminal_ctrl_c_stops_the_reply_only():
