@@ -153,6 +153,13 @@ class Piece:
     top: tuple[tuple[str, float], ...] = ()
 
 
+# %% [markdown]
+r"""
+`read_pieces` is that machine. Its state is the kind of the part we are in, and whether the next
+piece opens it.
+"""
+
+
 # %%
 #| export
 def read_pieces(tokens: Iterator[Any], tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -282,6 +289,8 @@ for turn in range(8):
 
 # %% [markdown]
 r"""
+> **Exercise 11.2.** Which turns go? Say it without rendering anything. (In the sheet: `11-window`.)
+
 ## Settings and one reply
 
 Temperature, top-k, top-p, length and seed (chapter 8) belong together, so we keep them in one small
@@ -880,7 +889,7 @@ assert _seen <= {(tag,) for tag in MARKDOWN_TAGS}, _seen
 
 # %% [markdown]
 r"""
-> **Exercise 11.2.** Let links in, and nothing but links. (In the sheet: `11-links`.)
+> **Exercise 11.3.** Let links in, and nothing but links. (In the sheet: `11-links`.)
 
 ## A bubble
 
@@ -1132,7 +1141,7 @@ class ReplyThread:
 
 # %% [markdown]
 r"""
-> **Exercise 11.3.** At which pieces is the window drawn? (In the sheet: `11-draws`.)
+> **Exercise 11.4.** At which pieces is the window drawn? (In the sheet: `11-draws`.)
 
 ## A box in which Enter sends
 
@@ -1637,7 +1646,7 @@ assert max(middle) < 0.2, middle
 
 # %% [markdown]
 r"""
-The dots stay below the dashed line, and far below our promise. The time of Stop is the time of a
+The dots lie below the dashed line or close to it, and far below our promise. The time of Stop is the time of a
 token: a model that needs a second for each would take up to a second to stop, and no button could
 change it.
 
@@ -1846,8 +1855,8 @@ def small_chat_model():
     """Train a tiny chat model from nothing; returns its Engine."""
     seed_everything(seed)
     talks = [conversation(world, i, ("identity", "arithmetic")[i % 2]) for i in range(talks_count)]
-    texts = [content_html(m["content"]) for talk in talks[:600] for m in talk["messages"]]
-    tokenizer = Tokenizer.train([html.unescape(text) for text in texts], vocab_size)
+    texts = [answer_text(m["content"]) for talk in talks[:600] for m in talk["messages"]]
+    tokenizer = Tokenizer.train(texts, vocab_size)
     config = GPTConfig(vocab_size, seq_len, depth, n_head=2, n_kv_head=2, n_embd=width)
     net = GPT(config)
     init_weights(net, seed=seed)
