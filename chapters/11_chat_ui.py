@@ -1646,9 +1646,9 @@ assert max(middle) < 0.2, middle
 
 # %% [markdown]
 r"""
-The dots lie below the dashed line or close to it, and far below our promise. The time of Stop is the time of a
-token: a model that needs a second for each would take up to a second to stop, and no button could
-change it.
+The dots lie below the dashed line or close to it, and far below our promise. The time of Stop is
+the time of a token: a model that needs a second for each would take up to a second to stop, and no
+button could change it.
 
 ## The same session in a terminal
 
