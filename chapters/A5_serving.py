@@ -691,9 +691,9 @@ debuggers and classifiers live on that. The engine does not report them, for it 
 the vocabulary at every step, for everybody.
 
 `ReadAlong` finds them for those who ask: it reads the prompt and then each token of the answer once
-more, with a cache of its own (chapter 8), and looks at the logits before each. That costs such a
-request as much again as its answer, and the others nothing. It works for streamed answers, because
-it never needs a token that has not come yet.
+more, with a cache of its own (chapter 8), and looks at the logits before each. So such a request
+reads everything twice; the others wait for these steps as for those of any reader. It works for
+streamed answers, because it never needs a token that has not come yet.
 """
 
 
@@ -723,16 +723,15 @@ class ReadAlong:
 
 
 def read_along(
-    pieces: Iterator[Piece], engine: Any, tokenizer: Tokenizer, ids: Sequence[int], top: int
+    pieces: Iterator[Piece], model: Any, tokenizer: Tokenizer, ids: list[int], room: int, top: int
 ) -> Iterator[Piece]:
-    """The same pieces with their `top` filled; as they are when the engine holds no GPT."""
-    reader = None
-    if isinstance(engine.model, GPT):
-        room = engine.model.config.seq_len - len(ids)
-        reader = ReadAlong(engine.model, tokenizer, ids, room)
+    """The same pieces with `top` filled, at most `room`; as they are if `model` is no GPT."""
+    if not isinstance(model, GPT):
+        yield from pieces
+        return
+    reader = ReadAlong(model, tokenizer, ids, min(room, model.config.seq_len - len(ids)))
     for piece in pieces:
-        known = reader is not None and piece.id >= 0
-        yield replace(piece, top=reader.take(piece.id, top)) if known else piece
+        yield replace(piece, top=reader.take(piece.id, top)) if piece.id >= 0 else piece
 
 
 # %% [markdown]
@@ -756,7 +755,7 @@ ids = render_prompt({"messages": hello}, parrot.tokenizer)
 greedy = ChatSettings(temperature=0.0, max_tokens=4)
 with torch.inference_mode():
     pieces = generate_pieces(engine, parrot.tokenizer, ids, greedy, tools=False)
-    seen = [p for p in read_along(pieces, engine, parrot.tokenizer, ids, top=3) if p.top]
+    seen = [p for p in read_along(pieces, net, parrot.tokenizer, ids, 4, top=3) if p.top]
 for piece in seen:
     liked = ", ".join(f"{text!r} {logprob:.3f}" for text, logprob in piece.top)
     print(f"logprob {piece.logprob:.3f}   of the likeliest: {liked}")
@@ -977,7 +976,10 @@ class ChatServer:
         def prepare() -> tuple[list[int], str, Iterator[Piece]]:
             ids, note = make_prompt(engine, tokenizer, source, settings)
             pieces = generate_pieces(engine, tokenizer, ids, settings, stop, tools=chat)
-            return ids, note, read_along(pieces, engine, tokenizer, ids, top) if top else pieces
+            if top:
+                length = settings.max_tokens
+                pieces = read_along(pieces, engine.model, tokenizer, ids, length, top)
+            return ids, note, pieces
 
         try:
             ids, note, pieces = await self.engine_thread.call(prepare)

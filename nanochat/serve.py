@@ -482,16 +482,15 @@ class ReadAlong:
 
 
 def read_along(
-    pieces: Iterator[Piece], engine: Any, tokenizer: Tokenizer, ids: Sequence[int], top: int
+    pieces: Iterator[Piece], model: Any, tokenizer: Tokenizer, ids: list[int], room: int, top: int
 ) -> Iterator[Piece]:
-    """The same pieces with their `top` filled; as they are when the engine holds no GPT."""
-    reader = None
-    if isinstance(engine.model, GPT):
-        room = engine.model.config.seq_len - len(ids)
-        reader = ReadAlong(engine.model, tokenizer, ids, room)
+    """The same pieces with `top` filled, at most `room`; as they are if `model` is no GPT."""
+    if not isinstance(model, GPT):
+        yield from pieces
+        return
+    reader = ReadAlong(model, tokenizer, ids, min(room, model.config.seq_len - len(ids)))
     for piece in pieces:
-        known = reader is not None and piece.id >= 0
-        yield replace(piece, top=reader.take(piece.id, top)) if known else piece
+        yield replace(piece, top=reader.take(piece.id, top)) if piece.id >= 0 else piece
 
 
 def _logprob_row(text: str, logprob: float) -> dict[str, Any]:
@@ -646,7 +645,10 @@ class ChatServer:
         def prepare() -> tuple[list[int], str, Iterator[Piece]]:
             ids, note = make_prompt(engine, tokenizer, source, settings)
             pieces = generate_pieces(engine, tokenizer, ids, settings, stop, tools=chat)
-            return ids, note, read_along(pieces, engine, tokenizer, ids, top) if top else pieces
+            if top:
+                length = settings.max_tokens
+                pieces = read_along(pieces, engine.model, tokenizer, ids, length, top)
+            return ids, note, pieces
 
         try:
             ids, note, pieces = await self.engine_thread.call(prepare)
