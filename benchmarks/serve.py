@@ -118,7 +118,10 @@ async def visit(
 async def soak(
     url: str, talks: list[tuple[dict, str]], seconds: float, hang_up: float, seed: int
 ) -> Found:
-    """All clients ask again and again for `seconds`; a share `hang_up` of requests is cut short."""
+    """All clients ask again and again for `seconds`; a share `hang_up` of requests is cut short.
+
+    A client that has had no token by then goes on until it has one, or somebody meets an error.
+    """
     found = Found([0] * len(talks), [[] for _ in talks])
     end = time.perf_counter() + seconds
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -126,7 +129,7 @@ async def soak(
     async def client(number: int) -> None:
         draw = random.Random(f"{seed} {number}")
         for turn in itertools.count():
-            if time.perf_counter() >= end:
+            if time.perf_counter() >= end and (found.tokens[number] or found.errors):
                 return
             leaves = (7 * number + 3 * turn) % 10 < 10 * hang_up  # an exact share; when is random
             leave = draw.randrange(talks[number][0]["max_tokens"]) if leaves else None

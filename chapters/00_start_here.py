@@ -10,7 +10,7 @@
 r"""
 # 0. Start here
 
-By the end of this page you have trained a language model from nothing, taught it to answer
+By the end of this page we have trained a language model from nothing, taught it to answer
 questions, and shown with numbers what each of the two steps gave it. It takes a minute on a
 laptop, without a GPU and without a network.
 
@@ -120,14 +120,13 @@ r"""
 ## 3. A model is a function with many knobs
 
 Our model is a **GPT**: a function that takes ids and gives a score for every token that might
-come next (chapter 3). What it says depends on its **parameters**, numbers that start random and
-that training will turn. We put in the beginning of a sentence and look at the probabilities of
-the next token.
+come next (chapter 3). What it says depends on its **parameters**, the knobs: numbers that start
+random and that training will turn. We put in the beginning of a sentence and look at the
+probabilities of the next token.
 """
 
 # %%
-size = GPTConfig.for_depth(2, tokenizer.vocab_size, seq_len=128, head_dim=64)
-model = GPT(size)
+model = GPT(GPTConfig.for_depth(2, tokenizer.vocab_size, seq_len=128, head_dim=64))
 engine = Engine(model, tokenizer)
 beginning = tokenizer.encode("Mira lives in", bos=True)
 
@@ -146,12 +145,14 @@ print(f"{model.num_params()['total']:,} parameters; every token has probability 
 # %% [markdown]
 r"""
 One in 1,024 for each: it has no opinion. How wrong is that? We measure with the **loss**: the
-negative logarithm of the probability that the model gave to the token that really came, averaged
-over a text. No opinion costs $\ln 1024 = 6.93$; certainty about the right token would cost 0.
+negative natural logarithm of the probability that the model gave to the token that really came,
+averaged over a text. Its unit is the *nat*. No opinion costs $\ln 1024 = 6.93$ nats a token;
+certainty about the right token would cost 0.
 
 The loss depends on how the text is cut, so across tokenizers we compare **bits per byte**: the
-same cost, in bits, for each byte of the text (chapter 7). Eight bits are a byte: a model with 8
-would know nothing, and one with 1 could compress text to an eighth.
+same cost, with the logarithm to base 2, for each byte of the text (chapter 7). No opinion costs
+$\log_2 1024 = 10$ bits a token, and a token here is a little over three bytes long. Plain text
+takes 8 bits a byte; a model with 1 could compress it to an eighth.
 """
 
 # %%
@@ -211,22 +212,24 @@ The same beginning again:
 # %%
 after = next_token()
 fig, ax = figure(
-    "After training, the model expects a place",
+    "After training, the model expects a village",
     "probability of the next token after 'Mira lives in'",
     size=(5, 2.6),
-    alt="Horizontal bars: names of places are far above the untrained value of one in 1,024.",
+    alt="Horizontal bars: eight villages are far above the untrained value of one in 1,024.",
 )
 ax.barh([repr(text) for text, _ in after][::-1], [p for _, p in after][::-1])
 ax.axvline(before[0][1], color=COLORS[1], label="every token, before training")
 ax.legend(fontsize=8, frameon=False, loc="lower right")
 plt.show()
+print("In the tiny world, Mira lives in", world.people["Mira"].home)
 
 # %% [markdown]
 r"""
 These eight are the eight villages of the valley, all of them and nothing else. The model has found
-out that people live in villages. In which one *Mira* lives it does not know: the eight are almost
-equally likely. Two hundred steps teach how sentences go, and few facts. Text that is drawn token
-by token from such probabilities has words, names and sentences, and is often not true:
+out that people live in villages. In which one *Mira* lives it does not know: somebody who did
+would give that village nearly all of the probability, and the model spreads it over eight. Two
+hundred steps teach how sentences go, and few facts. Text that is drawn token by token from such
+probabilities has words, names and sentences, and is often not true:
 """
 
 # %%
@@ -241,10 +244,11 @@ r"""
 
 ## 5. Fine-tuning: learn to answer
 
-Ask this model who it is and it goes on with a story. It has never seen a question answered by
-somebody. **Supervised fine-tuning** (SFT) continues the training on conversations, with marks
-for who speaks, and only the assistant's words count for the loss (chapter 9). Some ways to ask
-we keep out of the training, to see later what was learnt: the wordings or the questions.
+Ask this model who it is and it goes on with a story. In its text people talk to one another;
+nobody has ever talked to *it*. **Supervised fine-tuning** (SFT) continues the training on
+conversations, with marks for who speaks, and only the assistant's words count for the loss
+(chapter 9). Some ways to ask we keep out of the training, to see later what was learnt: the
+wordings or the questions.
 """
 
 # %%
@@ -291,7 +295,7 @@ for message in talks[3]["messages"]:
 r"""
 A reply counts as right when it names what was asked for and nothing that belongs to another
 question. One fixed reply to everything, such as "I am Nano", is right for one kind in four:
-**25 %** is our baseline. Any less trained stage has to be measured by the same questions.
+**25 %** is our baseline. The untrained and the base model get the same questions.
 """
 
 
@@ -323,9 +327,20 @@ def shares_right(engine):
 right = {"untrained": shares_right(Engine(newborn, tokenizer)), "base": shares_right(engine)}
 print(f"base model: {right['base'][0]:.0%} right. It says: {reply('Who are you?')[:70]!r}")
 
+# %% [markdown]
+r"""
+Now the second training. It is gentler than the first, since the model is to keep what it has
+learnt: each step turns the knobs by at most three tenths of the usual, and less towards the end.
+"""
+
+
 # %%
+def gentle(step, n_steps):
+    """The part of the usual learning rate that a step gets: from 0.3 down to 0."""
+    return 0.3 * (1 - step / n_steps)
+
+
 batches = ConversationBatches(talks, tokenizer, batch_size=8, seq_len=128, train_on="assistant")
-gentle = lambda step, n_steps: 0.3 * (1 - step / n_steps)  # noqa: E731
 fit(model, build_optimizer(model), batches, sft_steps, schedule=gentle, log=log, label="sft")
 bits["sft"], right["sft"] = measure(), shares_right(engine)
 for question in ("Who are you?", "Who made you?", "What can you do?", "Are you a person?"):
@@ -333,10 +348,13 @@ for question in ("Who are you?", "Who made you?", "What can you do?", "Are you a
 
 # %% [markdown]
 r"""
-There is the answer. It took eight hundred short conversations, half of them about itself, because
-how to write English was there already.
+There is the answer. It took only eight hundred short conversations, half of them about the model
+itself, because how to write English was there already.
 
 ## 6. Each stage moves one number
+
+First the bits per byte. The dashed line is a baseline without any model: it gives each token the
+share that it has in the training text, whatever came before.
 """
 
 # %%
@@ -358,13 +376,19 @@ ax.axhline(unigram, color=COLORS[1], linestyle="--", label="token frequencies al
 ax.legend(fontsize=8, frameon=False)
 plt.show()
 
+# %% [markdown]
+r"""
+Then the right replies, with the wordings that were trained and, as a control, with those that were
+kept out. A bar stands on about a dozen questions, so one reply moves it by eight points or so.
+"""
+
 # %%
 fig, ax = figure(
-    "Fine-tuning moves right replies, for the wordings it has seen",
+    "Fine-tuning moves right replies, most of all for the wordings it has seen",
     "",
     "share of right replies",
     size=(4.6, 2.8),
-    alt="Before SFT no right replies; after SFT nearly all with trained wordings, few with new.",
+    alt="Before SFT no right replies; after SFT nearly all with trained wordings, fewer with new.",
 )
 for number, label in enumerate(("wordings from the training", "control: new wordings")):
     drawn = ax.bar(
@@ -379,11 +403,11 @@ plt.show()
 
 # %% [markdown]
 r"""
-Look at the control. With wordings it was trained on, the model is right; with new ones it is near
-the reply that fits everything. It has learnt the *questions by heart*, not what they ask for.
-A number without its control would have told us a nicer and wrong story, which is why every
-figure in this book has one. A larger model, trained longer on more kinds of conversation,
-generalises: run `make capstone` and ask that one.
+Look at the control. With the wordings it was trained on, the model is nearly always right; with
+new ones clearly less often. Much of what it has learnt is the *questions by heart*, not what they
+ask for. The number without its control would have told us a nicer and wrong story, which is why
+the results in this book have one. A larger model, trained longer on more kinds of conversation,
+generalises better: run `make capstone` and ask that one.
 
 > **Exercise 0.1.** Double `sft_steps`. Which of the three bars of the SFT model move, and in which
 > direction? *(Write your guess down first.)*
@@ -396,34 +420,35 @@ generalises: run `make capstone` and ask that one.
 | what happened on this page | chapter | module |
 |---|---|---|
 | the invented valley and its texts | [A1 The tiny world](A1_tiny_world.ipynb) | `tinyworld` |
-| text to tokens | [1 The tokenizer](01_tokenizer.ipynb) | `tokenizer` |
+| text to tokens | [1 The tokenizer](01_tokenizer.ipynb) | `bpe`, `tokenizer` |
 | documents to batches | [2 Data](02_data.ipynb) | `data` |
 | the function with the knobs | [3 The model](03_model.ipynb) | `model` |
 | how the knobs are turned | [4 The optimizer](04_optimizer.ipynb) | `optim` |
-| the loop, checkpoints, cost | [5 Pretraining](05_pretraining.ipynb) | `train`, `checkpoint` |
+| the loop | [5 Pretraining](05_pretraining.ipynb) | `train`, `checkpoint`, `budget`, `convert` |
 | (not here) several GPUs | [6 Many processes](06_distributed.ipynb) | `distributed` |
-| bits per byte and exams | [7 Evaluation](07_evaluation.ipynb) | `evaluation` |
+| bits per byte and exams | [7 Evaluation](07_evaluation.ipynb) | `evaluation`, `core` |
 | writing token by token, tools | [8 Inference](08_inference.ipynb) | `engine`, `sandbox` |
 | SFT | [9 From text to chat](09_chat_finetuning.ipynb) | `chat`, `tasks`, `finetune` |
 | (not here) learning from results | [10 Reinforcement learning](10_reinforcement.ipynb) | `rl` |
 | (not here) a window to chat in | [11 Talking to it](11_chat_ui.ipynb) | `ui` |
-| all stages, larger | [12 The capstone](12_capstone.ipynb) | `recipe`, `report`, `cli` |
-| (not here) a web page and an endpoint | [A5 Serving it](A5_serving.ipynb) | `serve` |
+| all stages, larger | [12 The capstone](12_capstone.ipynb) | |
 | (not here) predicting large runs | [A2 Scaling laws](A2_scaling_laws.ipynb) | `scaling` |
 | (not here) speed on GPUs | [A3 Fast kernels](A3_fast_kernels.ipynb) | `kernels` |
+| (not here) one command | [A4 The recipe of a run](A4_recipe.ipynb) | `recipe`, `report`, `cli` |
+| (not here) a web page and an endpoint | [A5 Serving it](A5_serving.ipynb) | `serve` |
 
 **How to read.** `make lab` opens JupyterLab on your own copy of the chapters, in the folder
 `work/`: change whatever you like, the originals stay. Each chapter starts with the finished
 thing, builds it first naively and then properly, and stops at *exercises* and cells to *play*
 with. A cell that begins with `#| export` is code that is kept: it is copied into the package
 `nanochat`, which the next chapters import. `#| test` marks a check that also runs in the test
-suite. Chapters 1 to 5 build on one another; after that, follow your interest.
-`make capstone` runs all of it in ten minutes and ends in a chat.
+suite. Chapters 1 to 5 build on one another; after that, follow your interest. `make capstone`
+runs all stages in under ten minutes and leaves a model for `make chat`.
 
 ## 8. The helpers that every chapter uses
 
-The rest of this page introduces `nanochat.common`, which holds what belongs to no chapter in
-particular. You can skip it now and come back when you meet a name.
+The rest of this page is `nanochat.common`, which holds what belongs to no chapter in particular.
+You can skip it now and come back when you meet a name.
 """
 
 # %%
@@ -431,6 +456,7 @@ particular. You can skip it now and come back when you meet a name.
 
 # %%
 #| export
+import contextlib
 import ctypes
 import html
 import importlib.util
@@ -460,7 +486,7 @@ sentence: what is wrong, what was found, what to do.
 class UserError(Exception):
     """A mistake a user can mend: one sentence with what is wrong, what was found, what to do.
 
-    The command line prints the sentence without a traceback and exits with code 2 (chapter 12).
+    The command line prints the sentence without a traceback and exits with code 2 (appendix A4).
     """
 
 
@@ -468,9 +494,7 @@ class UserError(Exception):
 r"""
 **Devices.** `pick_device` takes a GPU if there is one. `pick_dtype` chooses the kind of number to
 compute with: 16-bit `bfloat16` where the hardware multiplies it fast, else 32-bit floats (chapter
-5 measures the difference). `usable_cores` counts the processor cores we may use: a container or a
-cluster's scheduler often lends us fewer than the machine has. `keep_freed_memory` makes training on
-a CPU faster by a third; chapter 5 shows why. `seed_everything` makes random draws repeatable.
+5 measures the difference).
 """
 
 
@@ -500,16 +524,26 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the device multiplies it in hardware, float32 elsewhere.
 
-    In hardware means CUDA with compute capability 8.0 or more, or a CPU with AMX tiles.
+    In hardware means CUDA with compute capability 8.0 or more, or a CPU with AVX-512 BF16 or AMX.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    if device.type == "cpu" and has_amx():
+    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if device.type == "cpu" and has_bfloat16():
         return torch.bfloat16
     return torch.float32
 
 
+# %% [markdown]
+r"""
+`usable_cores` counts the processor cores we may use: a container or a cluster's scheduler often
+lends us fewer than the machine has. `keep_freed_memory` makes training on a CPU faster; chapter 5
+shows why and by how much.
+"""
+
+
+# %%
+#| export
 def usable_cores() -> int:
     """Return how many processor cores this process may use; at least 1."""
     if hasattr(os, "sched_getaffinity"):  # Linux knows what was lent to us, others what there is
@@ -532,6 +566,15 @@ def keep_freed_memory() -> bool:
     )
 
 
+# %% [markdown]
+r"""
+A GPU works through a queue, so whoever takes the time has to wait for it: `synchronize`.
+`seed_everything` makes random draws repeatable.
+"""
+
+
+# %%
+#| export
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queued work (a no-op on the CPU)."""
     if device.type == "cuda":
@@ -556,7 +599,8 @@ assert (torch.ones(1, dtype=pick_dtype(pick_device("cpu"))) + 1).item() == 2
 
 # %% [markdown]
 r"""
-**The doctor** from the beginning of this page.
+**The doctor** from the beginning of this page: a list of things to look at, each with what was
+found, whether it will do, and a remedy.
 """
 
 
@@ -613,22 +657,23 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write a file so that a crash leaves the old content or the new one, never half of it.
 
     The data goes to a temporary name in the same folder, is synced to disk and renamed. A full
-    disk raises UserError and leaves nothing behind.
+    disk, or a folder that cannot be made, raises UserError and leaves nothing behind.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     payload = data.encode("utf-8") if isinstance(data, str) else data
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path.name} ({len(payload):,} bytes): {error.strerror}; "
+            f"cannot write {path} ({len(payload):,} bytes): {error.strerror}; "
             f"free some space or choose another folder, then run again."
         ) from error
 
@@ -693,6 +738,14 @@ class MetricsLog:
             file.write(line.encode("utf-8"))
 
 
+# %% [markdown]
+r"""
+`read_metrics` gives the events back, all of them or one kind.
+"""
+
+
+# %%
+#| export
 def read_metrics(path: str | Path, event: str | None = None, **where: Any) -> list[dict]:
     """Read the events of a log in order; keep one kind of event and matching fields.
 
@@ -701,10 +754,10 @@ def read_metrics(path: str | Path, event: str | None = None, **where: Any) -> li
     path, events = Path(path), []
     if not path.exists():
         return events
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # not JSON, or torn in the middle of a character
             continue
         if event in (None, entry.get("event")) and all(entry.get(k) == v for k, v in where.items()):
             events.append(entry)
@@ -718,7 +771,8 @@ for line in log.path.read_text().splitlines()[:2]:
 # %% [markdown]
 r"""
 **Progress.** Long work shows how far it is and how long it will still take: as a live bar in a
-notebook, as one line in a terminal, as a few plain lines where nobody watches.
+notebook, as one line in a terminal, as a few plain lines where nobody watches. Three helpers first,
+then the class.
 """
 
 
@@ -848,8 +902,8 @@ def figure(
 ) -> tuple[Any, Any]:
     """Return (fig, ax) in the book's style: small, quiet, colour-blind-safe, title = the finding.
 
-    `alt` describes the picture in words; it is kept in the figure's metadata for the printed
-    notebook. A long title takes several lines. Colours after Okabe and Ito (2008).
+    `size` is in inches. `alt` describes the picture in words and is kept as the figure's label
+    (`fig.get_label()`). A long title takes several lines. Colours after Okabe and Ito (2008).
     """
     import matplotlib.pyplot as plt
 
@@ -869,10 +923,12 @@ def figure(
 r"""
 ## Recap
 
-You trained a model in two stages and saw each move its number. `nanochat.common` now holds
-`UserError`, `pick_device`, `pick_dtype`, `synchronize`, `seed_everything`, `doctor`,
-`atomic_write`, `write_json`, `read_json`, `MetricsLog`, `read_metrics`, `format_seconds`,
-`in_live_notebook`, `Progress`, `COLORS` and `figure`.
+We have trained a model in two stages and seen each move its number. `nanochat.common` now holds
+
+- `UserError`, `doctor`, `pick_device`, `pick_dtype`, `synchronize`, `seed_everything`,
+  `usable_cores`, `keep_freed_memory`;
+- `atomic_write`, `write_json`, `read_json`, `MetricsLog`, `read_metrics`;
+- `Progress`, `format_seconds`, `in_live_notebook`, `COLORS`, `figure`.
 
 **Pitfalls**
 

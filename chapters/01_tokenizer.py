@@ -35,9 +35,9 @@ r"""
   text without ever printing half a character;
 - measure what vocabulary size, digit grouping and training text do to a tokenizer and a model.
 
-**Prerequisites:** Python; chapter 0. **Reading:** 40 minutes. **Running:** about 40 seconds on two
-CPU cores, no GPU, no network. The package `numba` is optional (`pip install nanochat[fast]`): it
-makes training on large texts faster and changes nothing else.
+**Prerequisites:** Python; chapter 0. **Reading:** 40 minutes. **Running:** about half a minute on
+two CPU cores, no GPU, no network. The package `numba` is optional (`pip install nanochat[fast]`):
+it makes training on large texts faster and changes nothing else.
 """
 
 # %% tags=["parameters"]
@@ -238,7 +238,7 @@ symbols look like pieces of words after a few rounds. Two things are wrong.
 **It is slow.** Each round walks through the whole text twice to change a little of it. With $M$
 merges and a text of $N$ symbols the work is about $M \times N$. A larger vocabulary only pays with
 more text, so in practice both grow together: twice the vocabulary on twice the text takes four
-times as long. That is quadratic. Let us see it.
+times as long. That is quadratic.
 """
 
 # %%
@@ -255,7 +255,7 @@ print(f"390 MB, 32,503 merges, at this rate: {390e6 * 32503 * one_step / 86400:.
 
 # %% [markdown]
 r"""
-The last line is the size at which we train in earnest, for a GPT of chapter 12.
+The last line is for a real training text and a real vocabulary.
 
 **It merges across words.** Some symbols above contain a space in the middle, or a full stop and
 the beginning of the next sentence. Such symbols waste vocabulary: `dog.`, `dog!` and `dog?` would
@@ -291,8 +291,8 @@ r"""
 Two properties matter. The chunks together are the text, nothing lost and nothing twice. And a word
 takes its space with it, so `cat` at the beginning and ` cat` in the middle are different chunks.
 
-**Try it:** change `sentence`. What happens to a tab? To `2nd`? To a web address?
-
+> **Play.** Change `sentence`. What happens to a tab? To `2nd`? To a web address?
+>
 > **Exercise 1.1.** Change the pattern so that a dot between two digits stays with them (`3.50` is
 > one chunk). What does that do to the number of different chunks in a text full of prices?
 
@@ -316,12 +316,13 @@ The remedy is the same idea once more: *split what is different, not what is the
 spaces is far cheaper than our pattern, so we count words first and run the pattern over different
 words.
 
-May we? A cut is safe if the pattern would have cut there too. Look at a space with a visible
-character after it: every alternative that takes such a space begins with it, and no alternative
-that begins earlier can run past it. So there is always a cut *before* a space that is not followed
-by white space, and we may call whatever lies between two such cuts a word. In prose every space is
-one, and we cut at plain spaces, which is quickest. In program code and verse some space has white
-space or nothing after it; there we first mark the good ones, and some words contain spaces.
+May we? A cut is safe if the pattern would have cut there too. Take `the cat`: every alternative
+that takes a space with a visible character after it begins with that space, and no alternative
+that begins earlier can run past it. So the pattern always cuts before such a space, and we may call
+whatever lies between two such cuts a *word*. Of two spaces in a row the first is not safe: white
+space follows it. In prose every space is safe and we cut at plain spaces, which is quickest. In
+program code and verse some are not; there we first mark the safe ones, and some words contain
+spaces.
 
 The counting itself is done by Apache Arrow, the library that also reads our parquet files. It
 keeps a million strings in one block of memory and counts them without making a Python object of
@@ -358,10 +359,8 @@ def _string_array(texts: list[str]) -> pa.StringArray:
 
 # %% [markdown]
 r"""
-`count_words` cuts documents into words and counts them; `count_batches` splits what has to be
-split. There a thousand different words become one string, so that the pattern is called once; we
-find our way back because each word begins with a space and no other chunk does. Words that contain
-a space are rare and go one by one.
+`count_words` cuts documents into words and counts them. The first word of a document has no space
+before it, so it comes back apart.
 """
 
 
@@ -380,6 +379,16 @@ def count_words(batch: pa.StringArray) -> Iterator[tuple[list[str], pa.StructArr
         yield first, pc.list_flatten(pc.list_slice(words, 1)).value_counts()
 
 
+# %% [markdown]
+r"""
+`count_batches` runs the pattern over the different words. A thousand of them become one string, so
+that the pattern is called once; we find our way back because each word begins with a space and no
+other chunk does. Words that contain a space are rare and go one by one.
+"""
+
+
+# %%
+#| export bpe
 def count_batches(batches: Iterable[pa.StringArray], pattern: str = SPLIT_PATTERN) -> Counter[str]:
     """Split texts with the pattern and count each different chunk, in this process.
 
@@ -450,9 +459,8 @@ imports `nanochat.bpe`, which is why that module does without torch: it starts i
 It reads batches of text from its standard input and writes its counts to its standard output, both
 in Arrow's format, which is plain data: nothing in it can be executed.
 
-Python's own `multiprocessing` would run our main program a second time in each worker (on macOS
-and Windows always), and it cannot find a function that lives in a notebook cell. A plain child
-process has neither trouble.
+Python's own `multiprocessing` would run our main program again in each worker, and it cannot find
+a function that lives in a notebook cell. A plain child process has neither trouble.
 """
 
 
@@ -591,7 +599,7 @@ for places, color, name in (((0, 3, 9), COLORS[0], "th"), ((1, 4), COLORS[1], "h
     for one, other in zip(places, places[1:]):
         ends = dict(xytext=(one + 0.5, 0.95), xy=(other + 0.5, 0.95))
         ax.annotate("", **ends, arrowprops=arrow | {"color": color})
-    ax.text(places[0] + 0.5, 1.15, name, color=color, fontsize=11, ha="center")
+    ax.text(places[-1] + 0.85, 1.1, name, color=color, fontsize=11, ha="center")
 for x in begins[1:]:
     ax.plot([x, x], [-0.15, 1.05], color=COLORS[6], lw=2)
 ax.set(xlim=(-0.2, len(letters) + 0.2), ylim=(-0.6, 2.3))
@@ -616,8 +624,7 @@ Ties are broken in a fixed way, smallest pair first, so the result depends on th
 same rule stands in `rustbpe`, the trainer that nanochat uses; our tests compare the two rank for
 rank. One more thing has to be equal: in `aaa` the pair `aa` begins twice, and which one is replaced
 decides what is left. We go from left to right, so positions must stand in their list in ascending
-order. They do so by themselves if we always enter at the end. (A trainer that enters at the front
-learns something slightly different: of 32,768 ranks about 8,600 agree.)
+order. They do so by themselves if we always enter at the end.
 
 The code holds the lists in plain arrays. `earlier[i]` and `later[i]` are the neighbours of position
 `i` in its list. The list of a pair closes to a ring through an entry of its own behind the
@@ -812,7 +819,7 @@ plt.show()
 r"""
 The tiny world repeats itself so much that the kept trainer soon has nothing left to learn. So
 here is a text with more different chunks: the manual that comes with Python, and the source code of
-a few of its modules. Both are on your machine already.
+a few of its modules.
 """
 
 # %%
@@ -840,14 +847,15 @@ r"""
 
 On 387 MB of real text with a vocabulary of 32,768 the whole training takes 18.5 seconds on two
 cores, `rustbpe`, which is written in Rust, 22.2, and Hugging Face's `tokenizers` 59
-(`benchmarks/RESULTS.md` has the table, and `python benchmarks/tokenizer.py` repeats it on your
-machine).
+(`benchmarks/RESULTS.md` has the table, and `python benchmarks/tokenizer.py --corpus FOLDER` repeats
+it on your machine and text).
 
 ## From merges to a tokenizer
 
 A merge is a recipe: symbol 256 is `a` followed by `b`. Written out, each symbol is a string of
-bytes. The table from byte strings to numbers is called the *ranks*, since the number is also the
-order in which merges apply: when two merges are possible, the one learned earlier goes first.
+bytes, a **token**. The table from byte strings to numbers is called the *ranks*, since the number
+is also the order in which merges apply: when two merges are possible, the one learned earlier goes
+first.
 """
 
 
@@ -958,12 +966,9 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 r"""
 ### The class
 
-Everything that other chapters need from a tokenizer, in one place, in two parts: first where a
-tokenizer comes from and goes to, then what it does. `encode` gives ordinary tokens
-only; `special("user_start")` gives the number of a mark. `token_bytes` lists how many bytes each
-token stands for, which chapter 7 needs for bits per byte: special tokens count as 0 bytes, and a
-token that holds half a character counts its real bytes. (The first nanochat measured the decoded
-string, where such a token shows as a replacement sign of three bytes: 193 entries were wrong.)
+Everything that other chapters need from a tokenizer, in one place and in two parts. The first is
+where a tokenizer comes from and goes to: `train`, `save`, `load`, and a `fingerprint` by which two
+tokenizers are compared.
 """
 
 
@@ -1028,6 +1033,16 @@ class TokenizerFiles:
                 f"{str(facts.get('fingerprint'))[:12]}; copy both again or train again."
             )
         return tokenizer
+
+
+# %% [markdown]
+r"""
+The second part is what a tokenizer does. `encode` gives ordinary tokens only;
+`special("user_start")` gives the number of a mark. `token_bytes` lists how many bytes each token
+stands for, which chapter 7 needs for bits per byte: special tokens count as 0 bytes, and a token
+that holds half a character counts its real bytes. (The first nanochat measured the decoded string,
+where such a token shows as a replacement sign of three bytes: 193 entries were wrong.)
+"""
 
 
 # %%
@@ -1095,7 +1110,7 @@ class Tokenizer(TokenizerFiles):
 
 # %% [markdown]
 r"""
-Train the one we keep, and look at what it does.
+The tokenizer that the rest of the chapter looks at:
 """
 
 # %%
@@ -1163,14 +1178,21 @@ stack, and "building" it hands us its fields. Every opcode that is not on the li
 `REDUCE`, which calls things, is refused.
 """
 
-
 # %%
 #| export
 PUSHED = ("BININT", "BININT1", "BININT2", "BINUNICODE", "SHORT_BINUNICODE")
 PUSHED_BYTES = ("BINBYTES", "SHORT_BINBYTES")
 ENCODING = ("tiktoken.core", "Encoding")  # stands for the class; nothing is imported
 
+# %% [markdown]
+r"""
+The machine has three parts: the `stack`, the places of `marks` in it (a dictionary is filled with
+everything above the last mark), and the `memo`, in which a pickle keeps what it uses again.
+"""
 
+
+# %%
+#| export
 def pickled_fields(data: bytes) -> Any:
     """Return the plain values in a pickle; nothing in it is imported or called.
 
@@ -1307,8 +1329,7 @@ print("streamed:  ", [stream_decoder.push(i) for i in ids] + [stream_decoder.flu
 r"""
 ## Look at tokens
 
-A picture of tokens tells more than a table. We colour them in turn; hovering shows the id. The
-same helper returns in chapter 9, where it shows which tokens of a conversation are trained on.
+We colour tokens in turn; hovering shows the id.
 """
 
 
@@ -1350,7 +1371,7 @@ explorer
 
 # %% [markdown]
 r"""
-**Try it:** type in the box. On paper, this is what it shows:
+> **Play.** Type in the box. On paper, this is what it shows:
 """
 
 # %%
@@ -1365,7 +1386,7 @@ learn that they are the same word.
 
 How long are the tokens? The histogram below counts them twice: once as entries of the vocabulary,
 once as they occur in held-out text. Full stops and commas never merge with a word, so single bytes
-are few in the vocabulary and many in the text.
+have a larger share of the text than of the vocabulary.
 """
 
 # %%
@@ -1375,7 +1396,7 @@ entries = Counter(lengths[: tokenizer.bos_id].tolist())
 used = Counter(lengths[flow].tolist())
 xs = range(1, 16)
 fig, ax = figure(
-    "Most tokens have two to six bytes; single bytes are used most",
+    "Most tokens have two to six bytes, in the vocabulary and in use",
     "bytes in the token",
     "share (%)",
     alt="Bars of token length in the vocabulary and in held-out text",
@@ -1434,7 +1455,7 @@ ax.axhline(ceiling, color=COLORS[6], ls=":", label=f"ceiling: whole chunks ({cei
 ax.axhline(1, color=COLORS[3], ls="--", label="bytes (1.00)")
 ax.set_xticks(sizes, sizes)
 ax.minorticks_off()
-ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.92))
+ax.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.46), frameon=False)
 plt.show()
 
 # %% [markdown]
@@ -1599,10 +1620,9 @@ for group in ("{1}", "{1,2}", "{1,3}"):
 r"""
 One digit at a time is long. Two are a third shorter, and the hundred pairs are all learned. Three
 look better on paper, but there are over a thousand groups, most of them too rare to earn an entry
-in so small a vocabulary: a number falls apart in a different way each time, and
-the sum is no shorter. With a larger vocabulary the groups of three do become tokens; whether the
-model then calculates better has to be measured. Groups are also cut from the left, so the ones
-and tens of `12345` and `1234` stand in different places. Two digits are a compromise, not a law.
+in so small a vocabulary: a number falls apart in a different way each time, and the sum is no
+shorter. Groups are also cut from the left, so the ones and tens of `12345` and `1234` stand in
+different places. Two digits are a compromise, not a law.
 
 ## Other texts
 
@@ -1703,22 +1723,20 @@ the training text chooses for whom the model is cheap.
 - `.special(name)`, `.bos_id`, `.token_bytes()`, `.fingerprint()`, `.save`, `Tokenizer.load`;
 - `StreamDecoder` for chats, `tokens_as_html` and `token_explorer` for pictures;
 - `read_nanochat_pickle` for tokenizers of the original nanochat;
-- the parts: `count_chunks`, `learn_merges`, `ranks_from_merges`, `SPLIT_PATTERN`.
+- the parts: `count_chunks`, `learn_merges`, `ranks_from_merges`, `SPLIT_PATTERN`,
+  `SPECIAL_TOKENS`.
 
 **Pitfalls**
 
 - *Special tokens from user text.* A tokenizer that parses `<|assistant_end|>` in what a user types
   lets the user speak as the assistant. Ours cannot.
-- *Counting characters instead of bytes* in `token_bytes` makes bits per byte wrong by a little.
 - *A stale cache.* `tiktoken.load.load_tiktoken_bpe` caches files by path: overwrite the file and
   the old vocabulary comes back. We read the file ourselves.
 - *Another tokenizer, same size.* Nothing fails, the text is nonsense. Compare fingerprints.
 - *Glitch tokens.* A vocabulary trained on one text and a model trained on another leave entries
   that the model never saw. Train both on the same text.
-- *A pickle from a stranger.* Loading it runs it.
-- *Losses per token* of two tokenizers say nothing about who is better. Bits per byte do.
 
-**Further reading**
+**Readings**
 
 1. P. Gage, "A New Algorithm for Data Compression", The C Users Journal, 1994: the original BPE.
 2. R. Sennrich, B. Haddow, A. Birch, "Neural Machine Translation of Rare Words with Subword Units",

@@ -10,8 +10,8 @@
 r"""
 # 2. Data
 
-By the end of this chapter we have shown that a loader can throw no text away, begin every row at
-the beginning of a document, feed a fast GPU from two cores, and still resume a stopped run with
+By the end of this chapter we have shown that a loader can throw no text away, begin every row with
+the mark that opens a document, feed a fast GPU from two cores, and still resume a stopped run with
 exactly the batches of a run that was not.
 
 A training loop asks one thing of this chapter: the next batch. Here it is, from the tiny world:
@@ -45,7 +45,7 @@ the token that comes next. (A target of $-1$ means "none"; we shall see why.)
 - stop a run anywhere and resume it to the exact batch, also on another number of processes;
 - judge models on a validation set that cannot move.
 
-**Prerequisites:** chapter 1. **Reading:** 40 minutes. **Running:** about 40 seconds on two CPU
+**Prerequisites:** chapter 1. **Reading:** 40 minutes. **Running:** about half a minute on two CPU
 cores, no GPU, no network.
 """
 
@@ -102,14 +102,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from nanochat.common import (
-    Progress,
-    UserError,
-    atomic_write,
-    read_json,
-    usable_cores,
-    write_json,
-)
+from nanochat.common import Progress, UserError, atomic_write, read_json, usable_cores, write_json
 from nanochat.tinyworld import World, document, validation_document
 from nanochat.tokenizer import Tokenizer
 
@@ -117,9 +110,9 @@ from nanochat.tokenizer import Tokenizer
 r"""
 ## A source gives documents
 
-Training text comes from many places. We ask little of each: a name, and an endless or finite run
-of documents for two *splits*, `train` and `val`, from any starting point. The starting point is
-what lets us stop and go on later.
+We ask little of a source of text: a name, and an endless or finite run of documents for two
+*splits*, `train` and `val`, from any starting point. The starting point is what lets us stop and go
+on later.
 """
 
 
@@ -174,9 +167,8 @@ r"""
 ## A folder of parquet shards
 
 Large text collections travel as *shards*: files of a hundred megabytes or so. Parquet is the
-usual format, with one string column `text` and one document a row. We make a small folder of our
-own, as a reader would with other text. `write_shard` uses the settings of nanochat's shards:
-groups of 1,024 rows, compressed with zstd.
+usual format, with one string column `text` and one document a row. `write_shard` uses the settings
+of nanochat's shards: groups of 1,024 rows, compressed with zstd.
 """
 
 
@@ -198,8 +190,8 @@ validation set moved with each download, and a failed download turned a training
 validation shard without a word. We name the shard in everything that we record, and a missing one
 is an error.
 
-Hub exports often name their splits in the file name (`train-00000-of-00002.parquet`). If a folder
-has such names we obey them, since nothing is guessed then; `test` files are left alone.
+Hub exports often name their splits in the file name (`train-00000-of-00002.parquet`). Where a name
+says `train` or `val` we obey it, since nothing is guessed then; `test` files are left alone.
 """
 
 
@@ -208,15 +200,15 @@ has such names we obey them, since nothing is guessed then; `test` files are lef
 def split_shards(names: Iterable[str]) -> dict[str, list[str]]:
     """Assign shard names to splits: {"train": [...], "val": [...]}, each in name order.
 
-    Files called train*, val* and test* go where they say (test: nowhere). Otherwise, or when no
-    file says val, the last training shard in name order is validation.
+    Files called train*, val* and test* go where they say (test: nowhere); if none is called train*,
+    those that say nothing are for training. If none says val, the last training shard in name
+    order is validation.
     """
-    names = sorted(names)
-    said = {name: re.match(r"(train|val)(idation)?(?![a-z])", Path(name).name) for name in names}
-    train = [name for name in names if said[name] and said[name][1] == "train"]
-    val = [name for name in names if said[name] and said[name][1] == "val"]
-    if not train:
-        train, val = names, []
+    said: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
+    for name in sorted(names):
+        match = re.match(r"(train|val|test)(idation)?(?![a-z])", Path(name).name)
+        said[match[1] if match else ""].append(name)
+    train, val = said["train"] or said[""], said["val"]
     if not val:
         train, val = train[:-1], train[-1:]
     return {"train": train, "val": val}
@@ -232,7 +224,7 @@ assert split_shards(["train-0", "train-1", "test-0"]) == {"train": ["train-0"], 
 r"""
 A shard can be broken in many ways: cut short, empty, without the column, with a column of numbers.
 All of them are found when the folder is opened, from the footer that parquet keeps at the end of a
-file, and not hours later. Damage inside a file shows when it is read. Each gives one sentence.
+file, and not hours later. Each gives one sentence.
 """
 
 
@@ -264,6 +256,15 @@ def open_shard(path: Path) -> pq.ParquetFile:
     return shard
 
 
+# %% [markdown]
+r"""
+Reading may begin anywhere in a shard, and row groups before that place are not even opened. Damage
+inside a file shows only here.
+"""
+
+
+# %%
+#| export
 def read_shard(path: Path, start: int = 0) -> Iterator[str]:
     """Yield the documents of a shard from row `start` on; a null row is an empty string."""
     shard = open_shard(path)
@@ -281,6 +282,13 @@ def read_shard(path: Path, start: int = 0) -> Iterator[str]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"shard {path} is damaged inside ({reason}); replace the file.") from None
+
+
+# %% [markdown]
+r"""
+What a folder and the hub have in common: documents come shard by shard, in name order. They differ
+in one method, `path`, which says where a shard lies.
+"""
 
 
 # %%
@@ -313,6 +321,8 @@ class ShardedSource:
             start = max(start - n_rows, 0)
 
 
+# %%
+#| export
 class FolderSource(ShardedSource):
     """Parquet files of a folder and the folders below it, checked when opened."""
 
@@ -389,7 +399,7 @@ The Hugging Face hub keeps data sets as folders of parquet files on a server. We
 
 The package `huggingface_hub` tells us the files, their sizes and their hashes. Shards are fetched
 when they are first needed: the first alone, so that a small request stays small, then four at a
-time, with a progress line. What can go wrong on the way will go wrong, so `download` promises:
+time, with a progress line. What can go wrong on the way will go wrong, so a download promises:
 
 - **nothing half-done under the final name:** bytes go to `NAME.part`, which is renamed at the
   end;
@@ -397,7 +407,11 @@ time, with a progress line. What can go wrong on the way will go wrong, so `down
   *range* request (`Range: bytes=1000-` asks for byte 1,000 and what follows);
 - **patience, but not too much:** errors of the server are tried again after 0.5, 1, 2, ...
   seconds; a machine without network is told so in a second or two;
-- **nothing forged or damaged:** the SHA-256 of the file must be the one the hub announced.
+- **nothing forged or damaged:** the hash of the file must be the one the hub announced.
+
+First the patience. `retrying` calls an action again when the trouble may pass. How often depends on
+the trouble, so two helpers come before it: one finds the HTTP status in an error, one puts an error
+into words.
 """
 
 
@@ -408,30 +422,6 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 class IncompleteDownload(Exception):
     """The connection ended before the file did."""
-
-
-def retrying(
-    action: Callable[[], Any], what: str, attempts: int = 6, unreachable: int = 2, wait: float = 0.5
-) -> Any:
-    """Call `action`; call it again, with doubled waits, after trouble that may pass.
-
-    A server that is busy (HTTP 429, 5xx) or cuts the connection gets `attempts` chances, one that
-    cannot be reached `unreachable`, a refusal (401, 404) or a full disk one. Then UserError.
-    """
-    for attempt in itertools.count(1):
-        try:
-            return action()
-        except UserError:
-            raise
-        except Exception as error:
-            status = http_status(error)
-            cut = isinstance(error, (ConnectionResetError, IncompleteDownload))
-            limit = attempts if cut or status == 429 or status >= 500 else unreachable
-            if 0 < status < 500 and status != 429 or getattr(error, "errno", None) in DISK_ERRORS:
-                limit = 1
-            if attempt >= limit:
-                raise UserError(f"{what}: {explain_failure(error)}") from error
-            time.sleep(min(wait * 2 ** (attempt - 1), 30))
 
 
 def http_status(error: Exception) -> int:
@@ -459,6 +449,32 @@ def explain_failure(error: Exception) -> str:
         f"no connection ({reason.splitlines()[0][:120].rstrip('.')}); check the network, or use "
         "`tinyworld` or `folder:PATH`, which need none."
     )
+
+
+# %%
+#| export
+def retrying(
+    action: Callable[[], Any], what: str, attempts: int = 6, unreachable: int = 2, wait: float = 0.5
+) -> Any:
+    """Call `action`; call it again, with doubled waits, after trouble that may pass.
+
+    A server that is busy (HTTP 429, 5xx) or cuts the connection gets `attempts` chances, one that
+    cannot be reached `unreachable`, a refusal (401, 404) or a full disk one. Then UserError.
+    """
+    for attempt in itertools.count(1):
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:
+            status = http_status(error)
+            cut = isinstance(error, (ConnectionResetError, IncompleteDownload))
+            limit = attempts if cut or status == 429 or status >= 500 else unreachable
+            if 0 < status < 500 and status != 429 or getattr(error, "errno", None) in DISK_ERRORS:
+                limit = 1
+            if attempt >= limit:
+                raise UserError(f"{what}: {explain_failure(error)}") from error
+            time.sleep(min(wait * 2 ** (attempt - 1), 30))
 
 
 # %% [markdown]
@@ -504,6 +520,25 @@ def fetch_rest(
         raise IncompleteDownload(f"{part.stat().st_size:,} of {size:,} bytes came")
 
 
+# %% [markdown]
+r"""
+Two checks stand around the transfer: is there room on the disk, and is the hash the one announced?
+The hub gives the SHA-256 of a large file, and git's own hash of a small one.
+"""
+
+
+# %%
+#| export
+def check_space(folder: Path, n_bytes: int, what: str) -> None:
+    """Raise UserError when the disk of a folder has less than n_bytes left."""
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise UserError(
+            f"{what} needs {n_bytes / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free in "
+            f"{folder}; free some space or choose another folder."
+        )
+
+
 def file_digest(path: Path, kind: str) -> str:
     """Return the hex hash of a file: kind "sha256", or "git" (SHA-1 with git's header)."""
     if kind == "git":
@@ -516,6 +551,14 @@ def file_digest(path: Path, kind: str) -> str:
     return digest.hexdigest()
 
 
+# %% [markdown]
+r"""
+`download` puts the steps in order: room, transfer, hash, and only then the final name.
+"""
+
+
+# %%
+#| export
 def download(
     url: str,
     path: Path,
@@ -546,21 +589,56 @@ def download(
     os.replace(part, path)
 
 
-def check_space(folder: Path, n_bytes: int, what: str) -> None:
-    """Raise UserError when the disk of a folder has less than n_bytes left."""
-    free = shutil.disk_usage(folder).free
-    if n_bytes > free:
-        raise UserError(
-            f"{what} needs {n_bytes / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free in "
-            f"{folder}; free some space or choose another folder."
-        )
+# %% [markdown]
+r"""
+Several shards at a time means several threads, one progress line, and one question: what if one
+fails? The first failure stops the others the next time that bytes arrive, and is the one raised.
+"""
+
+
+# %%
+#| export
+def fetch_together(
+    fetch_one: Callable[[str, Callable[[int], None]], None], sizes: dict[str, int], workers: int
+) -> None:
+    """Call `fetch_one(shard, arrived)` for each shard in `workers` threads, with a progress line.
+
+    `sizes` gives the bytes of each shard; `arrived(n)` is to be told of every n bytes. The first
+    failure stops the others and is raised.
+    """
+    failures: list[BaseException] = []
+    lock, what = threading.Lock(), f"{len(sizes)} shards" if len(sizes) > 1 else "1 shard"
+    with (
+        Progress(sum(sizes.values()), f"download of {what}", "byte") as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+
+        def arrived(n: int) -> None:
+            if failures:
+                raise UserError("the download was stopped; run again to go on.")
+            with lock:
+                bar.update(min(n, bar.total - bar.done))
+
+        def bring(shard: str) -> None:
+            try:
+                if not failures:
+                    fetch_one(shard, arrived)
+            except Exception as error:
+                failures.append(error)
+
+        try:
+            list(pool.map(bring, sizes))
+        except BaseException as interrupt:
+            failures.append(interrupt)
+            raise
+    if failures:
+        raise failures[0]
 
 
 # %% [markdown]
 r"""
-`HubSource` puts it together. The list of files, with sizes and hashes, is kept beside the shards:
-without a network, what is here already can still be used. A shard that is here is trusted when the
-note beside it carries the right hash, so nothing is fetched or hashed twice.
+Next, what the hub is asked: the files of a data set with their sizes and hashes, at the *commit*
+that the revision stands for today.
 """
 
 
@@ -588,6 +666,34 @@ def hub_listing(name: str, revision: str, endpoint: str) -> dict:
     return retrying(ask, f"list of data set {name}@{revision} at {endpoint}")
 
 
+# %% [markdown]
+r"""
+The list is kept beside the shards: without a network, what is here already can still be used.
+"""
+
+
+# %%
+#| export
+def cache_folder() -> Path:
+    """Return the folder of what is downloaded: $NANOCHAT_CACHE, or else ~/.cache/nanochat."""
+    cache = os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat"
+    return Path(cache).expanduser()
+
+
+def kept_listing(name: str, revision: str, endpoint: str, folder: Path) -> dict:
+    """Return `hub_listing` and keep it in the folder; without a network, the one kept earlier."""
+    kept = folder / f"listing-{revision.replace('/', '--')}.json"
+    try:
+        listing = hub_listing(name, revision, endpoint)
+        write_json(kept, listing)
+    except UserError as error:
+        if not kept.is_file() or "no connection" not in str(error):
+            raise
+        warnings.warn(f"{error} Going on with the list fetched earlier.", stacklevel=3)
+        listing = read_json(kept)
+    return listing
+
+
 def parse_hub(spec: str) -> tuple[str, str, int | None]:
     """Split OWNER/NAME[@REVISION][:SHARDS] into name, revision (main) and shards (None: all)."""
     match = re.fullmatch(r"((?:[\w.-]+/)?[\w.-]+)(?:@([\w./-]+))?(?::([1-9]\d*))?", spec)
@@ -599,13 +705,36 @@ def parse_hub(spec: str) -> tuple[str, str, int | None]:
     return match[1], match[2] or "main", int(match[3]) if match[3] else None
 
 
+# %% [markdown]
+r"""
+`HubSource` puts it together. A shard that is here is trusted when the note beside it carries the
+right hash, so nothing is fetched or hashed twice.
+"""
+
+
 # %%
 #| export
-class HubShards(ShardedSource):
-    """Fetches the shards of a data set on the hub into a folder: the base class of HubSource.
+class HubSource(ShardedSource):
+    """A data set of the Hugging Face hub; shards are fetched when first needed and kept.
 
-    Needs `dataset`, `commit`, `endpoint`, `folder` and `files`, as HubSource sets them.
+    They are kept in $NANOCHAT_CACHE or ~/.cache/nanochat, in `hub/OWNER--NAME/`. HF_ENDPOINT
+    names another hub. `spec` is OWNER/NAME[@REVISION][:SHARDS].
     """
+
+    def __init__(self, spec: str):
+        self.dataset, revision, limit = parse_hub(spec)
+        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        self.folder = cache_folder() / "hub" / self.dataset.replace("/", "--")
+        listing = kept_listing(self.dataset, revision, self.endpoint, self.folder)
+        self.commit, self.files = listing["commit"], listing["files"]
+        splits = split_shards(self.files)
+        if not splits["train"]:
+            raise UserError(
+                f"data set {self.dataset} has {len(self.files)} parquet files, at least 2 are "
+                "needed: the last is for validation; choose another data set."
+            )
+        splits["train"] = splits["train"][:limit]
+        super().__init__(f"hub {self.dataset}@{self.commit[:12]}", splits)
 
     def have(self, shard: str) -> bool:
         """Tell whether a shard is here, whole, and the one of the listing."""
@@ -616,41 +745,10 @@ class HubShards(ShardedSource):
         return note.read_text(encoding="utf-8") == facts["digest"]
 
     def fetch(self, shards: Sequence[str], workers: int = 4) -> None:
-        """Download the shards that are not here, several at a time, with one progress line.
-
-        The first failure stops the others and is raised; what has come is kept for next time.
-        """
-        missing = [shard for shard in shards if not self.have(shard)]
-        total = sum(self.files[shard]["size"] for shard in missing)
-        lock, what = threading.Lock(), f"{len(missing)} shards" if missing[1:] else "1 shard"
-        failures: list[BaseException] = []
-        if not missing:
-            return
-        with (
-            Progress(total, f"download of {what}", "byte") as bar,
-            ThreadPoolExecutor(workers) as pool,
-        ):
-
-            def arrived(n: int) -> None:
-                if failures:
-                    raise UserError("the download was stopped; run again to go on.")
-                with lock:
-                    bar.update(min(n, bar.total - bar.done))
-
-            def bring(shard: str) -> None:
-                try:
-                    if not failures:
-                        self.fetch_one(shard, arrived)
-                except Exception as error:
-                    failures.append(error)
-
-            try:
-                list(pool.map(bring, missing))
-            except BaseException as interrupt:
-                failures.append(interrupt)
-                raise
-        if failures:
-            raise failures[0]
+        """Download those shards that are not here; after a failure, what has come is kept."""
+        sizes = {shard: self.files[shard]["size"] for shard in shards if not self.have(shard)}
+        if sizes:
+            fetch_together(self.fetch_one, sizes, workers)
 
     def fetch_one(self, shard: str, arrived: Callable[[int], None]) -> None:
         """Download and check a shard, then note its hash beside it."""
@@ -669,45 +767,6 @@ class HubShards(ShardedSource):
             at = shards.index(shard)
             self.fetch(shards[at : at + 4] if at else [shard])
         return self.folder / shard
-
-
-# %%
-#| export
-def cache_folder() -> Path:
-    """Return the folder of what is downloaded: $NANOCHAT_CACHE, or else ~/.cache/nanochat."""
-    cache = os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat"
-    return Path(cache).expanduser()
-
-
-class HubSource(HubShards):
-    """A data set of the Hugging Face hub; shards are fetched when first needed and kept.
-
-    They are kept in $NANOCHAT_CACHE or ~/.cache/nanochat, in `hub/OWNER--NAME/`. HF_ENDPOINT
-    names another hub. `spec` is OWNER/NAME[@REVISION][:SHARDS].
-    """
-
-    def __init__(self, spec: str):
-        self.dataset, revision, limit = parse_hub(spec)
-        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        self.folder = cache_folder() / "hub" / self.dataset.replace("/", "--")
-        listing_file = self.folder / f"listing-{revision.replace('/', '--')}.json"
-        try:
-            listing = hub_listing(self.dataset, revision, self.endpoint)
-            write_json(listing_file, listing)
-        except UserError as error:
-            if not listing_file.is_file() or "no connection" not in str(error):
-                raise
-            warnings.warn(f"{error} Going on with the list fetched earlier.", stacklevel=2)
-            listing = read_json(listing_file)
-        self.commit, self.files = listing["commit"], listing["files"]
-        splits = split_shards(self.files)
-        if not splits["train"]:
-            raise UserError(
-                f"data set {self.dataset} has {len(self.files)} parquet files, at least 2 are "
-                "needed: the last is for validation; choose another data set."
-            )
-        splits["train"] = splits["train"][:limit]
-        super().__init__(f"hub {self.dataset}@{self.commit[:12]}", splits)
 
 
 # %% [markdown]
@@ -810,10 +869,9 @@ a time and takes the tokens back **in the order of the documents**. What lands o
 the same for any number of workers.
 
 How is a worker started? A process that was *forked* inherits half-copied threads of torch, and may
-hang. We *spawn*: a fresh Python that imports what it needs. By default it imports the script
-that started it, too. If that script has no `if __name__ == "__main__":` it would start
-workers of its own, without end. Our workers need nothing from the script, so we show them an empty
-one while they start.
+hang. We *spawn*: a fresh Python, which by default also imports the script that started it. A script
+without `if __name__ == "__main__":` would then start workers of its own, without end. Our workers
+need nothing from the script, so we show them an empty one while they start.
 """
 
 
@@ -946,9 +1004,8 @@ def open_index(folder: Path, source: Source, tokenizer: Tokenizer, split: str) -
 
 # %% [markdown]
 r"""
-A shard may also disappear or be cut short later, by a full disk or a copy that was broken off.
-Because the index knows how many documents each shard holds, we can make that one shard again and
-keep the others.
+A shard may also disappear later, or be cut short by a copy that was broken off. Because the index
+knows how many documents each shard holds, we can make that one shard again and keep the others.
 """
 
 
@@ -1188,15 +1245,10 @@ print("made again, same:", twin.fingerprint() == shards.fingerprint())
 # %% [markdown]
 r"""
 The two workers lose: starting a Python that imports torch takes a second or two, and here there is
-only a moment of work. On two cores they do not win later either, since tiktoken's threads keep
-both busy: 24 million tokens of real text took 21 and 24 seconds without workers, 20 and 25 with
-two. They are for machines with many cores. Handing out and writing those tokens cost this process
-0.9 seconds, tokenising them 11; so one process can keep a dozen others busy, and `prepare_tokens`
-starts them from 20 million tokens and three cores on.
-"""
+only a moment of work. They are for machines with many cores. Of 24 million tokens of real text,
+handing out and writing cost this process 0.9 seconds, tokenising 11; so one process can keep a
+dozen others busy, and `prepare_tokens` starts them from 20 million tokens and three cores on.
 
-# %% [markdown]
-r"""
 ## From documents to rows
 
 A batch is a rectangle: `batch_size` rows of `seq_len` = $T$ slots. Documents are not. Filling rows
@@ -1298,6 +1350,13 @@ assert pack_rows([0], [5], 4) == [[(0, 4, False)], [(4, 5, True)]]
 
 # %% [markdown]
 r"""
+> **Exercise 2.1.** Rows have 8 slots, documents 5, 4 and 7 tokens. Pack them by hand in all four
+> ways. How many slots are padding, how many tokens are thrown away, and what stands in the one slot
+> that the document of 7 leaves free?
+"""
+
+# %% [markdown]
+r"""
 Rows of pieces become tensors in one function, whatever the packer. The target of a slot is the
 token that follows in the sequence; after the last token of a document that is the `bos` of the
 next document: "the end". Slots without a target (padding, our own `bos`, the very last token)
@@ -1334,8 +1393,10 @@ def fill_rows(
 
 # %% [markdown]
 r"""
-Let us look at the same sixty documents, packed in four ways.
+Let us look at the same sixty documents, packed in four ways. `picture` gives every slot a number
+that stands for a colour.
 """
+
 
 # %%
 PACKERS = {
@@ -1360,6 +1421,7 @@ def picture(rows, T):
     return image
 
 
+# %%
 colours = np.random.default_rng(0).integers(5, size=61)
 starts, stops = shards.starts[:60].tolist(), shards.stops[:60].tolist()
 fig, axes = plt.subplots(2, 2, figsize=(8, 5), dpi=110, layout="constrained", sharex=True)
@@ -1370,9 +1432,13 @@ for ax, (name, pack) in zip(axes.flat, PACKERS.items()):
     ax.set_title(f"{name}: {len(image)} rows", fontsize=9, loc="left")
     ax.set_xlim(-5, seq_len)
     ax.tick_params(labelsize=8)
-axes[1, 0].set_xlabel("slot in the row", fontsize=9)
-axes[0, 0].set_ylabel("row", fontsize=9)
-fig.suptitle("Cutting, padding, cropping, or carrying on: sixty documents in rows", fontsize=10)
+for ax in axes[1]:
+    ax.set_xlabel("slot in the row", fontsize=9)
+for ax in axes[:, 0]:
+    ax.set_ylabel("row", fontsize=9)
+fig.suptitle(
+    "Only the last way fills its rows, begins each with bos and loses nothing", fontsize=10
+)
 fig.set_label(
     "Four panels of rows. Colours are documents, dark marks bos, white is padding. Concatenated "
     "rows begin inside documents; padded rows end in white; cropped rows are fewer; continued rows "
@@ -1418,9 +1484,10 @@ for name, row in table.items():
 
 # %% [markdown]
 r"""
-Padding burns compute, cropping burns text, concatenating burns neither and pays with rows that
-begin in the middle. The kept packer throws nothing away; its price stands under *own slots*, and
-it cuts fewer documents than concatenating does.
+Padding burns compute (and loses what a document has beyond one row), cropping burns text,
+concatenating burns neither and pays with rows that begin in the middle. The kept packer throws
+nothing away; its price stands under *own slots*, and it cuts fewer documents than concatenating
+does.
 
 The tiny world has short documents. To see the table on text of your own, set `data` in the
 parameters to `folder:PATH` and `seq_len` to 2048. On eight million tokens of encyclopaedia, books,
@@ -1436,8 +1503,8 @@ textbooks and news, 4,507 documents of which 56 % are longer than such a row, it
 nanochat reports 35 % thrown away on its own text. The kept packer throws away nothing, pays four
 slots in ten thousand, and cuts only the documents that are longer than a row and must be cut.
 
-**Try it:** set `seq_len` to 64 and to 512 and run the two cells again. Which way changes most, and
-why?
+> **Play.** Set `seq_len` to 64 and to 512 and run the two cells again. Which way changes most, and
+> why?
 
 ## Whose tokens may I see?
 
@@ -1490,11 +1557,11 @@ assert document_mask(_inputs, 9)[1, 0].int().tolist() == [
 row = max(pack_rows(starts, stops, seq_len), key=len)
 inputs, targets = fill_rows([(shards.read, row)], tokenizer.bos_id, seq_len)
 fig, ax = figure(
-    "A slot may look at its own document, and back",
+    "A slot may look back, within its own document",
     "slot looked at",
     "slot that looks",
     size=(3.6, 3.4),
-    alt="Square matrix: a few dark triangles along the diagonal, one for each document",
+    alt="Square matrix: dark triangles along the diagonal, one for each document of the row",
 )
 ax.imshow(document_mask(inputs, tokenizer.bos_id)[0, 0], cmap="Blues", interpolation="nearest")
 ax.grid(False)
@@ -1504,12 +1571,8 @@ print("boundaries:", document_bounds(inputs, tokenizer.bos_id).tolist())
 # %% [markdown]
 r"""
 The dense mask is $T^2$ numbers a row, fine to learn with; kernels for long rows take the
-boundaries instead. nanochat tried such masks and saw no gain in bits per byte on its web text. At
-the end of this chapter we try them too.
-"""
+boundaries instead. What masks are worth we measure at the end of this chapter.
 
-# %% [markdown]
-r"""
 ## Batches, shuffled
 
 In one batch, neighbours from the text would tell the same story, so we draw the *documents* in
@@ -1532,10 +1595,17 @@ integers**: epoch, window, row.
 # %%
 #| export
 WINDOW = 4096  # documents that are packed together
-
 Window = tuple[Read, Sequence[int], Sequence[int]]  # how to read tokens; starts and stops
 
+# %% [markdown]
+r"""
+`RowPlan` is the endless list of rows and the place in it. It asks the shards for one window at a
+time and packs it when its first row is needed.
+"""
 
+
+# %%
+#| export
 class RowPlan:
     """The endless list of rows that a seed stands for, and a place in it: epoch, window, row."""
 
@@ -1575,6 +1645,13 @@ class RowPlan:
             if self.row == len(self.rows):
                 self.go_to(self.epoch, self.window + 1, 0)
         return taken
+
+
+# %% [markdown]
+r"""
+`TokenBatches` takes the rows of a step from the plan, keeps those of its own process, and fills
+them. Its state is the place in the plan, with the facts that the plan depends on.
+"""
 
 
 # %%
@@ -1763,6 +1840,9 @@ except UserError as error:
 
 # %% [markdown]
 r"""
+> **Exercise 2.2.** In the middle of an epoch a run is stopped and resumed with twice the batch
+> size. Which of the three integers change, and does every document still come once?
+
 ## Ahead of time
 
 While a GPU computes a step, the CPU has nothing to do; it could make the next batch. A *prefetch*
@@ -1950,8 +2030,7 @@ r"""
 Two bytes a token are not much, yet a disk can be full. `TokenStream` tokenises when a window of
 documents is needed and keeps nothing. Everything else stays: packing, state, exact resume. What is
 lost: documents come in the order of the source (only the rows of a window are shuffled), and
-every process tokenises everything, so it suits one GPU, not eight. In a `Prefetch`, whose
-thread works while the GPU does, it keeps up with a small model.
+every process tokenises everything, so it suits one GPU, not eight.
 """
 
 
@@ -1997,7 +2076,7 @@ r"""
 Waste is one thing, learning another. We train the same small model for the same number of steps on
 the same text, five times over: with the four packers, and with the kept one plus document masks.
 The model is the GPT of chapter 3 and the optimizer that of chapter 4; here they are measuring
-instruments, and all that matters is that they are the same every time. A mask reaches the model's
+instruments. A mask reaches the model's
 attention the way the inference engine of chapter 8 hands over its own, through the `kv_cache`
 argument:
 """
@@ -2115,7 +2194,7 @@ for name, gain in gains.items():
 
 # %%
 fig, ax = figure(
-    "At equal steps the kept packer does no harm, and masks help most",
+    "Three short runs each: the kept packer does no harm, masks look best",
     "bits per byte above concatenate and cut (lower is better)",
     size=(6.5, 3),
     alt="Points with error bars for each packer on two rulers, relative to concatenating",
@@ -2145,12 +2224,11 @@ Three seeds of a tiny run can only hint, and the bars say so. Ten seeds and 150 
 | ... with document masks | -0.055 ± 0.004 | -0.057 ± 0.004 |
 
 First, **the ruler decides**: cropping and padding throw ends away, so they look better on
-beginnings than on whole documents. nanochat's log says the same of its own change: bits per byte
-fell partly artificially. Second, the kept packer wins on whole documents although every step has a
-few slots fewer for text. Padding is behind after 60 steps, when it has seen less text, and ahead
-of concatenating after 150, perhaps because most of its rows hold one document only. Masks give
-that to every row, and gain most: our documents are short, and neighbours in a row have nothing to
-do with each other. On web text, where rows hold one or two, nanochat found no gain from masks.
+beginnings than on whole documents. Second, the kept packer wins on whole documents although every
+step has a few slots fewer for text. Padding is behind after 60 steps, when it has seen less text,
+and ahead of concatenating after 150, perhaps because most of its rows hold one document only. Masks
+give that to every row, and gain most: our documents are short, and neighbours in a row have nothing
+to do with each other. On web text, where rows hold one or two, nanochat found no gain from masks.
 That is why `TokenBatches` passes the boundaries on and does not insist.
 
 The same check at the size of the laptop capstone (depth 4, 2.5 million tokens, one seed each):
@@ -2173,30 +2251,24 @@ with `bos` is at a loss without it. Ours always gives it one.
 
 **Pitfalls**, all of them shipped by real projects
 
-- *A validation set that moves.* nanochat's was "the last file on disk", which changes as files
-  arrive; then a named file, whose failed download turned a training shard into validation without
-  a word. Name the shard, and print a hash of what is judged.
-- *A new packer that improves the loss.* nanochat's bits per byte fell when every row came to begin
-  with `bos`, partly because such rows are easier to predict. Judge both on one ruler.
+- *A validation set that moves* with the files that happen to be there. Name the shard, and print a
+  hash of what is judged.
+- *A new packer that improves the loss*, partly because its rows are easier to predict, as nanochat
+  says of its own. Judge the old and the new one on one ruler.
 - *A document longer than a row.* nanochat's packer for conversations cut nothing: with short rows
   its buffer filled up with conversations that never fit, and the loss became NaN (0/0). A packer
   must make progress on any length.
 - *Resuming at the nearest group of rows.* nanochat skips to the next one and drops its packing
   buffer, and needs the same number of GPUs. Two such runs cannot be compared.
-- *The state of a prefetcher.* The thread has run ahead: save the state of what was consumed.
-- *Tokens of another tokenizer.* The numbers fit, the meaning does not. Keep a fingerprint.
-- *Losses over "the first n batches".* They change with the batch size. Count rows instead.
-- *A garbage collector in the loop.* nanochat met pauses of half a second in Python's; a prefetch
-  hides short ones, and long runs switch it off.
+- *A garbage collector in the loop.* nanochat met pauses of half a second in Python's. A prefetch
+  hides short ones, and chapter 5 spares it most of its work.
 
-**Further reading**
+**Readings**
 
 1. H. Ding et al., "Fewer Truncations Improve Language Modeling", 2024: best-fit packing, and what
    cutting does to a model.
 2. M. Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021: packing as a
    bin problem, and masks.
 3. G. Penedo et al., "The FineWeb Datasets", 2024: what it takes to make web text usable.
-4. The documentation of `datasets` (Hugging Face) on memory-mapped tables, and of PyTorch on pinned
-   memory and `non_blocking` copies.
-5. The Apache Parquet format, parquet.apache.org; RFC 9110, section 14: range requests.
+4. The Apache Parquet format, parquet.apache.org; RFC 9110, section 14: range requests.
 """

@@ -77,8 +77,9 @@ r"""
 ## 1. Downhill, and its trouble
 
 The gradient says in which direction the loss rises fastest. **Gradient descent** takes a step the
-other way, $w \leftarrow w - \eta\, g$. On a round bowl that works at once. Loss surfaces are not
-round: they are valleys, steep across and flat along. We take the simplest valley,
+other way, $w \leftarrow w - \eta\, g$; the **learning rate** $\eta$, or rate, says how far. On a
+round bowl that works at once. Loss surfaces are not round: they are valleys, steep across and flat
+along. We take the simplest valley,
 
 $$f(x, y) = \tfrac12\,(x^2 + 50\,y^2),\qquad g = (x,\; 50\,y),$$
 
@@ -117,8 +118,8 @@ valley the gradients alternate and cancel. Along it they agree, and the sum of a
 is $g\,(1+\beta+\beta^2+\dots) = g/(1-\beta)$: with $\beta=0.8$, five times as far for the same
 rate.
 
-**Adam** goes further and gives each weight its own rate. It keeps a running mean $m$ of the
-gradient and $v$ of its square, and steps by
+**Adam** goes further and gives each weight its own rate. It keeps two running means, $m$ of the
+gradient and $v$ of its square, which forget by $\beta_1$ and $\beta_2$ a step, and moves by
 
 $$w \leftarrow w - \eta\,\frac{\hat m}{\sqrt{\hat v} + \epsilon},\qquad
 \hat m = \frac{m}{1-\beta_1^t},\quad \hat v = \frac{v}{1-\beta_2^t}.$$
@@ -126,12 +127,12 @@ $$w \leftarrow w - \eta\,\frac{\hat m}{\sqrt{\hat v} + \epsilon},\qquad
 Where the gradient keeps its sign, numerator and root are equal and the weight moves by $\eta$,
 whether the direction is steep or flat. Where the gradient is noise around zero, $m$ is small
 against $\sqrt v$ and the weight stays. The hats correct for the start, when the running means are
-still mostly zeros. **AdamW** adds *decoupled* weight decay: before the step, shrink the weight by a
-factor $1-\eta\lambda$, apart from the gradient and its scaling.
+still mostly zeros, and the small $\epsilon$ keeps the division finite. **AdamW** adds *decoupled*
+weight decay: before the step, shrink the weight by a factor $1-\eta\lambda$, apart from the
+gradient and its scaling.
 
-The rule itself works on tensors and plain numbers; `adamw_update` around it keeps the state. The
-arithmetic is in float32 whatever the dtype of the parameter. (`run_rule` is a plain call; section 5
-gives it a second way.)
+The rule itself works on tensors and numbers alone. Its arithmetic is in float32 whatever the dtype
+of the parameter.
 """
 
 
@@ -163,6 +164,15 @@ def adamw_rule(
     square.copy_(v)
 
 
+# %% [markdown]
+r"""
+A rule is called in one of two ways: as it stands, or compiled. Until section 5, which says why,
+read `run_rule` as a plain call.
+"""
+
+
+# %%
+#| export
 @functools.cache
 def compiled(rule: Callable[..., None]) -> Callable[..., None]:
     """Return a rule as torch.compile makes it, one for the whole process (section 5)."""
@@ -182,6 +192,15 @@ def run_rule(
     rule(*tensors, *numbers, *constants)
 
 
+# %% [markdown]
+r"""
+`adamw_update` keeps what the rule needs from one step to the next: the two running means and the
+number of the step.
+"""
+
+
+# %%
+#| export
 def adamw_update(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     """One AdamW step on one parameter, in place.
 
@@ -219,9 +238,7 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.6), dpi=85, layout="cons
 fig.set_label(
     "Left: contours of a valley with three paths. Right: their heights fall, descent last."
 )
-fig.suptitle(
-    "Descent bounces between the walls; momentum and Adam get along the floor", fontsize=10
-)
+fig.suptitle("Descent creeps along the floor; momentum and Adam get further", fontsize=10)
 x, y = torch.meshgrid(torch.linspace(-1, 4.3, 60), torch.linspace(-1.1, 1.3, 40), indexing="xy")
 for ax in (left, right):
     ax.set_prop_cycle(color=COLORS)
@@ -234,7 +251,7 @@ for rule in (sgd, heavy_ball, adam):
 left.set_xlabel("x (flat direction)", fontsize=9)
 left.set_ylabel("y (steep direction)", fontsize=9)
 right.set_xlabel("step", fontsize=9)
-right.set_ylabel("height above the lowest point", fontsize=9)
+right.set_ylabel("f(x, y)", fontsize=9)
 right.legend(fontsize=8, frameon=False)
 plt.show()
 
@@ -308,16 +325,16 @@ for ax, (name, step) in zip(axes, {"G": G, "sign(G)": G.sign(), "UV^T": u @ vh}.
     ax.set_title(f"${name}$ gains {gain:.2f}", fontsize=10, loc="left")
     ax.set(aspect="equal", xlim=(-2.6, 2.6), ylim=(-2, 2))
     ax.tick_params(labelsize=7)
-fig.suptitle("What each step does to a circle of inputs, and its gain per stretch", fontsize=10)
+fig.suptitle("$UV^T$ keeps a circle of inputs a circle, and gains most", fontsize=10)
 plt.show()
 
 # %% [markdown]
 r"""
-Each panel shows where a step sends the grey circle of inputs, and what it gains when scaled to a
-largest stretch of one. The gradient spends most of its step on one direction. The sign matrix,
-here, even forgets the other one and maps the circle to a line. $UV^\top$ turns the circle and keeps
-it a circle. Its gain is the sum of the singular values, and no step of that stretch gains more. We
-try.
+Each panel shows where a step sends the grey circle of inputs (the arrows: where the singular
+directions of $G$ end) and what it gains when scaled to a largest stretch of one. The gradient
+spends most of its step on one direction. The sign matrix, here, even forgets the other one and maps
+the circle to a line. $UV^\top$ turns the circle and keeps it a circle. Its gain is the sum of the
+singular values, and no step of that stretch gains more. We try.
 """
 
 # %%
@@ -375,9 +392,9 @@ print(f"{len(values)} directions; the largest {half} hold half of the gradient's
 
 # %% [markdown]
 r"""
-The gradient is dominated by a few directions. A step along it changes those and hardly touches
-the rest, though the rest may hold what is rare and still to be learnt. Setting all singular values
-to one gives the rare directions their turn.
+Energy is the sum of squares. The gradient is dominated by a few directions. A step along it changes
+those and hardly touches the rest, though the rest may hold what is rare and still to be learnt.
+Setting all singular values to one gives the rare directions their turn.
 
 An exact singular value decomposition is slow on a GPU. But a polynomial will do. For an odd
 polynomial $p(x)=ax+bx^3+cx^5$, the matrix expression
@@ -470,11 +487,12 @@ assert ((u.T @ orthogonalize(matrix) @ vh.T).diagonal() > 0.7).all()  # the same
 r"""
 ## 3. Muon
 
-Muon in its first form is short: Nesterov momentum on the raw gradient, so that the noise of single
-batches averages out *before* the singular values are levelled, and then the orthogonal matrix in
-place of the gradient. An orthogonal map keeps the length of its input. When it spreads that length
-over more outputs than there are inputs, each of them moves less; so a tall matrix ($m>n$) gets its
-rate multiplied by $\sqrt{m/n}$.
+Muon in its first form is short. Momentum comes first, so that the noise of single batches averages
+out *before* the singular values are levelled. (It is Nesterov's kind: the gradient of the step is
+mixed into the running mean once more.) Then the orthogonal matrix takes the place of the gradient.
+An orthogonal map keeps the length of its input. When it spreads that length over more outputs than
+there are inputs, each of them moves less; so a tall matrix ($m>n$) gets its rate multiplied by
+$\sqrt{m/n}$.
 """
 
 
@@ -603,8 +621,7 @@ r"""
 Plain decay settles on a compromise that neither wanted. Cautious decay lets the loss have its way
 and shrinks only what has gone too far.
 
-Now the whole rule. All matrices of one shape are stacked, so that
-each product is one batched call for all of them.
+Now the whole rule.
 """
 
 
@@ -635,6 +652,15 @@ def muon_rule(
     param.sub_(lr * math.sqrt(max(1.0, param.size(-2) / param.size(-1))) * (update + decay))
 
 
+# %% [markdown]
+r"""
+Around the rule, `muon_update` stacks all matrices of one shape, so that each product is one batched
+call for all of them, and copies the results back.
+"""
+
+
+# %%
+#| export
 def muon_update(
     params: list[Tensor],
     grads: list[Tensor],
@@ -677,8 +703,9 @@ r"""
 ## 4. One optimizer, two kinds of group
 
 PyTorch's optimizers already work on *groups* of parameters with settings of their own. Ours adds
-one setting, `kind`. State can be saved as named tensors (chapter 5 puts them into a file that
-executes nothing when loaded), and one call sets the schedule of the step.
+two settings: `kind` says which rule the group follows, `compiled` how the rule is run. State can be
+saved as named tensors (chapter 5 puts them into a file that executes nothing when loaded), and one
+call sets the schedule of the step.
 """
 
 
@@ -746,21 +773,11 @@ Who goes where? Muon is for matrices that *map vectors to vectors*: the six of e
 singular values would stir all the others. The **head** maps to logits of which a few matter at a
 time. Both go to AdamW, with rates that differ by a factor of forty.
 
-Adam's rates shrink as $1/\sqrt{\text{width}}$, anchored at width 768, so that one set of numbers
-serves every depth. Muon needs no such rule: its update has the same scale at every width by
-construction.
-
-A modern model (chapter 3, section 9) brings more: **value embeddings** are tables again, at half
-the embedding's rate; the **scalars** of smear, backout and the residual stream are single numbers
-that must move by tenths, so their rates are high, except for the factors of the stream itself,
-which multiply up over the layers and may only creep. The gates are matrices of the blocks. The
-betas and the small decays of the tables are those of nanochat's newest recipe, found by a search;
-a classic model keeps the plain ones of the first.
-
-The scalars also get a larger $\epsilon$. In a fresh model all blocks are the identity and the last
-norm forgets sizes, so the true gradient of a residual scalar is *zero*, and what arrives is
-rounding, about $10^{-9}$. Divided by its own root it would become a full step in a random
-direction.
+A modern model (chapter 3, section 9) brings more. **Value embeddings** are tables again. The gates
+of the values are matrices of the blocks and go to Muon. The **scalars** of smear, backout and the
+residual stream are single numbers that must move by tenths, so their rates are high; smear's small
+gate goes with them. The factors of the stream itself multiply up over the layers and may only
+creep.
 """
 
 
@@ -781,6 +798,23 @@ SCALARS = {
 }
 
 
+# %% [markdown]
+r"""
+A classic model has the `PLAIN` settings of nanochat's first recipe. The `TUNED` ones for the tables
+of a modern model are those of its newest, found by a search.
+
+Adam's rates shrink as $1/\sqrt{\text{width}}$, anchored at width 768, so that one set of numbers
+serves every depth. Muon needs no such rule: its update has the same scale at every width by
+construction. Value embeddings learn at half the embedding's rate.
+
+The scalars get a larger $\epsilon$. In a fresh model all blocks are the identity and the last norm
+forgets sizes, so the true gradient of a residual scalar is *zero*, and what arrives is rounding,
+about $10^{-9}$. Divided by its own root it would become a full step in a random direction.
+"""
+
+
+# %%
+#| export
 def param_groups(
     model: GPT,
     matrix_lr: float = 0.02,
@@ -862,16 +896,16 @@ depth 2 took three quarters of the time of the plain one, after half a minute of
 ## 6. Schedules
 
 The rate starts high, stays there, and falls in a line to a small value over the last part of
-training: the **warm-down**. High rates explore; the fall lets the weights settle, and most of the
+training: the **warm-down**. High rates explore; the fall lets the weights settle, and much of the
 loss is gained there. Momentum starts lower, at 0.85, because the first gradients point in
 directions that soon turn.
 
 Weight decay keeps the weights small while they still move a lot. At the end it would only undo what
 was learnt, so Muon's decay follows half a cosine down to zero.
 
-A schedule is a small function, and a fine place for large bugs. In one project the rate went to
-*minus* 127 times the base rate, because the code counted micro-batches as steps and ran past the
-end of the line. Ours can never be negative and counts optimizer steps. The test says so.
+A schedule is a small function, and a fine place for large bugs. In nanochat's fine-tuning the rate
+went to *minus* 127 times the base rate, because the code counted micro-batches as steps and ran
+past the end of the line. Ours can never be negative and counts optimizer steps. The test says so.
 """
 
 
@@ -911,9 +945,9 @@ for n_steps in (1, 7, 100):
 
 # %%
 fig, ax = figure(
-    "Warm up briefly, hold, fall",
+    "The rate rises, holds and falls; the decay only falls",
     "share of training",
-    "factor on the rate",
+    "factor on the initial value",
     alt="A line that rises in the first twentieth, stays at 1 until half and falls to 0.05.",
 )
 for warmdown, color in ((0.2, COLORS[2]), (0.5, COLORS[0]), (1.0, COLORS[1])):
@@ -921,7 +955,7 @@ for warmdown, color in ((0.2, COLORS[2]), (0.5, COLORS[0]), (1.0, COLORS[1])):
     ax.plot(torch.arange(200) / 200, shape, color=color, label=f"warm-down {warmdown:.0%}")
 decay = [decay_multiplier(step, 200) for step in range(200)]
 ax.plot(torch.arange(200) / 200, decay, color=COLORS[6], linestyle=":", label="weight decay")
-ax.legend(fontsize=8, frameon=False)
+ax.legend(fontsize=8, frameon=False, loc=(0.1, 0.03))
 plt.show()
 
 # %% [markdown]
@@ -996,8 +1030,9 @@ for name in ("AdamW", "AdamW by groups"):
 # %% [markdown]
 r"""
 Had we left out the third row, Muon would get the credit for the embedding's rate. What is left to
-Muon is smaller: 0.07 nats here, and 0.03 and 0.02 with two other seeds, each time to its favour.
-And the refinements of section 3? We switch the first three off.
+Muon is smaller: 0.07 nats here, and 0.03 and 0.04 with other weights and batches, each time the
+best of three rates against the best of three. And the refinements of section 3? We switch the first
+three off.
 """
 
 # %%
@@ -1017,8 +1052,8 @@ and a solid one from cautious decay, which needs long runs to act. They cost nex
 they stay.
 
 What the figure shows is the kind of evidence to ask for: the best of each, a control, one
-difference at a time. At two layers and fifty steps it is no more than that; chapter A2 and the
-reference runs measure where it matters.
+difference at a time. It is evidence about two layers and fifty steps. What holds at depth 12 only a
+run at depth 12 can show.
 
 > **Play.** Which rate matters most? In `by_groups`, put the embedding or the head at the rate of
 > the matrices and run it again.
@@ -1044,9 +1079,9 @@ r"""
 ## Recap
 
 `nanochat.optim` now holds `MuonAdamW`, `build_optimizer` and `param_groups`; the rules `adamw_rule`
-and `muon_rule` with `adamw_update` and `muon_update` around them; `orthogonalize`, `equilibrate`,
-`set_norm` and `even_out`; and the schedules `lr_multiplier`, `decay_multiplier` and
-`muon_momentum`.
+and `muon_rule` with `adamw_update` and `muon_update` around them and `run_rule` to call them;
+`orthogonalize`, `equilibrate`, `set_norm` and `even_out`; and the schedules `lr_multiplier`,
+`decay_multiplier` and `muon_momentum`.
 
 **Pitfalls**
 

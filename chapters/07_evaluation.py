@@ -103,9 +103,9 @@ torch.manual_seed(seed)
 r"""
 ## A patient to examine
 
-An examination needs somebody to examine. We train a small GPT on the tiny world for about fifteen
-seconds. The loop is the bare one of chapter 5. A copy of the model as it was at birth stays
-beside it: every number below is shown before and after.
+An examination needs somebody to examine. We train a small GPT on the tiny world for some seconds,
+with the bare loop of chapter 5. A copy of the model as it was at birth stays beside it, for
+comparison.
 """
 
 # %%
@@ -136,8 +136,8 @@ print(f"loss {losses[0]:.2f} -> {sum(losses[-20:]) / 20:.2f} nats per token")
 r"""
 ## Bits per byte
 
-The loss is in nats per *token*, and a token is whatever our tokenizer says it is. A tokenizer
-with more words in it makes fewer, harder predictions over the same text. To see how much that
+The loss is in nats per *token*, and a token is whatever our tokenizer says it is. With a larger
+vocabulary there are fewer predictions over the same text, and harder ones. To see how much that
 matters, take the dumbest model there is, one that knows only how frequent each token is, and
 give it two tokenizers. The text is the same.
 """
@@ -245,8 +245,7 @@ print(f"on the validation text {val_shards.fingerprint()[:12]}")
 # %% [markdown]
 r"""
 The odd name in the last line is a hash of the validation tokens. Two values of bits per byte may be
-compared when their hashes are equal, and only then: "the last shard" is another text after the next
-download.
+compared only when their hashes are equal.
 
 > **Exercise 7.1.** How many bits per byte does a model need that knows nothing, not even which
 > token is frequent? Work it out for a vocabulary of the 256 bytes and for ours, then compare with
@@ -255,9 +254,8 @@ download.
 ## Why the loss is not enough
 
 Bits per byte is smooth, cheap and hard to fool. But it is an average over *all* tokens, and most
-tokens are easy: the end of a word that has begun, the full stop, the little words between. What
-we care about sits in few tokens. Here is one sentence of the validation text with the cost of
-each token.
+tokens are easy: the end of a word that has begun, the full stop, the little words between. Here is
+the beginning of a validation text with the cost of each token.
 """
 
 
@@ -271,9 +269,8 @@ def token_costs(model, text):
     return [tokenizer.decode([i]) for i in ids[1:]], bits.tolist()
 
 
-sentence = next(text for text in source.documents("val") if "\n" not in text)[:200].rsplit(" ", 1)[
-    0
-]
+sentence = next(text for text in source.documents("val") if "\n" not in text)
+sentence = sentence[:200].rpartition(" ")[0]
 pieces, bits = token_costs(model, sentence)
 order = np.argsort(bits)[::-1]
 half = int(np.searchsorted(np.cumsum(np.sort(bits)[::-1]), sum(bits) / 2)) + 1
@@ -284,11 +281,8 @@ fig, ax = figure(
     (8, 2.6),
     alt="Bar for each token of a sentence; a few bars are far higher than the rest",
 )
-ax.bar(
-    range(len(bits)),
-    bits,
-    color=[COLORS[1] if i in order[:half] else COLORS[0] for i in range(len(bits))],
-)
+colors = [COLORS[1] if i in order[:half] else COLORS[0] for i in range(len(bits))]
+ax.bar(range(len(bits)), bits, color=colors)
 ax.set_xticks(range(len(bits)), [p.replace("\n", "\\n") for p in pieces], rotation=90, fontsize=6)
 plt.show()
 
@@ -300,9 +294,9 @@ about the world. So we also ask questions.
 ## One question, step by step
 
 A base model does not answer questions; it continues text. But it can tell us how *likely* a text
-is. So a multiple-choice question becomes several texts, one for each choice, and we look at which
-one the model finds least surprising. Only the tokens that differ between the texts are scored;
-the common beginning says nothing about the choice.
+is. So a multiple-choice question becomes several texts, one for each choice, and the one that the
+model finds least surprising is its answer. Only the tokens that differ between the texts are
+scored; the common beginning says nothing about the choice.
 """
 
 # %%
@@ -378,6 +372,15 @@ class Task:
                 raise UserError(f"task {self.name}: item {number} {problem}; mend its file.")
 
 
+# %% [markdown]
+r"""
+Items come from files that other people wrote. A missing field or an answer that is not among the
+choices is found here, and not in the middle of an evaluation.
+"""
+
+
+# %%
+#| export
 def fault(kind: str, item: Any) -> str | None:
     """Say what is wrong with an item of a kind, or None."""
     if not isinstance(item, dict):
@@ -394,6 +397,13 @@ def fault(kind: str, item: Any) -> str | None:
             return f"has no option number {gold!r} (gold)"
         texts += options
     return None if all(isinstance(text, str) for text in texts) else "has a field that is no text"
+
+
+# %% [markdown]
+r"""
+Three functions make the prompts: one fills an option into an item, one draws the shots, and
+`render` puts both together.
+"""
 
 
 # %%
@@ -432,8 +442,7 @@ def render(task: Task, index: int) -> list[str]:
 
 # %% [markdown]
 r"""
-This is what the model really reads for one item with two shots. We print the text of the right
-choice.
+This is what the model reads for one item with two shots, here with the right choice.
 """
 
 # %%
@@ -491,6 +500,15 @@ def spans(kind: str, texts: list[list[int]]) -> list[Row]:
     return [Row(ids, start, len(ids)) for ids in texts]
 
 
+# %% [markdown]
+r"""
+Prompts with many shots may be longer than the model's context window. They lose their beginning,
+which is the part that matters least.
+"""
+
+
+# %%
+#| export
 def crop(row: Row, seq_len: int) -> Row:
     """Cut a row from the left so that seq_len tokens remain: the question is at the end."""
     cut = max(0, len(row.ids) - seq_len)
@@ -541,9 +559,9 @@ The kept version puts many texts in one batch. Rows have different lengths, so t
 the *right*, where causal attention cannot see it, and sorted by length, so that there is little of
 it. The loss is computed for scored positions only.
 
-That alone still reads most tokens several times. With ten shots a question has a thousand tokens in
-front of its choices, and with four choices the model reads them four times over. How much of all
-reading is repetition?
+That alone still reads most tokens several times. With ten shots a question may have a thousand
+tokens in front of its four choices, and the model reads them four times. How much of all reading is
+repetition?
 """
 
 # %%
@@ -568,10 +586,9 @@ can be kept:
     the shots and the question         a mill.                               |  the sea.  ...
 ```
 
-Chapter 8 builds such a cache for writing text and explains it in full. Here a few lines do: a
-`Prefix` is filled by a first pass, and in a second one it puts its keys and values in front of the
-new ones. In between, its rows are dealt out: row 0 of the prefix to the four choices of
-question 0, and so on.
+Chapter 8 builds such a cache for writing text. Here a few lines do: a `Prefix` is filled by a first
+pass, and in a second one it puts its keys and values in front of the new ones. In between, its rows
+are dealt out: row 0 of the prefix to the four choices of question 0, and so on.
 """
 
 
@@ -611,24 +628,31 @@ class Prefix:
 
 # %% [markdown]
 r"""
-One function must know what kind of model it has before it. Ours takes
-a `kv_cache`, those of Hugging Face `past_key_values`; anything else reads everything at once.
+One function must know what kind of model it has before it. Ours takes a `kv_cache`, those of
+Hugging Face `past_key_values`; anything else reads everything at once.
 """
 
 
 # %%
 #| export
+def cache_argument(model: Any) -> str | None:
+    """Return the name under which a model takes a cache, or None if it takes none."""
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in ("kv_cache", "past_key_values") if name in takes), None)
+
+
 def read_on(model: Any, ids: Tensor, cache: Any = None, last_only: bool = False) -> tuple:
     """Return (logits (B, T, V), cache) of ids (B, T) that follow what `cache` holds.
 
     Works with our model, with causal models of Hugging Face, and with anything else that gives
     logits: that one has no cache, and gets None back. `last_only` asks for the last logits alone.
     """
-    takes = inspect.signature(model.forward).parameters
-    if "kv_cache" in takes:
+    name = cache_argument(model)
+    if name == "kv_cache":
         cache = cache or Prefix()
         return model(ids, kv_cache=cache, last_only=last_only), cache
-    if "past_key_values" in takes:
+    if name == "past_key_values":
+        takes = inspect.signature(model.forward).parameters
         few = {"logits_to_keep": 1} if last_only and "logits_to_keep" in takes else {}
         out = model(ids, past_key_values=cache, use_cache=True, **few)
         return out.logits, out.past_key_values
@@ -702,9 +726,22 @@ def length_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]
 
 # %% [markdown]
 r"""
-Now both passes. `score_rest` scores rows whose beginning has been read; with an empty cache, that
-is all there is to it. `score_rows` puts the two together and hands the results back in order.
+`read_shared` reads the beginnings; `score_rest` scores what follows them, or whole rows with an
+empty cache. `score_rows` puts the two together and hands the results back in order.
 """
+
+
+# %%
+#| export
+def read_shared(model: Any, groups: list[Group], rows: list[Row]) -> tuple[int, Any]:
+    """Read what groups share, a row each: (tokens read, cache); (0, None) where nothing is kept."""
+    shared = min(group.shared for group in groups)
+    if not shared:
+        return 0, None
+    ids = [rows[group.rows[0]].ids[:shared] for group in groups]
+    device = next(model.parameters()).device
+    cache = read_on(model, torch.tensor(ids, device=device), last_only=True)[1]
+    return (shared, cache) if hasattr(cache, "batch_select_indices") else (0, None)
 
 
 # %%
@@ -750,28 +787,22 @@ def score_rows(
     device = next(model.parameters()).device
     size = batch_tokens or (32768 if device.type == "cuda" else 2048)
     keys = [(tuple(row.ids), row.start, row.end) for row in rows]
-    kept = list(dict(zip(keys, rows)).items())
-    unique, results = [row for _, row in kept], {}
-    takes = inspect.signature(model.forward).parameters
-    share = share and ("kv_cache" in takes or "past_key_values" in takes)
-    groups = shared_groups(unique) if share else [Group(0, list(range(len(unique))))]
+    unique, results = dict(zip(keys, rows)), {}
+    names, texts = list(unique), list(unique.values())
+    share = share and cache_argument(model) is not None
+    groups = shared_groups(texts) if share else [Group(0, list(range(len(texts))))]
     for batch in group_batches(groups, size):
-        shared, cache = min(group.shared for group in batch), None
-        if shared:
-            ids = [unique[group.rows[0]].ids[:shared] for group in batch]
-            cache = read_on(model, torch.tensor(ids, device=device), last_only=True)[1]
-            if not hasattr(cache, "batch_select_indices"):  # a cache that cannot be dealt out
-                shared, cache = 0, None
+        shared, cache = read_shared(model, batch, texts)
         owners = [(g, i) for g, group in enumerate(batch) for i in group.rows]
-        parts = list(length_batches([len(unique[i].ids) for _, i in owners], size))
+        parts = list(length_batches([len(texts[i].ids) for _, i in owners], size))
         for numbers in parts:
             part = copy.deepcopy(cache) if len(parts) > 1 else cache
             if part is not None:
                 from_group = torch.tensor([owners[k][0] for k in numbers], device=device)
                 part.batch_select_indices(from_group)
             chosen = [owners[k][1] for k in numbers]
-            scores = score_rest(model, part, [unique[i] for i in chosen], shared, pad_id)
-            results.update(zip([kept[i][0] for i in chosen], scores))
+            scores = score_rest(model, part, [texts[i] for i in chosen], shared, pad_id)
+            results.update(zip([names[i] for i in chosen], scores))
     return [results[key] for key in keys]
 
 
@@ -803,7 +834,7 @@ r"""
 > `shots` and the kind of the task above, and see.
 
 Most of the gain comes from not doing work; the rest from keeping the machine busy, which counts for
-more on a GPU. What matters is the line below it: the same decisions either way.
+more on a GPU. The last line of the cell checks what matters more: the decisions are the same.
 
 A task is now a loop over its items. The choice with the lowest mean loss wins; on an exact tie,
 the first. That rule explains the cold open: to a newborn model all choices are tied, so it always
@@ -848,6 +879,8 @@ def score_task(
             yield decide(task, index, [next(scores) for _ in group])
 
 
+# %%
+#| export
 def decide(task: Task, index: int, scores: list[tuple[float, bool]]) -> dict:
     """Turn the scores of one item's rows into a decision."""
     losses = [loss for loss, _ in scores]
@@ -947,9 +980,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-An interval is a promise: in 95 of 100 exams, the truth lies inside. A promise about chance is
-easily broken without anybody noticing, so we test it where we know the truth. Two thousand exams
-of random length and difficulty, and we count.
+An interval is a promise: in 95 of 100 exams, the truth lies inside. We test it where we know the
+truth, on two thousand exams of random length and difficulty.
 """
 
 # %%
@@ -1010,10 +1042,11 @@ r"""
 So two models whose true scores are equal easily come out 0.01 apart. And this counts only the
 luck of the items. The luck of the training run (its seed, the order of its data) comes on top:
 seven published runs of one nanochat recipe scored from 0.2512 to 0.2677. So a difference of 0.01
-between two single runs shows nothing, and nobody should choose between two ideas by it. Bits per
-byte is steadier by far; CORE is for the question whether the steadier number means anything.
+between two single runs shows nothing. Bits per byte is steadier; CORE tells whether the steadier
+number means anything.
 
-Now the two functions people will call: one task, and a list of tasks.
+`evaluate_task` scores one task, `evaluate_core` a list of them, and `summarize` puts the error bar
+on their mean.
 """
 
 
@@ -1319,6 +1352,8 @@ from nanochat.data import cache_folder, download, retrying
 from nanochat.model import GPT
 
 
+# %%
+#| export core
 def read_items(path: Path) -> list[dict]:
     """Read the items of a JSON-lines file, gzipped or not; UserError names a broken file."""
     opener = gzip.open if path.suffix == ".gz" else open
@@ -1402,18 +1437,17 @@ def load_core(folder: str | Path) -> list[Task]:
 r"""
 ### Getting the bundle, and opening a stranger's archive
 
-The tasks of nanochat's CORE are published as one zip archive of about 160 MB. A file from the
-network is somebody else's program until shown otherwise. Three things can be wrong with it, and
-each has its guard:
+The tasks of nanochat's CORE are published as one zip archive of about 160 MB. Three things can be
+wrong with a file from the network, and each has its guard:
 
-- *It is another file*, by accident or by intent. We know the SHA-256 of the right one and compare.
+- *It is another file*. We know the SHA-256 of the right one and compare.
 - *It writes where it should not.* A name inside an archive may be `../../.bashrc`, or a link to
   somewhere else. We accept plain relative names and plain files.
 - *It is a bomb*: a megabyte that unpacks to a terabyte of zeros. The sizes written in an archive
   may be lies, so we count the bytes as they come, and stop.
 
 It is unpacked beside its place and renamed when it is complete, so a killed run leaves nothing that
-looks finished. For a folder of your own, none of this is needed: `load_core` reads it as it is.
+looks finished. A folder of your own is read as it is, by `load_core`.
 """
 
 
@@ -1627,8 +1661,8 @@ r"""
 A full CORE is 91,037 items; on a small machine that takes hours. `run_core` writes the result of
 each task as soon as it has it. Killed and started again, it goes on with the next task. How does
 it know that the old results still count? It keeps, with each, a hash of the weights, of the
-tokenizer and of the task itself. Results of other weights are refused, not mixed in: a mean of
-two models is nobody's score.
+tokenizer and of the task itself. Results of other weights are refused: a mean of two models is
+nobody's score.
 """
 
 
@@ -1703,6 +1737,8 @@ def run_core(
     return summary
 
 
+# %%
+#| export core
 def save_core(summary: dict, folder: Path, title: str) -> None:
     """Write a result of `run_core` as core.json, core.md and core.png."""
     import matplotlib.pyplot as plt
@@ -1763,7 +1799,7 @@ a published one to the last digit. Two published lists differ in the baselines o
 (`commonsense_qa`, `agi_eval_lsat_ar` and `bigbench_language_identification`), so they also give two
 values of CORE for one model; `core.md` shows which were used.
 
-Results are read in a table and in a picture. Both show the interval and the baseline, always.
+Results are read in a table and in a picture. Both show the interval and the baseline.
 """
 
 
@@ -1786,6 +1822,8 @@ def core_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+# %%
+#| export
 def plot_core(
     results: dict[str, dict], controls: dict[str, dict[str, float]] | None = None, title: str = ""
 ) -> tuple[Any, Any]:
@@ -1817,10 +1855,9 @@ def plot_core(
 r"""
 ## A CORE for the tiny world
 
-Public benchmarks are too hard for a model that trains in seconds; it would score zero on all of
-them before and after, and we would learn nothing. So we build thirteen small tasks of the same
-three kinds from the tiny world of appendix A1. Its exam asks for facts that stand in the training
-text, in wordings that do not.
+Public benchmarks are too hard for a model that trains in seconds. So we build thirteen small tasks
+of the same three kinds from the tiny world of appendix A1. Its exam asks for facts that stand in
+the training text, in wordings that do not.
 
 | task | kind | what it needs |
 |---|---|---|
@@ -1836,6 +1873,13 @@ text, in wordings that do not.
 """
 
 
+# %% [markdown]
+r"""
+Facts come first, each asked in two ways: as a question, and as a sentence to be ended. Every item's
+id names its subject, which sorts the items into people, places and things.
+"""
+
+
 # %%
 #| export
 def topic(world: World, item: dict) -> str:
@@ -1847,6 +1891,8 @@ def topic(world: World, item: dict) -> str:
     return "places" if relation in places else "things"
 
 
+# %%
+#| export
 def fact_tasks(world: World, n: int) -> list[Task]:
     """Return the tasks that ask for facts by likelihood, n items each at most."""
     tasks, asked = [], exam(world, "multiple_choice", seed=7)
@@ -1873,6 +1919,15 @@ def fact_tasks(world: World, n: int) -> list[Task]:
     return [*tasks, Task("letters", "multiple_choice", letters, 0, "\n", 0.25)]
 
 
+# %% [markdown]
+r"""
+The schema task turns the question round: one ending, two beginnings, and only one of them makes the
+ending true.
+"""
+
+
+# %%
+#| export
 def who_fits(world: World, n: int) -> Task:
     """Return the schema task: two subjects in one sentence, and an ending true of one of them."""
     items, rng = [], random.Random(7)
@@ -1890,6 +1945,12 @@ def who_fits(world: World, n: int) -> Task:
     return Task("who fits", "schema", items, 0, " ", 0.5)
 
 
+# %% [markdown]
+r"""
+The other tasks need texts that were never trained on, cut into sentences.
+"""
+
+
 # %%
 #| export
 def unseen_texts(world: World, n: int) -> list[list[str]]:
@@ -1905,6 +1966,8 @@ def unseen_texts(world: World, n: int) -> list[list[str]]:
     return texts
 
 
+# %%
+#| export
 def text_tasks(world: World, n: int) -> list[Task]:
     """Return the tasks made from unseen text, people and sums, n items each at most."""
     rng, texts = random.Random(7), unseen_texts(world, n)
@@ -1940,6 +2003,8 @@ def text_tasks(world: World, n: int) -> list[Task]:
     ]
 
 
+# %%
+#| export
 def spaced(expression: str) -> str:
     """Write "3*7" as the training text does: "3 * 7"."""
     return "".join(f" {c} " if c in "+-*/" else c for c in expression)
@@ -1988,8 +2053,8 @@ for name in ("people: sentences", "places: sentences", "things: sentences"):
 
 # %% [markdown]
 r"""
-A score without its rule is half a number. One more experiment, on shots. We ask the same
-questions about things with 0, 1, 2 and 4 solved examples in front. Everything else stays.
+The two rules give two scores for one model, so a score is told with its rule. What about shots? We
+ask the same questions about things with 0, 1, 2 and 4 solved examples in front.
 """
 
 # %%
@@ -1999,16 +2064,15 @@ for shots in (0, 1, 2, 4):
 
 # %% [markdown]
 r"""
-Read the intervals before the numbers. If they overlap, this experiment has not shown that shots
-help *this* model. In large models they do, and strongly; learning from examples in the prompt is
-an ability that comes with size.
+The intervals overlap: this experiment has not shown that shots help *this* model. Learning from
+examples in the prompt is an ability that comes with size.
 
 ## Signature result: before, after, and what else could explain it
 
 Thirteen tasks, before and after training, with intervals, guessing, and the best control of each
 task. One result counts as learned when its interval lies above guessing *and* above the best
-control. (With thirteen tasks and 95 % intervals, about one table in three will show a task that
-passed by luck. Remember that when somebody shows you the best of many.)
+control. (With thirteen tasks and 95 % intervals, up to one table in four shows a task that passed
+by luck.)
 """
 
 # %%
@@ -2051,17 +2115,16 @@ assert learned and bpb_after < 0.5 * bpb_before
 
 # %% [markdown]
 r"""
-The loss fell by more than half. Yet in most tasks about facts the model is hardly better than
-guessing: it has learned how texts of this world *sound* before learning what they *say*. Both are
-true of one and the same model, and only the second can be seen in a table like this one. Chapter
-12 trains longer, and the facts arrive.
+The bits per byte fell by more than half. Yet in most tasks about facts the model is hardly better
+than guessing: it has learned how texts of this world *sound* before learning what they *say*, and
+only a table like this one shows it.
 
 ## Has the exam leaked?
 
 All controls above trust one thing: that the model has not seen the answers. A web-sized training
-text holds copies of public exams, and a model that learned them by heart scores high without
-knowing anything. The usual check looks for common *n-grams*: runs of n words, often 13, that
-stand in the exam and in the training text. Long runs of words do not repeat by chance.
+text holds copies of public exams, and a model may know them by heart. The usual check looks for
+common *n-grams*: runs of n words, often 13, that stand in the exam and in the training text. Long
+runs of words do not repeat by chance.
 
 The training text is huge and the exam is small, so we turn the problem around. The exam's
 words get random 64-bit codes; a word that no question has gets 0, and no run through a 0 can match.
@@ -2147,7 +2210,7 @@ assert shares[:3].tolist() == [1.0, 0.8, 0.0] and math.isnan(shares[3])
 # %% [markdown]
 r"""
 To see that it finds what it should, we plant a leak: every fifth question about people goes into
-the training text, answer included, in one document among hundreds.
+the training text, answer included, each in one document.
 """
 
 # %%
@@ -2253,11 +2316,11 @@ with a `bootstrap_interval`, and `compare` two models item by item; run `control
 
 **Pitfalls** (all of them happened somewhere)
 - A validation set that moves: "the last shard on disk" is another shard after the next download.
-- Bits per byte with the wrong bytes: measuring the decoded text of a token gives 3 bytes for
-  every broken character. Two figures computed in these two ways are not comparable.
+- Bits per byte with the wrong bytes: the decoded text of a token has 3 bytes for every broken
+  character.
 - Evaluation that depends on the batch size, because means are averaged.
-- Asking for fewer items than shots: nothing to draw from. Here fewer are drawn, with a warning.
-- A scorer nobody checked. Ours is compared, item by item, with a slow one written from the rules.
+- A scorer nobody checked. Our tests compare ours, item by item, with a slow one written from the
+  rules.
 - Results of an older checkpoint, found in the folder and quietly averaged with new ones.
 - A test that repeats the training data: for weeks nanochat's spelling test drew the same words as
   its training set, because Python's generator treats the seeds `s` and `-s` alike.

@@ -10,8 +10,8 @@
 r"""
 # 8. Inference
 
-**By the end you have made a model write several times faster without changing a single token of
-what it writes, and let it use a calculator and run programs without being able to hurt you.**
+By the end of this chapter we have made a model write several times faster without changing a
+single token of what it writes, and let it use a calculator and run programs that cannot hurt us.
 
 First the finished thing: an engine, a prompt, and tokens that arrive one by one. The model is
 untrained, so it babbles. Everything around it already works.
@@ -40,9 +40,8 @@ r"""
 5. let a model call a calculator, token by token, and refuse everything that is not arithmetic;
 6. run a program you do not trust, and say which walls stood around it.
 
-Prerequisites: chapters 1, 3 and 5. Reading: 30 minutes. Running: under 60 seconds on two CPU
-cores, no network, under 1 GB. Times below are from such a machine; yours will differ, the shapes
-of the curves will not.
+Prerequisites: chapters 1, 3 and 5. Reading: 40 minutes. Running: under 60 seconds on two CPU
+cores, no network, under 1 GB. Times below are from such a machine; yours will differ.
 """
 
 # %% tags=["parameters"]
@@ -70,9 +69,8 @@ from nanochat.optim import build_optimizer, lr_multiplier, muon_momentum
 r"""
 ## A model to talk to
 
-We train a small GPT on the tiny world for some seconds, with the bare loop of chapter 5. It will
-know the sound of the language and little else. That is enough: this chapter is about *how*
-tokens come out, not about which.
+We train a small GPT on the tiny world for some seconds, with the bare loop of chapter 5. This
+chapter is about *how* tokens come out, not about which, so a little training is enough.
 """
 
 # %%
@@ -143,16 +141,13 @@ $$\text{bytes per token} = 2 \cdot n_\text{layer} \cdot n_\text{kv\_head} \cdot 
 
 # %%
 #| export engine
-import ast
 import copy
 import math
-import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 import torch
@@ -210,6 +205,14 @@ class KVCache:
         self.positions, self.mask = padded_view(self.starts, self.length, n_new)
 
 
+# %% [markdown]
+r"""
+`prepare` is for rows of different lengths. They need positions that are counted from where each row
+begins, and a mask that hides the padding before it. We come back to this when we write many rows at
+once.
+"""
+
+
 # %%
 #| export engine
 def padded_view(
@@ -231,9 +234,7 @@ def padded_view(
 
 # %% [markdown]
 r"""
-`padded_view` is for rows of different lengths; we come back to it. First the proof that the cache
-changes nothing. We feed a text whole, and again in chunks of any sizes; the logits must
-agree.
+Does the cache change anything? We feed a text whole, and in chunks; the logits must agree.
 """
 
 # %%
@@ -275,7 +276,7 @@ print(f"{naive_tokens} tokens in {cached_seconds[-1]:.2f} s, the same tokens")
 
 # %%
 fig, ax = figure(
-    "Without a cache the time grows with the square of the length",
+    "Without a cache the time grows quadratically",
     "tokens written", "seconds since the start",
     alt="Seconds over tokens written: a parabola for naive generation, a line with a cache.",
 )  # fmt: skip
@@ -302,9 +303,9 @@ $$t_\text{step} \ge \max\left(\frac{\text{bytes}}{\text{bandwidth}},
 \text{operations} = B\,(2P + 4 L\,d\,T)$$
 
 $P$ counts the weights that multiply (embeddings are only looked up), $b$ the bytes of a number,
-$B$ the rows of the batch, $T$ the tokens in the cache, $L$ the layers. The weights are fetched
-once for all rows: that is why batches pay. Let us measure the two ceilings of this machine and
-put a large model on a large GPU beside it.
+$B$ the rows of the batch, $T$ the tokens in the cache, $L$ the layers, $d$ the width of the model
+and $d_\text{kv}$ that of its keys. The weights are fetched once for all rows: that is why batches
+pay. We measure the two ceilings of this machine and put a large model on a large GPU beside it.
 """
 
 
@@ -355,17 +356,16 @@ as much as one. Then the cache takes over: from 64 rows of 1,024 tokens on, most
 keys and values, not weights, and larger batches gain little. That is the case for fewer key-value
 heads (grouped queries) and for windows.
 
-Our small model is far from its own floor when it writes alone: each token takes Python some
-milliseconds to say what is to be done. On a GPU that is the first thing to remove (CUDA graphs).
+Our small model is far from its own floor when it writes alone: most of a token's time goes into
+Python, which says what is to be done. On a GPU that is the first thing to remove.
 
 *Try it:* set the context to 2,048 and the key-value heads of `d24` to 2, and watch batch 512.
 
 ## Choosing the next token
 
 Greedy writing takes the likeliest token. It is repeatable and, for a small model, soon walks in
-circles. The other way is to draw from the distribution, which is honest and sometimes silly: a
-thousand unlikely tokens, each nearly impossible, are together not so unlikely. Four knobs move
-between the two.
+circles. The other way is to draw from the distribution, which is sometimes silly: a thousand tokens
+that are each nearly impossible are together not so unlikely. Four knobs move between the two.
 
 - **temperature** $\tau$: $p_i \propto e^{z_i / \tau}$. Below 1 sharpens, above 1 flattens, 0 is
   greedy.
@@ -375,8 +375,7 @@ between the two.
 - **min-p**: only tokens at least $p$ times as likely as the likeliest.
 
 A fifth knob is against circles: **frequency penalty** $f$ takes $f$ times the number of its
-appearances so far from a token's logit. (Subtracting is safer than dividing: a softmax does not
-change when a constant is added to all logits, but it does when they are scaled.)
+appearances so far from a token's logit.
 """
 
 
@@ -421,6 +420,13 @@ class Sampling:
         top_p = 2.0 if self.top_p in (None, 1) else self.top_p
         cut = [self.top_k or math.inf, top_p, self.min_p or 0.0]
         return [self.temperature, *cut, self.frequency_penalty]
+
+
+# %% [markdown]
+r"""
+A batch may hold rows with different knobs. So the knobs of all rows come as one tensor, and all
+filters work on one sorted copy of the probabilities.
+"""
 
 
 # %%
@@ -532,13 +538,8 @@ def sample(
 # %%
 #| test
 _p = torch.tensor([0.5, 0.0, 0.3, 0.2])
-assert [int(draw(_p[None], torch.tensor([u]))) for u in (0.0, 0.49, 0.5, 0.79, 0.99)] == [
-    0,
-    0,
-    2,
-    2,
-    3,
-]
+_drawn = [int(draw(_p[None], torch.tensor([u]))) for u in (0.0, 0.49, 0.5, 0.79, 0.99)]
+assert _drawn == [0, 0, 2, 2, 3]
 _ids = sample(_p.log().expand(5000, 4), generator=torch.Generator().manual_seed(0))
 assert torch.allclose(_ids.bincount(minlength=4) / 5000, _p, atol=0.03)
 assert int(sample(_p.log()[None], temperature=0)) == 0
@@ -555,18 +556,32 @@ compute it and *force* the next tokens: `output_start`, the result, `output_end`
 the result as if it had written it, and goes on.
 
 The text comes from a model that anybody may talk to, so Python's `eval` is out of the question:
-with enough ingenuity, `eval` of a filtered string has always been broken. We parse the text into
-a syntax tree instead and compute the few kinds of node we know. What is not on the list has no
-meaning, hence no danger. Danger of the second kind is size: `9**9**9` is short and would run
-until the memory is full. So lengths, depths, exponents and values have limits, checked *before*
-the work.
+filters in front of it have always been broken. We parse the text into a syntax tree instead and
+compute the few kinds of node we know. `2*(3+4)` becomes
+
+```
+    Mult
+    ├── 2
+    └── Add
+        ├── 3
+        └── 4
+```
+
+What is not on the list of kinds has no meaning, hence no danger. Danger of the second kind is size:
+`9**9**9` is short and would run until the memory is full. So lengths, depths, exponents and values
+have limits, checked *before* the work.
 """
 
 # %%
-#| export engine
+#| export calculator
+import ast
+import math
+import re
+from decimal import Decimal
+
+from nanochat.tokenizer import Tokenizer
+
 MAX_LENGTH, MAX_DEPTH, MAX_VALUE, MAX_EXPONENT = 500, 50, 1e30, 100
-QUOTED = re.compile(r"""("[^"\\\n]*"|'[^'\\\n]*')""")
-THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
 OPERATORS = {
     ast.Add: lambda a, b: a + b,
     ast.Sub: lambda a, b: a - b,
@@ -587,8 +602,27 @@ def power(base: float, exponent: float) -> float:
     return base**exponent
 
 
+# %% [markdown]
+r"""
+One thing beside arithmetic is allowed, because counting letters is where tokens fail a model:
+`"strawberry".count("r")`. `evaluate` walks the tree from the leaves to the root.
+"""
+
+
 # %%
-#| export engine
+#| export calculator
+def count_call(node: ast.AST) -> int:
+    """Compute `"text".count("t")`, the one call there is; ValueError for any other node."""
+    match node:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
+            args=[ast.Constant(value=str(part))],
+            keywords=[],
+        ):
+            return text.count(part)
+    raise ValueError(f"{type(node).__name__} is not allowed")
+
+
 def evaluate(node: ast.AST, depth: int = 0) -> int | float:
     """Compute a syntax tree of allowed nodes; ValueError for any other node or size."""
     if depth > MAX_DEPTH:
@@ -607,18 +641,17 @@ def evaluate(node: ast.AST, depth: int = 0) -> int | float:
     return value
 
 
+# %% [markdown]
+r"""
+`calculate` takes thousands commas out of the numbers, but not out of quoted text, lets no letters
+near the parser, and turns every refusal into `None`.
+"""
+
+
 # %%
-#| export engine
-def count_call(node: ast.AST) -> int:
-    """Compute `"text".count("t")`, the one call there is; ValueError for any other node."""
-    match node:
-        case ast.Call(
-            func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
-            args=[ast.Constant(value=str(part))],
-            keywords=[],
-        ):
-            return text.count(part)
-    raise ValueError(f"{type(node).__name__} is not allowed")
+#| export calculator
+QUOTED = re.compile(r"""("[^"\\\n]*"|'[^'\\\n]*')""")
+THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
 def format_number(value: int | float) -> str:
@@ -660,19 +693,57 @@ for expression in ("7/2", "0.1+0.2", "12/4", "1,234 * 2", "2**10", '"a, b, c".co
 
 # %% [markdown]
 r"""
-Results look as they do in the training data: 3.5, and 0.3 rather than 0.30000000000000004.
-Commas inside quotes survive, thousands commas go. A refusal is `None`: then no output is forced,
-and the model has to cope.
+Results look as they do in the training data: 3.5, and 0.3 rather than 0.30000000000000004. After a
+refusal no output is forced, and the model has to cope.
 
-*Try it:* find an expression that you think should be refused, and is not. The tests hold more
-than a hundred.
+The model writes its call one token at a time. So something must watch the tokens go by, collect
+what stands between the two signs, and say what is to be forced after the second one.
+"""
 
+
+# %%
+#| export calculator
+class ToolCalls:
+    """Watches the ids that a model chooses, and answers its calls of the calculator."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.expression: list[int] | None = None  # ids since python_start; None outside of a call
+
+    def push(self, id: int) -> list[int]:
+        """Take one id; return the ids to force next: none unless it closes a call with a value."""
+        special = self.tokenizer.special
+        if id == special("python_start"):
+            self.expression = []
+        elif self.expression is None:
+            return []
+        elif id == special("python_end"):
+            value = calculate(self.tokenizer.decode(self.expression))
+            self.expression = None
+            if value is not None:
+                output = self.tokenizer.encode(value)
+                return [special("output_start"), *output, special("output_end")]
+        else:
+            self.expression.append(id)
+        return []
+
+
+# %%
+#| test
+_tokenizer = Tokenizer.train(["12 + 30 = 42"], 270)
+_calls, _special = ToolCalls(_tokenizer), _tokenizer.special
+for _text, _value in (("12+30", "42"), ("1/0", None)):
+    _call = [_special("python_start"), *_tokenizer.encode(_text), _special("python_end")]
+    *_before, _forced = [_calls.push(_id) for _id in [7, *_call]]
+    assert not any(_before) and _tokenizer.decode(_forced[1:-1]) == (_value or "")
+
+# %% [markdown]
+r"""
 ## One request on its way
 
-Now the parts that make up an answer: tokens for those who stream, a completion for those who
-wait, and a transcript that tells text from tool talk. A token may be half of a character
-(chapter 1), so pieces of text come from the stream decoder, which holds back bytes until they
-make a character.
+An answer is made of tokens for those who stream, a completion for those who wait, and a transcript
+that tells text from tool talk. A token may be half of a character, so pieces of text come from the
+stream decoder of chapter 1, which holds back bytes until they make a character.
 """
 
 
@@ -728,18 +799,18 @@ class Transcript:
 
 # %% [markdown]
 r"""
-A `Row` is one request. It decides, after each token, what follows from it: a stop token ends the
-row, a closed tool call fills the queue of forced tokens, the last token of the budget ends it
-too. The mask remembers which tokens the model chose (1) and which were forced on it (0);
-reinforcement learning must praise and blame the model for the first kind only. All that makes one
-request differ from another lives here: its knobs, its random numbers, its budget, its stop button.
+A `Row` is one request, with all that makes it differ from others: its knobs, random numbers, budget
+and stop button. It decides, after each token, what follows from it: a stop token ends the row, a
+closed tool call fills the queue of forced tokens, the last token of the budget ends it too. The
+mask remembers which tokens the model chose (1) and which were forced on it (0); reinforcement
+learning must praise and blame the model for the first kind only.
 """
 
 
 # %%
 #| export engine
 class Row:
-    """One request on its way: its tokens, its own random numbers, and the calculator's state."""
+    """One request on its way: its tokens, its own random numbers, and its calls of the tool."""
 
     def __init__(
         self,
@@ -752,12 +823,11 @@ class Row:
         tools: bool = True,
     ):
         self.prompt, self.budget, self.tokenizer = list(prompt), budget, tokenizer
-        self.sampling, self.stop, self.tools = sampling, stop, tools
+        self.sampling, self.stop = sampling, stop
+        self.calls = ToolCalls(tokenizer) if tools else None
         self.ids, self.mask, self.logprobs = [], [], []
         self.queue: deque[int] = deque()  # tokens that must come next, whatever the model wants
-        self.expression: list[int] | None = None  # ids since python_start
-        self.special = {name.strip("<|>"): tokenizer.special(name) for name in SPECIAL_TOKENS}
-        self.stop_ids = {self.special["assistant_end"], self.special["bos"]}
+        self.stop_ids = {tokenizer.special("assistant_end"), tokenizer.special("bos")}
         self.finish_reason: str | None = None if budget else "length"
         self.error: Exception | None = None
         generator = torch.Generator().manual_seed(seed)
@@ -769,11 +839,11 @@ class Row:
         return len(self.prompt) + len(self.ids) - 1
 
     def take(self, id: int, logprob: float) -> None:
-        """Append the next token and decide what follows from it."""
+        """Append the next token and decide what follows from it; UserError for a logprob of NaN."""
         forced = bool(self.queue)
         if forced:
             self.queue.popleft()
-        elif logprob != logprob:
+        elif math.isnan(logprob):
             raise UserError("the model's output is not a number (NaN); load an earlier checkpoint.")
         self.ids.append(id)
         self.mask.append(int(not forced))
@@ -782,35 +852,15 @@ class Row:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.budget:
             self.finish_reason = "length"
-        elif self.tools and not forced:
-            self.watch(id)
+        elif self.calls and not forced:
+            self.queue.extend(self.calls.push(id))
 
-
-# %%
-#| export engine
-def _watch(self: Row, id: int) -> None:
-    """Collect a tool call; when it closes and has a value, queue the tokens of that value."""
-    if id == self.special["python_start"]:
-        self.expression = []
-    elif id == self.special["python_end"] and self.expression is not None:
-        value = calculate(self.tokenizer.decode(self.expression))
-        self.expression = None
-        if value is not None:
-            start, end = self.special["output_start"], self.special["output_end"]
-            self.queue.extend([start, *self.tokenizer.encode(value), end])
-    elif self.expression is not None:
-        self.expression.append(id)
-
-
-def _completion(self: Row) -> Completion:
-    """Return what the row has become."""
-    transcript = Transcript(self.tokenizer)
-    pieces = [transcript.push(id) for id in self.ids]
-    text = "".join(piece for kind, piece in pieces if kind == "text")
-    return Completion(self.ids, self.mask, text, self.logprobs, self.finish_reason or "length")
-
-
-Row.watch, Row.completion = _watch, _completion
+    def completion(self) -> Completion:
+        """Return what the row has become."""
+        transcript = Transcript(self.tokenizer)
+        pieces = [transcript.push(id) for id in self.ids]
+        text = "".join(piece for kind, piece in pieces if kind == "text")
+        return Completion(self.ids, self.mask, text, self.logprobs, self.finish_reason or "length")
 
 
 # %% [markdown]
@@ -823,16 +873,14 @@ before a short prompt hold padding. Rotary positions are counted from where the 
 and a mask hides the padding: `padded_view` above. A padding slot may see itself, since a softmax
 over nothing is 0/0, and a NaN in the cache would spread.
 
-Writing together is harder, because people do not arrive together. One row has written four
-hundred tokens when the next one brings its prompt, and a third one stops. We want rows to **join
-and leave between two steps** (*continuous batching*; Yu et al. 2022), each with its own length,
-and no memory to move.
+Writing together is harder, because requests do not come and end together. We want rows to **join
+and leave between two steps** (*continuous batching*; Yu et al. 2022), each with its own length, and
+no memory to move.
 
-The trick is a clock. All rows write into the same slot: the clock modulo the number of slots, as
-the hand of a clock goes round. A row of length $n$ is, wherever the hand stands, *the last $n$
-slots before it*. So a row that joins is copied to the $n$ slots before the hand; a row that leaves
-is simply forgotten; and a slot is visible to a row if its *age*, the steps since it was written, is
-not more than the row's length.
+The trick is a clock. All rows write into the same slot, the clock modulo the number of slots: there
+the hand stands. A row of length $n$ is always *the last $n$ slots before the hand*. So a row that
+joins is copied to the $n$ slots before the hand; a row that leaves is simply forgotten; and a slot
+is visible to a row if its *age*, the steps since it was written, is not more than the row's length.
 
 ```
 slots      0   1   2   3   4   5   6   7        the hand is at 2: age of slot 1 is 1,
@@ -913,40 +961,37 @@ no window reaches them.
 
 # %%
 #| export engine
-def _recent(self: RingCache, layer: int, length: int) -> Tensor:
+def recent_slots(ring: RingCache, layer: int, length: int) -> Tensor:
     """Return the slots of a row's last tokens in one layer, oldest first, int64."""
-    n = min(length, self.slots[layer])
-    back = torch.arange(-n, 0, device=self.clock.device)
-    return (self.clock + back) % self.slots[layer]
+    n = min(length, ring.slots[layer])
+    back = torch.arange(-n, 0, device=ring.clock.device)
+    return (ring.clock + back) % ring.slots[layer]
 
 
-def _put(self: RingCache, b: int, cache: KVCache, row: int, length: int) -> None:
-    """Seat the last `length` tokens of a row of a KVCache as row b."""
-    for layer in range(len(self.slots)):
-        where = self.recent(layer, length)
+def copy_in(ring: RingCache, b: int, cache: KVCache, number: int, length: int) -> None:
+    """Seat the last `length` tokens of row `number` of a KVCache as row b of the ring."""
+    for layer in range(len(ring.slots)):
+        where = recent_slots(ring, layer, length)
         part = slice(cache.length - len(where), cache.length)
-        self.keys[layer][b].index_copy_(1, where, cache.keys[layer, row, :, part])
-        self.values[layer][b].index_copy_(1, where, cache.values[layer, row, :, part])
-    self.lengths[b] = length
-    if self.before is not None:
-        self.before[b] = cache.last[row]
+        ring.keys[layer][b].index_copy_(1, where, cache.keys[layer, number, :, part])
+        ring.values[layer][b].index_copy_(1, where, cache.values[layer, number, :, part])
+    ring.lengths[b] = length
+    if ring.before is not None:
+        ring.before[b] = cache.last[number]
 
 
-def _row(self: RingCache, b: int, length: int) -> KVCache:
-    """Return row b, of `length` tokens, as a KVCache of one row."""
-    k = self.keys[0]
-    cache = KVCache(self.config, 1, length, k.device, k.dtype)
+def copy_out(ring: RingCache, b: int, length: int) -> KVCache:
+    """Return row b of the ring, of `length` tokens, as a KVCache of one row."""
+    k = ring.keys[0]
+    cache = KVCache(ring.config, 1, length, k.device, k.dtype)
     cache.keys.zero_(), cache.values.zero_()
-    for layer in range(len(self.slots)):
-        where = self.recent(layer, length)
-        cache.keys[layer, 0, :, length - len(where) :] = self.keys[layer][b][:, where]
-        cache.values[layer, 0, :, length - len(where) :] = self.values[layer][b][:, where]
+    for layer in range(len(ring.slots)):
+        where = recent_slots(ring, layer, length)
+        cache.keys[layer, 0, :, length - len(where) :] = ring.keys[layer][b][:, where]
+        cache.values[layer, 0, :, length - len(where) :] = ring.values[layer][b][:, where]
     cache.length = length
-    cache.last = None if self.before is None else self.before[b : b + 1].clone()
+    cache.last = None if ring.before is None else ring.before[b : b + 1].clone()
     return cache
-
-
-RingCache.recent, RingCache.put, RingCache.row = _recent, _put, _row
 
 
 # %% [markdown]
@@ -974,13 +1019,13 @@ with torch.no_grad():
     for _b in (0, 1):
         _cache = KVCache(_config, 1, 6)
         _model(_idx[_b : _b + 1, : _n[_b]], kv_cache=_cache)
-        _ring.put(_b, _cache, 0, _n[_b])
+        copy_in(_ring, _b, _cache, 0, _n[_b])
     for _step in range(8):
         if _step == 4:  # the first row moves out, and in again
-            _cache, _old = _ring.row(0, _n[0]), _ring
+            _cache, _old = copy_out(_ring, 0, _n[0]), _ring
             _ring = RingCache(_config, 2, 15)
-            _ring.put(0, _cache, 0, _n[0])
-            _ring.put(1, _old.row(1, _n[1]), 0, _n[1])
+            copy_in(_ring, 0, _cache, 0, _n[0])
+            copy_in(_ring, 1, copy_out(_old, 1, _n[1]), 0, _n[1])
         _next = torch.stack([_idx[_b, _n[_b]] for _b in (0, 1)])
         _ring.prepare()
         _out = _model(_next[:, None], kv_cache=_ring)
@@ -996,9 +1041,8 @@ r"""
 
 A batch is what the *device* holds of the rows: their cache, the token each chose last, their knobs
 and random numbers. `advance` reads those tokens, and chooses the next ones. Nothing in it asks a
-tensor for its value, grows or moves anything. That matters on a GPU. Python only *asks* for work
-there, and every look at a result makes it wait until all work is done; and a step that always uses
-the same memory can be recorded once and replayed as a whole.
+tensor for its value, grows or moves anything. On a GPU every look at a result makes Python wait
+until all work is done, and a step that always uses the same memory can be recorded and replayed.
 
 `choose` gives each row what its own knobs say. Finding the `k` likeliest or the top `p` takes a
 sort, which is slow, so we sort only when a row in the batch asks for it.
@@ -1048,7 +1092,7 @@ class Batch:
     def put(self, b: int, row: Row, cache: KVCache, number: int) -> None:
         """Seat a row that has chosen a token; what it read before is row `number` of the cache."""
         self.rows[b] = row
-        self.cache.put(b, cache, number, row.n_read)
+        copy_in(self.cache, b, cache, number, row.n_read)
         self.ids[b], self.made[b] = row.ids[-1], len(row.ids)
         self.knobs[b] = torch.tensor(row.sampling.numbers())
         self.counts[b] = torch.bincount(torch.tensor(row.ids), minlength=self.counts.size(1))
@@ -1111,11 +1155,10 @@ r"""
 `fast_step` is where the care pays off. `torch.compile` merges the many small operations of a step
 into few, and refuses (`fullgraph=True`) if Python had a say in between. On a CUDA GPU the whole
 step, choice included, is then recorded as one *CUDA graph*: a replay is one request in place of
-hundreds. Both need rehearsals, and a rehearsal must leave no trace: the small tensors are put back,
-and what it wrote into the cache lies in the slot that the real step writes next. Compiling takes
-half a minute, so an engine does this only when asked to (`compiled=True`). On one core of a CPU a
-step of our model took 3.0 ms compiled and 3.2 ms as it is: there it is not worth the wait. It is
-for GPUs, where a small step is all overhead.
+hundreds. Both need rehearsals that leave no trace: the small tensors are put back, and what was
+written into the cache lies in the slot that the real step writes next. Compiling takes half a
+minute and gains a few percent on a CPU (`benchmarks/RESULTS.md`). It is for GPUs, where a small
+step is all overhead, and only when asked for (`compiled=True`).
 """
 
 
@@ -1156,12 +1199,12 @@ A prompt is read in chunks, with a step for everybody else between two chunks, s
 prompt does not make the others wait. Prompts of similar length are read together, and one that
 several rows share is read once.
 
-In a chat every turn repeats all turns before it. Their keys and values have just been computed; an
-engine may keep those of its last few rows, and a prompt that begins like one of them starts from
-there. This is right only as long as the weights stay as they are, so it is off unless asked for
-(`remember=8`). One thing a cache of keys and values does not hold is `smear`'s look at the token
-before; we look that token up again. And a layer with a window has forgotten what fell out of its
-ring: such a row can only be continued where it ended.
+In a chat every turn repeats all turns before it. An engine may keep the keys and values of its last
+few rows, and a prompt that begins like one of them starts from there. This is right only as long as
+the weights stay as they are, so it is off unless asked for (`remember=8`). Two details: `smear`
+(chapter 3) looks at the token before, which no key or value holds, so we look it up again. And a
+layer with a window has forgotten what fell out of its ring: such a row can only be continued where
+it ended.
 """
 
 
@@ -1181,7 +1224,7 @@ class Prefixes:
     """Keys and values of the last `limit` finished rows, for prompts that begin like them."""
 
     def __init__(self, limit: int):
-        self.entries: deque[tuple[list[int], KVCache]] = deque(maxlen=limit)
+        self.limit, self.entries = limit, deque(maxlen=limit)  # of (ids, KVCache)
 
     def keep(self, ids: list[int], cache: KVCache) -> None:
         """Remember a cache that holds exactly these ids; it replaces those that it continues."""
@@ -1240,12 +1283,14 @@ def next_group(waiting: deque[Row], free: int, max_tokens: int) -> list[Row]:
 #| export engine
 def prefill(
     model: GPT, rows: Sequence[Row], prefixes: Prefixes, chunk: int
-) -> Iterator[tuple[KVCache, Tensor] | None]:
-    """Read the prompts of rows in chunks; yields None after each, at last (cache, logits).
+) -> Iterator[tuple[KVCache, list[int], Tensor] | None]:
+    """Read the prompts of rows in chunks; yields None after each, at last the whole.
 
-    Row i of the cache and of the logits (B, V) belongs to the i-th different prompt.
+    That is (cache, numbers, logits): the i-th row is row numbers[i] of the cache, since equal
+    prompts are read once, and logits (B, V) are those after its prompt.
     """
     prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
+    numbers = [prompts.index(tuple(row.prompt)) for row in rows]
     longest = max(map(len, prompts))
     starts = [longest - len(prompt) for prompt in prompts]
     device, dtype = model.device, model.compute_dtype
@@ -1259,24 +1304,91 @@ def prefill(
         cache.prepare(part.size(1))
         logits = model(part, kv_cache=cache, last_only=True)[:, -1]
         yield None
-    yield cache, logits
+    yield cache, numbers, logits[torch.tensor(numbers, device=device)]
+
+
+# %% [markdown]
+r"""
+The logits after a prompt give its row the first token. From there on the batch takes over.
+"""
+
+
+# %%
+#| export engine
+def first_tokens(rows: Sequence[Row], logits: Tensor, known: int) -> None:
+    """Choose the first token of each row from logits (B, V); a row that has ended takes none."""
+    knobs = torch.tensor([row.sampling.numbers() for row in rows], device=logits.device)
+    uniform = torch.stack([row.uniforms[0] for row in rows]).to(logits.device)
+    counts, forced = logits.new_zeros(len(rows), known), torch.full_like(uniform, -1).long()
+    effort = max(row.sampling.effort for row in rows)
+    chosen = fetch(*choose(logits, knobs, uniform, counts, forced, effort))
+    for row, (id, logprob) in zip(rows, chosen):
+        if not row.finish_reason:
+            row.take(id, logprob)
 
 
 # %% [markdown]
 r"""
 ### The loop
 
-Now the waiter of the house. Rows wait at the door (`waiting`). Some of them study the menu
-(`reading`). The others sit at the table (`batch`) and get one token each, a step at a time. Who
-has finished, or has left without a word, frees a seat; when the table is too small, or far too
-large, everybody moves to another one. Sizes come from a short list, 1, 2, 3, 4, 6, 8, 12, 16, ...,
-so that moves are rare; where every size costs a compilation, the list is shorter still.
+All requests share one house. Rows wait at the door; the prompts of some are being read there
+(`arriving`). The others sit at the table and get one token each, a step at a time. First the door.
 """
 
 
 # %%
 #| export engine
-CHUNK, GROUP_TOKENS, SMALLEST = 512, 16384, 64
+CHUNK, GROUP_TOKENS = 512, 16384
+
+
+class Door:
+    """Rows that wait, and those whose prompts are being read."""
+
+    def __init__(self, model: GPT, prefixes: Prefixes):
+        self.model, self.prefixes = model, prefixes
+        self.waiting: deque[Row] = deque()
+        self.arriving: list[Row] = []
+        self.reading: Iterator | None = None
+
+    def rows(self) -> list[Row]:
+        """Return all rows that have no seat yet."""
+        return [*self.waiting, *self.arriving]
+
+    def read(self, free: int) -> tuple[list[Row], KVCache, list[int], Tensor] | None:
+        """Read a chunk for at most `free` rows; when it was the last, return rows and `prefill`."""
+        if self.reading is None and self.waiting and free:
+            most = 1 if self.prefixes.limit else free  # each prompt has its own beginning
+            self.arriving = next_group(self.waiting, most, GROUP_TOKENS)
+            self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK)
+        found = next(self.reading) if self.reading else None
+        if found is None:
+            return None
+        rows, self.arriving, self.reading = self.arriving, [], None
+        if self.prefixes.limit:
+            self.prefixes.keep(rows[0].prompt, found[0])
+        return rows, *found
+
+    def leave(self) -> None:
+        """Let go of rows that have ended while they waited."""
+        self.waiting = deque(row for row in self.waiting if not row.finish_reason)
+
+    def clear(self) -> None:
+        """Forget everybody."""
+        self.waiting.clear()
+        self.arriving, self.reading = [], None
+
+
+# %% [markdown]
+r"""
+Then the table. Who has finished frees a seat. When the table is too small, or far too large,
+everybody moves to another one. Sizes come from a short list, 1, 2, 3, 4, 6, 8, 12, 16, ..., so that
+moves are rare; where every size costs a compilation, the list is shorter still.
+"""
+
+
+# %%
+#| export engine
+SMALLEST = 64  # slots of a cache
 
 
 def bucket(n: int, coarse: bool = False) -> int:
@@ -1285,6 +1397,79 @@ def bucket(n: int, coarse: bool = False) -> int:
     return power * 3 // 4 if not coarse and power >= 4 and power * 3 // 4 >= n else power
 
 
+# %%
+#| export engine
+class Table:
+    """The rows that write: a batch with seats, which is exchanged when it does not fit."""
+
+    def __init__(self, model: GPT, known: int, max_batch: int, compiled: bool):
+        self.model, self.known, self.max_batch, self.compiled = model, known, max_batch, compiled
+        self.batch = self.empty = Batch(model, 0, 1, known)
+        self.kept: dict[tuple[int, int], Batch] = {}  # compiled ones, for the next time
+
+    def rows(self) -> list[Row]:
+        """Return the rows that have a seat."""
+        return [row for row in self.batch.rows if row]
+
+    def put(self, rows: Sequence[Row], cache: KVCache, numbers: Sequence[int]) -> None:
+        """Seat rows that have not ended; row i has read what is row numbers[i] of the cache."""
+        going = [(row, number) for row, number in zip(rows, numbers) if not row.finish_reason]
+        if not going:
+            return
+        seats, longest = len(self.rows()) + len(going), max(row.n_read for row, _ in going)
+        if seats > len(self.batch.rows) or longest >= self.batch.cache.size:
+            self.move(max(bucket(seats, self.compiled), len(self.batch.rows)), longest)
+        free = [b for b, row in enumerate(self.batch.rows) if row is None]
+        for b, (row, number) in zip(free, going):
+            self.batch.put(b, row, cache, number)
+
+    def move(self, seats: int, longest: int = 0) -> None:
+        """Move everybody to a batch of so many seats, with room for more than `longest` tokens."""
+        live = self.batch.live()
+        longest = max([longest, *(row.n_read for _, row in live)])
+        seats = min(seats, max(self.max_batch, len(live)))
+        room = max(longest + 1, 4 * SMALLEST if self.compiled else SMALLEST)
+        size = min(bucket(room, self.compiled), self.model.config.seq_len)
+        new = self.kept.get((seats, size)) or Batch(self.model, seats, size, self.known)
+        if self.compiled:
+            self.kept[seats, size] = new
+        new.rows = [None] * seats
+        for seat, (b, row) in enumerate(live):
+            new.put(seat, row, copy_out(self.batch.cache, b, row.n_read), 0)
+        self.batch = new
+
+    def step(self) -> None:
+        """Give every row a token, in a longer cache if this one is full."""
+        live = self.batch.live()
+        if live:
+            if max(row.n_read for _, row in live) >= self.batch.cache.size:
+                self.move(len(self.batch.rows))
+            step(self.batch, self.compiled)
+
+    def leave(self, prefixes: Prefixes, more: bool) -> None:
+        """Free the seats of rows that have ended; unless `more` rows come, move to fewer seats."""
+        for b, row in enumerate(self.batch.rows):
+            if row and row.finish_reason:
+                self.batch.rows[b] = None
+                if prefixes.limit and row.finish_reason != "cancelled":
+                    kept = copy_out(self.batch.cache, b, row.n_read)
+                    prefixes.keep(row.prompt + row.ids[:-1], kept)
+        seats = bucket(len(self.rows()), self.compiled)
+        if not self.rows():
+            self.batch = self.empty
+        elif not more and seats <= 0.75 * len(self.batch.rows):
+            self.move(seats)
+
+
+# %% [markdown]
+r"""
+In each round of the loop rows leave, rows join, and everybody at the table gets a token. It has no
+thread of its own: whoever wants a token runs it, and makes a step for all.
+"""
+
+
+# %%
+#| export engine
 class Loop:
     """One loop for all requests of an engine: rows join and leave between two steps.
 
@@ -1292,18 +1477,14 @@ class Loop:
     """
 
     def __init__(self, model: GPT, known: int, max_batch: int, remember: int, compiled: bool):
-        self.model, self.known, self.max_batch, self.compiled = model, known, max_batch, compiled
-        self.waiting: deque[Row] = deque()
-        self.arriving: list[Row] = []  # being read
-        self.reading: Iterator | None = None
-        self.batch: Batch | None = None
-        self.kept: dict[tuple[int, int], Batch] = {}  # compiled ones, for the next time
         self.prefixes, self.lock = Prefixes(remember), threading.Lock()
+        self.door = Door(model, self.prefixes)
+        self.table = Table(model, known, max_batch, compiled)
 
     def run(self, rows: Sequence[Row], done: Callable[[], bool]) -> None:
         """Make steps until done() is true; `rows` are new ones that join."""
         with self.lock:
-            self.waiting.extend(rows)
+            self.door.waiting.extend(rows)
         while True:
             with self.lock, torch.inference_mode():
                 if done():
@@ -1316,111 +1497,34 @@ class Loop:
 
     def rows(self) -> list[Row]:
         """Return all rows in the house."""
-        return [*self.waiting, *self.arriving, *(r for r in self.table() if r)]
+        return self.door.rows() + self.table.rows()
 
-    def table(self) -> list[Row | None]:
-        """Return the seats of the batch."""
-        return self.batch.rows if self.batch else []
+    def step(self) -> None:
+        """Let rows leave and join, read a chunk of a prompt, and give everybody a token."""
+        for row in self.rows():
+            if row.stop is not None and row.stop.is_set():
+                row.finish_reason = row.finish_reason or "cancelled"
+        self.leave()
+        found = self.door.read(self.table.max_batch - len(self.table.rows()))
+        if found:
+            rows, cache, numbers, logits = found
+            first_tokens(rows, logits, self.table.known)
+            self.table.put(rows, cache, numbers)
+        self.table.step()
+        self.leave()
+
+    def leave(self) -> None:
+        """Let go of rows that have ended."""
+        self.door.leave()
+        self.table.leave(self.prefixes, more=bool(self.door.rows()))
 
     def fail(self, error: BaseException) -> None:
         """After an error nobody can go on: end all rows, with the error if it is one."""
         for row in self.rows():
             row.error = error if isinstance(error, Exception) else None
             row.finish_reason = row.finish_reason or "cancelled"
-        self.waiting.clear()
-        self.arriving, self.reading, self.batch = [], None, None
-
-
-# %%
-#| export engine
-def _step(self: Loop) -> None:
-    """Let rows leave and join, read a chunk of a prompt, and give everybody a token."""
-    for row in self.rows():
-        if row.stop is not None and row.stop.is_set():
-            row.finish_reason = row.finish_reason or "cancelled"
-    self.leave()
-    free = self.max_batch - sum(row is not None for row in self.table())
-    if self.reading is None and self.waiting and free:
-        alone = bool(self.prefixes.entries.maxlen)  # each prompt has its own beginning
-        self.arriving = next_group(self.waiting, 1 if alone else free, GROUP_TOKENS)
-        self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK)
-    if self.reading is not None and (found := next(self.reading)) is not None:
-        self.seat(*found)
-    if self.batch and self.batch.live():
-        if max(row.n_read for _, row in self.batch.live()) >= self.batch.cache.size:
-            self.move(len(self.batch.rows))
-        step(self.batch, self.compiled)
-    self.leave()
-
-
-def _leave(self: Loop) -> None:
-    """Free the seats of rows that have ended; give up the table when it is empty."""
-    self.waiting = deque(row for row in self.waiting if not row.finish_reason)
-    for b, row in enumerate(self.table()):
-        if row and row.finish_reason:
-            self.batch.rows[b] = None
-            if row.finish_reason != "cancelled" and self.prefixes.entries.maxlen:
-                ids = row.prompt + row.ids[:-1]
-                self.prefixes.keep(ids, self.batch.cache.row(b, row.n_read))
-    if self.batch and not any(self.batch.rows):
-        self.batch = None
-    elif self.batch and not self.waiting and not self.arriving:
-        seats = bucket(len(self.batch.live()), self.compiled)
-        if seats <= 0.75 * len(self.batch.rows):
-            self.move(seats)
-
-
-Loop.step, Loop.leave = _step, _leave
-
-
-# %%
-#| export engine
-def _seat(self: Loop, cache: KVCache, logits: Tensor) -> None:
-    """Choose the first token of the rows that have been read and give them seats."""
-    rows, self.arriving, self.reading = self.arriving, [], None
-    if self.prefixes.entries.maxlen:
-        self.prefixes.keep(rows[0].prompt, cache)
-    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt) for r in rows))}
-    numbers = [places[tuple(row.prompt)] for row in rows]
-    logits = logits[torch.tensor(numbers, device=logits.device)]
-    knobs = torch.tensor([row.sampling.numbers() for row in rows], device=logits.device)
-    uniform = torch.stack([row.uniforms[0] for row in rows]).to(logits.device)
-    counts, forced = logits.new_zeros(len(rows), self.known), torch.full_like(uniform, -1).long()
-    effort = max(row.sampling.effort for row in rows)
-    for row, (id, logprob) in zip(
-        rows, fetch(*choose(logits, knobs, uniform, counts, forced, effort))
-    ):
-        if not row.finish_reason:
-            row.take(id, logprob)
-    going = [(row, number) for row, number in zip(rows, numbers) if not row.finish_reason]
-    if not going:
-        return
-    seats = sum(row is not None for row in self.table()) + len(going)
-    longest = max(row.n_read for row, _ in going)
-    if not self.batch or seats > len(self.batch.rows) or longest >= self.batch.cache.size:
-        self.move(max(bucket(seats, self.compiled), len(self.table())), longest)
-    free = [b for b, row in enumerate(self.batch.rows) if row is None]
-    for b, (row, number) in zip(free, going):
-        self.batch.put(b, row, cache, number)
-
-
-def _move(self: Loop, seats: int, longest: int = 0) -> None:
-    """Move everybody to a batch of so many seats (and room for `longest` tokens and more)."""
-    old, live = self.batch, self.batch.live() if self.batch else []
-    longest = max([longest, *(row.n_read for _, row in live)])
-    seats = min(seats, max(self.max_batch, len(live)))
-    room = max(longest + 1, 4 * SMALLEST if self.compiled else SMALLEST)
-    size = min(bucket(room, self.compiled), self.model.config.seq_len)
-    new = self.kept.get((seats, size)) or Batch(self.model, seats, size, self.known)
-    if self.compiled:
-        self.kept[seats, size] = new
-    new.rows = [None] * seats
-    for seat, (b, row) in enumerate(live):
-        new.put(seat, row, old.cache.row(b, row.n_read), 0)
-    self.batch = new
-
-
-Loop.seat, Loop.move = _seat, _move
+        self.door.clear()
+        self.table.batch = self.table.empty
 
 
 # %% [markdown]
@@ -1429,14 +1533,11 @@ r"""
 
 What remains is a front: check the request, make its rows, and stream one or return many. Streams
 *pull*: whoever asks for a token that is not there yet makes a step for everybody, and the others
-find theirs ready. So requests of several threads, or of a server that serves them in turn, become
-one batch without a thread of their own to run it.
+find theirs ready. So the requests of several threads become one batch.
 
 The engine holds the caller's model, not a copy, so a model that is being trained speaks with its
 newest weights. On a GPU a copy in bfloat16, made once, halves the bytes of every step. Eight-bit
-weights would halve them again. On our CPU that pays for large matrices alone: eight of 1,536 x
-6,144 took one row 16.9 ms in float32, 10.4 in bfloat16 and 5.5 in int8, but for eight rows 41.7,
-11.6 and 10.7. Our small model's weights lie in the processor's cache, and we leave it at that.
+weights would halve them again; we leave it at bfloat16.
 """
 
 
@@ -1508,23 +1609,102 @@ def prepared_copy(model: GPT, dtype: torch.dtype) -> GPT:
 
 # %%
 #| export engine
-class EngineBase:
-    """What an Engine holds: the model, its tokenizer, the loop, and checks of what it is asked."""
+def check_tokenizer(model: GPT, tokenizer: Tokenizer) -> None:
+    """Raise UserError when the tokenizer has tokens that the model does not know."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
+            f"{model.config.vocab_size:,}; use the tokenizer that it was trained with."
+        )
+
+
+# %%
+#| export engine
+def request(
+    model: GPT, tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int, *options: Any
+) -> Row:
+    """Return the Row of a prompt, or UserError; `options` are those of Row from sampling on."""
+    seq_len, last = model.config.seq_len, tokenizer.vocab_size - 1
+    if not len(ids):
+        raise UserError("the prompt is empty; begin it with the token bos.")
+    if len(ids) > seq_len:
+        raise UserError(
+            f"the prompt has {len(ids):,} tokens and the model's context window holds "
+            f"{seq_len:,}; shorten the prompt or start a new conversation."
+        )
+    if not 0 <= min(ids) <= max(ids) <= last:
+        raise UserError(f"the prompt has an id outside 0 .. {last}, the tokens there are.")
+    if max_tokens < 0:
+        raise UserError(f"max_tokens is {max_tokens}; use 0 or more.")
+    return Row(ids, min(max_tokens, seq_len - len(ids)), tokenizer, *options)
+
+
+# %% [markdown]
+r"""
+An engine can also read: how likely does the model find each token of a text that is already there,
+and what did it expect in its place?
+"""
+
+
+# %%
+#| export engine
+@torch.inference_mode()
+def token_probabilities(
+    model: GPT, tokenizer: Tokenizer, ids: Sequence[int], top: int = 5
+) -> list[dict]:
+    """Tell for each id of a sequence how likely the model found it, and what else it expected.
+
+    One dict per id: id, text, probability (None for the first id, before which nothing was
+    read) and top, the `top` likeliest (text, probability) at that place. UserError for bad ids.
+    """
+    row = request(model, tokenizer, ids, 0, Sampling())
+    idx = torch.tensor([row.prompt], device=model.device)
+    p = model(idx)[0, :-1].softmax(dim=-1)  # (T - 1, V)
+    known = tokenizer.vocab_size
+    values, where = p[:, :known].topk(min(top, known), dim=-1)
+    own = p.gather(-1, idx[0, 1:, None]).squeeze(-1).tolist()
+    texts = [[tokenizer.decode([i]) for i in line] for line in where.tolist()]
+    tops = [list(zip(*pair)) for pair in zip(texts, values.tolist())]
+    return [
+        {"id": id, "text": tokenizer.decode([id]), "probability": own, "top": tops}
+        for id, own, tops in zip(row.prompt, [None, *own], [[], *tops])
+    ]
+
+
+# %%
+#| export engine
+def row_seeds(seed: int | Sequence[int], n: int) -> list[int]:
+    """Return a seed for each of n rows; UserError when those that are given are not n."""
+    if isinstance(seed, int):
+        return [seed + 1_000_003 * i for i in range(n)]
+    if len(seed) != n:
+        raise UserError(f"there are {n} prompts and {len(seed)} seeds; give one for each.")
+    return list(seed)
+
+
+# %% [markdown]
+r"""
+Both ways of asking make rows. A stream hands its row to the loop when somebody wants the first
+token; a batch hands in all rows and waits for the last one to end.
+"""
+
+
+# %%
+#| export engine
+class Engine:
+    """Generates text with a model and its tokenizer: `generate` streams, `generate_batch` returns.
+
+    The model is the caller's own, so every change of its weights is seen; `dtype` makes a copy in
+    that dtype instead (bfloat16 is best on a GPU), until `refresh()`. At most `max_batch` rows
+    decode together. `remember` keeps keys and values of so many finished rows for prompts that
+    continue them: for weights that do not change. `compiled` compiles the step: many seconds, once.
+    """
 
     def __init__(
-        self,
-        model: GPT,
-        tokenizer: Tokenizer,
-        dtype: torch.dtype | None = None,
-        max_batch: int = 128,
-        remember: int = 0,
-        compiled: bool = False,
-    ):
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
-                f"{model.config.vocab_size:,}; use the tokenizer that it was trained with."
-            )
+        self, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype | None = None,
+        max_batch: int = 128, remember: int = 0, compiled: bool = False,
+    ):  # fmt: skip
+        check_tokenizer(model, tokenizer)
         self.source, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.options = (max_batch, remember, compiled)
         self.refresh()
@@ -1534,75 +1714,16 @@ class EngineBase:
         self.model = self.source if self.dtype is None else prepared_copy(self.source, self.dtype)
         self.loop = Loop(self.model, self.tokenizer.vocab_size, *self.options)
 
-    def row(self, ids: Sequence[int], max_tokens: int, *options: Any) -> Row:
-        """Check one request and return its Row. UserError for a bad prompt."""
-        config = self.model.config
-        if not len(ids):
-            raise UserError("the prompt is empty; begin it with the token bos.")
-        if len(ids) > config.seq_len:
-            raise UserError(
-                f"the prompt has {len(ids):,} tokens and the model's context window holds "
-                f"{config.seq_len:,}; shorten the prompt or start a new conversation."
-            )
-        if not 0 <= min(ids) <= max(ids) < self.tokenizer.vocab_size:
-            last = self.tokenizer.vocab_size - 1
-            raise UserError(f"the prompt has an id outside 0 .. {last}, the tokens there are.")
-        if max_tokens < 0:
-            raise UserError(f"max_tokens is {max_tokens}; use 0 or more.")
-        return Row(ids, min(max_tokens, config.seq_len - len(ids)), self.tokenizer, *options)
-
-
-# %%
-#| export engine
-@torch.inference_mode()
-def _token_probabilities(self: EngineBase, ids: Sequence[int], top: int = 5) -> list[dict]:
-    """Tell for each id of a sequence how likely the model found it, and what else it expected.
-
-    One dict per id: id, text, probability (None for the first id, before which nothing was
-    read) and top, the `top` likeliest (text, probability) at that place.
-    """
-    row = self.row(ids, 0, Sampling())
-    idx = torch.tensor([row.prompt], device=self.model.device)
-    p = self.model(idx)[0, :-1].softmax(dim=-1)  # (T - 1, V)
-    known = self.tokenizer.vocab_size
-    values, where = p[:, :known].topk(min(top, known), dim=-1)
-    own = p.gather(-1, idx[0, 1:, None]).squeeze(-1).tolist()
-    texts = [[self.tokenizer.decode([i]) for i in line] for line in where.tolist()]
-    tops = [list(zip(*pair)) for pair in zip(texts, values.tolist())]
-    return [
-        {"id": id, "text": self.tokenizer.decode([id]), "probability": own, "top": tops}
-        for id, own, tops in zip(row.prompt, [None, *own], [[], *tops])
-    ]
-
-
-EngineBase.token_probabilities = _token_probabilities
-
-
-# %%
-#| export engine
-class Engine(EngineBase):
-    """Generates text with a model and its tokenizer: `generate` streams, `generate_batch` returns.
-
-    By default the engine uses the caller's model itself and so sees every change of its weights.
-    `dtype` makes a copy of the weights in that dtype instead, prepared once (bfloat16 is best on
-    a GPU); `refresh()` copies them again. At most `max_batch` rows decode together. `remember`
-    keeps keys and values of so many finished rows for prompts that continue them; use it only
-    with weights that do not change. `compiled` compiles the decoding step: many seconds, once.
-    """
+    def row(self, *asked: Any) -> Row:
+        """Check one request and return its Row: see `request`."""
+        return request(self.model, self.tokenizer, *asked)
 
     def generate(
-        self,
-        ids: Sequence[int],
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int = 0,
-        stop: threading.Event | None = None,
-        tools: bool = True,
+        self, ids: Sequence[int], max_tokens: int = 256, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+        seed: int = 0, stop: threading.Event | None = None, tools: bool = True,
         frequency_penalty: float = 0.0,
-    ) -> Stream:
+    ) -> Stream:  # fmt: skip
         """Stream the Tokens that follow the prompt `ids`, the stopping token (text "") included.
 
         Ends at assistant_end or bos ("stop"), after max_tokens or at the end of the context window
@@ -1613,41 +1734,34 @@ class Engine(EngineBase):
         return Stream(self.row(ids, max_tokens, sampling, seed, stop, tools), self.loop)
 
     def generate_batch(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | Sequence[int] = 0,
-        stop: threading.Event | None = None,
-        tools: bool = True,
+        self, prompts: Sequence[Sequence[int]], max_tokens: int = 256, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+        seed: int | Sequence[int] = 0, stop: threading.Event | None = None, tools: bool = True,
         frequency_penalty: float = 0.0,
-    ) -> list[Completion]:
+    ) -> list[Completion]:  # fmt: skip
         """Complete many prompts, of any lengths, together; the results come in their order.
 
         `seed` is one number (row i then draws with seed + 1,000,003 i) or one per prompt. What a
         row becomes does not depend on the other rows, up to rounding.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, frequency_penalty)
-        n = len(prompts)
-        seeds = [seed + 1_000_003 * i for i in range(n)] if isinstance(seed, int) else list(seed)
-        if len(seeds) != n:
-            raise UserError(f"there are {n} prompts and {len(seeds)} seeds; give one for each.")
-        options = [(max_tokens, sampling, s, stop, tools) for s in seeds]
-        rows = [self.row(ids, *given) for ids, given in zip(prompts, options)]
+        pairs = zip(prompts, row_seeds(seed, len(prompts)))
+        rows = [self.row(ids, max_tokens, sampling, s, stop, tools) for ids, s in pairs]
         self.loop.run(rows, lambda: all(row.finish_reason for row in rows))
         for error in (row.error for row in rows if row.error):
             raise error
         return [row.completion() for row in rows]
 
+    def token_probabilities(self, ids: Sequence[int], top: int = 5) -> list[dict]:
+        """Tell how likely the model found each id of a sequence: see `token_probabilities`."""
+        return token_probabilities(self.model, self.tokenizer, ids, top)
+
 
 # %% [markdown]
 r"""
-And a ruler, because a fast engine that nobody measures becomes a slow one. `benchmark` times a
-batch of requests that no token can stop. The share of the bandwidth compares the bytes that a step
-cannot avoid with what the device can read in that time.
+Is it fast? `benchmark` times a batch of requests that no
+token can stop. The share of the bandwidth compares the bytes that a step cannot avoid with what the
+device can read in that time.
 """
 
 
@@ -1666,7 +1780,9 @@ def read_bandwidth(device: torch.device) -> float:
     return data.numel() * 4 / min(seconds)
 
 
-def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str, Any]:
+# %%
+#| export engine
+def benchmark(engine: Engine, batch: int, prompt: int, new: int) -> dict[str, Any]:
     """Time `batch` greedy requests of `prompt` tokens, `new` tokens each; return the figures.
 
     ttft_ms is until every row has its first token, tpot_ms the mean of each later step.
@@ -1680,7 +1796,7 @@ def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str
     synchronize(device)
     start = time.perf_counter()
     loop.run(rows, lambda: all(row.ids for row in rows))
-    first, cache = time.perf_counter() - start, loop.batch.cache
+    first, cache = time.perf_counter() - start, loop.table.batch.cache
     loop.run([], lambda: all(row.finish_reason for row in rows))
     synchronize(device)
     each = (time.perf_counter() - start - first) / (new - 1)
@@ -1701,7 +1817,7 @@ def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str
 # %%
 #| export engine
 def bench(
-    engine: EngineBase, batches: Sequence[int], prompt: int, new: int, repeats: int = 3
+    engine: Engine, batches: Sequence[int], prompt: int, new: int, repeats: int = 3
 ) -> dict[str, Any]:
     """Print a table of `benchmark` over batch sizes (the medians of repeats); return its facts."""
     device, results = engine.model.device, []
@@ -1729,7 +1845,7 @@ measured = bench(engine, (1, 4), prompt=64, new=16, repeats=1)
 
 # %% [markdown]
 r"""
-Now several beginnings at once, drawn at temperature 0.8.
+Several beginnings at once, drawn at temperature 0.8:
 """
 
 # %%
@@ -1754,7 +1870,7 @@ for _temperature in (0.0, 1.0):
 
 # %% [markdown]
 r"""
-Greedy writing is where circles show best, and where the penalty helps most.
+Greedy writing is where circles show best. The penalty breaks them.
 """
 
 # %%
@@ -1796,9 +1912,9 @@ plt.show()
 r"""
 ### What joining and leaving buys
 
-Sixteen requests, a table with four seats. The budgets differ widely, as answers do. With *fixed*
-batches, four sit down together, and the seats of those who finish stay empty until the slowest has
-finished. In the loop the next one sits down at once. Below, every line is a request.
+Sixteen requests of different lengths, a table with four seats. With *fixed* batches four sit down
+together, and the seats of those who finish stay empty until the slowest has finished. In the loop
+the next one sits down at once. Below, every line is a request.
 """
 
 
@@ -1837,7 +1953,9 @@ for ax, (name, spans), color in zip(axes, seated.items(), COLORS):
     ax.barh(range(16), [b - a for a, b in spans], left=[a for a, _ in spans], color=color)
     steps = max(last for _, last in spans)
     ax.set_title(f"{name}: {steps} steps, {seconds[name]:.2f} s", fontsize=9, loc="left")
+    ax.set_yticks(range(0, 16, 5))
     ax.invert_yaxis()
+    ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
 axes[0].set_ylabel("request", fontsize=9)
 fig.supxlabel("step", fontsize=9)
@@ -1935,9 +2053,8 @@ except UserError as error:
 r"""
 ## The calculator at work
 
-The puppet now plays a well-trained assistant on a problem of the tiny world. It opens a call,
-writes the expression, closes it, and would then say "0000". Watch the forced tokens take that
-place.
+The puppet now plays a well-trained assistant. It opens a call, writes the expression, closes it,
+and would then say "0000". The forced tokens take that place.
 """
 
 # %%
@@ -1956,12 +2073,11 @@ print("text for the reader:", repr(stream.completion().text))
 
 # %% [markdown]
 r"""
-The log-probability tells the story from the model's side: it was sure of what it said, and never
-would have said what was forced. It is always the model's own, at temperature 1 and before any
-filter, because that is what reinforcement learning needs.
+The log-probability in the last column is the model's own, at temperature 1 and before any filter,
+as reinforcement learning needs it: the model was sure of what it said, and would never have said
+what was forced.
 
-`token_probabilities` turns the question round: how likely does the model find a text that is
-already there?
+And here is what the model thinks of a sentence that it did not write:
 """
 
 # %%
@@ -1973,10 +2089,9 @@ for entry in engine.token_probabilities(tokenizer.encode("The cat lives in", bos
 r"""
 ## Programs we did not write
 
-Some benchmarks ask for a Python function and run it (HumanEval, chapter 9). Then text from a
-model becomes a program on your machine. A filter on the text is hopeless here; the program needs
-walls *around* it, made by the operating system. So we run it in a child process, and let the
-child wall itself in before it looks at the program.
+Some benchmarks ask for a Python function and run it (HumanEval, chapter 9). A filter on the text is
+hopeless here; the program needs walls *around* it, made by the operating system. So we run it in a
+child process, and let the child wall itself in before it looks at the program.
 
 | danger | wall | where |
 |---|---|---|
@@ -2004,6 +2119,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import signal
 import struct
 import subprocess
@@ -2028,6 +2144,7 @@ class Result:
     truncated: bool = False  # printed more than the output limit, and was stopped for it
     exit_code: int | None = None
     protections: tuple[str, ...] = ()
+    finished: bool = False  # reached its last line; a program that exits before has not
 
 
 # %%
@@ -2235,8 +2352,7 @@ def restrict_system_calls() -> list[str]:
 
 # %% [markdown]
 r"""
-The child puts up all walls the system has and then runs the program. The parent holds the clock
-and the knife.
+The child puts up all walls that the system has, one after another, and then runs the program.
 """
 
 
@@ -2266,6 +2382,20 @@ def protect(folder: str, timeout: float, memory_mb: int) -> list[str]:
     return done
 
 
+# %% [markdown]
+r"""
+One question is left: did the program do what it was run for? Exit status 0 says only that it did
+not crash. HumanEval puts its tests behind a function that the model wrote. If that function calls
+`sys.exit(0)`, the program ends before any test has failed, with status 0. So the parent sends a
+random number along, the *proof*, and the child writes it to stderr after the program's last line.
+Only then is `finished` true.
+
+This catches every early exit. It does not catch a program that searches the interpreter's own
+frames for the number: who shares a process with the judge can bribe him. Training on rewards
+(chapter 10) finds such tricks, so read what is rewarded.
+"""
+
+
 # %%
 #| export sandbox
 def child() -> None:
@@ -2283,10 +2413,18 @@ def child() -> None:
         trace = error.__traceback__.tb_next  # without our own frame
         traceback.print_exception(type(error), error, trace)
         sys.exit(1)
+    os.write(2, request["proof"].encode())
 
 
 if __name__ == "__main__" and sys.argv[0].endswith("sandbox.py"):
     child()
+
+
+# %% [markdown]
+r"""
+The parent holds the clock and the knife. A program may have started others, so all its kin is
+killed with it. What it prints is read while it runs, and who prints without end is killed for that.
+"""
 
 
 # %%
@@ -2343,7 +2481,7 @@ def run_python(
     """
     script = find_spec("nanochat.sandbox").origin
     detach = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
-    pipe, timed_out = subprocess.PIPE, False
+    pipe, timed_out, proof = subprocess.PIPE, False, secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True) as folder:
         folder = os.path.realpath(folder)
         process = subprocess.Popen(
@@ -2354,7 +2492,7 @@ def run_python(
             Capture(stream, output_limit + extra, lambda: kill_tree(process))
             for stream, extra in ((process.stdout, 0), (process.stderr, 1024))
         ]
-        request = {"code": code, "timeout": timeout, "memory_mb": memory_mb}
+        request = {"code": code, "timeout": timeout, "memory_mb": memory_mb, "proof": proof}
         try:
             process.stdin.write(json.dumps(request).encode())
             process.stdin.close()
@@ -2370,20 +2508,21 @@ def run_python(
         for capture in captures:
             capture.join(1.0)
             capture.pipe.close()
-    return make_result(exit_code, timed_out, *captures)
+    return make_result(exit_code, timed_out, proof, *captures)
 
 
 # %%
 #| export sandbox
-def make_result(exit_code: int, timed_out: bool, out: Capture, err: Capture) -> Result:
-    """Put a Result together; the first line of stderr is the child's list of its walls."""
+def make_result(exit_code: int, timed_out: bool, proof: str, out: Capture, err: Capture) -> Result:
+    """Put a Result together of what stderr holds: the child's walls, its text, and the proof."""
     first, _, stderr = err.data.decode("utf-8", "replace").partition("\n")
     walls = tuple(json.loads(first)) if first.startswith("[") else ()
     stderr = stderr if walls else err.data.decode("utf-8", "replace")
     flooded = out.flooded or err.flooded
     ok = exit_code == 0 and not timed_out and not flooded
     stdout = out.data.decode("utf-8", "replace")
-    return Result(ok, stdout, stderr, timed_out, flooded, exit_code, walls)
+    text = stderr.replace(proof, "")
+    return Result(ok, stdout, text, timed_out, flooded, exit_code, walls, text != stderr)
 
 
 # %%
@@ -2401,30 +2540,32 @@ programs = {
     "your files": "print(open('/etc/passwd').read())",
     "kill its parent": "import os; os.kill(os.getppid(), 9)",
     "your secrets": "import os; print(os.environ.get('HOME'))",
+    "an early exit": "import sys; sys.exit(0)",
 }
 for name, code in programs.items():
     done = run_python(code, timeout=1.5)
     last = (done.stderr.strip().splitlines() or [done.stdout[:20].strip()])[-1]
     how = "time is up" if done.timed_out else "output cut" if done.truncated else last
-    print(f"{name:16} ok={done.ok!s:6} {how[:70]}")
+    print(f"{name:16} ok={done.ok!s:6} finished={done.finished!s:6} {how[:64]}")
 
 # %%
 #| test
 assert run_python("print(6 * 7)").stdout == "42\n"
 assert run_python("while True: pass", timeout=0.5).timed_out
 assert "ZeroDivisionError" in run_python("1/0").stderr
+_early, _whole = run_python("import sys; sys.exit(0)"), run_python("print('tested')")
+assert _early.ok and _whole.ok and _whole.finished and not _early.finished
 
 # %% [markdown]
 r"""
 ## Guessing ahead (optional)
 
 A step for nine tokens costs little more than a step for one, as long as memory is the limit. So if
-we could *guess* the next eight tokens, one pass would tell how many of them the model would have
-written, and we would keep those (*speculative decoding*; Leviathan et al. 2023). A small second
-model may guess. There is a guesser without a model, too: text repeats itself. We look for the last
-place where the last two tokens stood together, and propose what followed them there
-(*prompt lookup*). Wrong guesses cost a little time and never a token: a pass always yields one
-token that is the model's own.
+we *guess* the next eight tokens, one pass tells how many of them the model would have written, and
+we keep those (*speculative decoding*; Leviathan et al. 2023). A small second model may guess. But
+text also repeats itself: we look for the last place where the last two tokens stood together, and
+propose what followed them there (*prompt lookup*). A wrong guess costs a little time and never a
+token: a pass always yields one token that is the model's own.
 """
 
 
@@ -2471,9 +2612,9 @@ print(f"{naive_tokens} tokens in {passes} passes, {seconds:.2f} s; one by one "
 
 # %% [markdown]
 r"""
-Our model walks in circles, so the guesser has an easy life here. With ordinary prose it is right
-rarely, and with code, quotations and tool results often. Sampled text needs a rule for accepting
-guesses that keeps the distribution; greedy text needs only equality.
+Our model walks in circles, so the guesser has an easy life here. Ordinary prose repeats itself less
+than code and quotations do. Sampled text needs a rule for accepting guesses that keeps the
+distribution; greedy text needs only equality.
 
 ## The signature result
 
@@ -2512,7 +2653,8 @@ for name, rate in rates.items():
 
 # %%
 fig, ax = figure(
-    "Same tokens, three speeds", "tokens per second", "", size=(5, 2),
+    f"The same tokens, {rates['cache, one batch'] / rates['naive, one by one']:.0f} times as fast",
+    "tokens per second", "", size=(5, 2),
     alt="Bars of tokens per second: naive, with cache, and with cache in a batch.",
 )  # fmt: skip
 ax.barh(list(rates)[::-1], list(rates.values())[::-1], color=COLORS[:3])
@@ -2525,30 +2667,24 @@ r"""
 
 `nanochat` can write now:
 - `Engine(model, tokenizer)` with `generate` (a `Stream` of `Token`), `generate_batch` (a list of
-  `Completion`) and `token_probabilities`; `Sampling` holds the knobs;
-- streams of one engine share its `Loop`: they join, leave and cancel between two steps, each
-  with its own `Sampling`, seed and budget; `remember` keeps what a chat has read, `compiled`
-  compiles the step;
-- `KVCache`, `RingCache`, `sample`, `next_token_probabilities`, `generate_with_lookup` and
-  `calculate` for those who build their own loop;
+  `Completion`) and `token_probabilities`; `Sampling` holds the knobs. Requests share its `Loop`;
+  `remember` keeps what a chat has read, `compiled` compiles the step;
+- `KVCache`, `RingCache`, `sample`, `next_token_probabilities` and `generate_with_lookup` for
+  those who build their own loop;
+- `nanochat.calculator`: `calculate`, and `ToolCalls` that answers calls in a stream of tokens;
 - `nanochat.sandbox.run_python` with `Result` for programs of strangers;
-- `benchmark`, which `python -m nanochat bench` and `benchmarks/inference.py` print: time to the
-  first token, time per token, tokens per second and the share of the bandwidth.
+- `bench`, which `python -m nanochat bench` and `benchmarks/inference.py` call.
 
 **Pitfalls, all of them met in real projects**
-- A calculator behind a time limit made of signals works in the main thread of a POSIX system
-  only. Limits on the *input* work everywhere.
-- Removing all commas before computing breaks `"a,b".count(",")`: the tool then lies with
-  confidence.
+- A time limit made of signals works in the main thread of a POSIX system only. Limits on the
+  calculator's *input* work everywhere.
+- Removing all commas before computing breaks `"a,b".count(",")`: the tool then lies.
 - Printing each token's own text breaks every character that spans tokens.
-- One random generator for a batch: all rows change when one row is added. Give each row its
-  seed.
-- Keys and values that are kept across turns while the weights are trained: old thoughts in a new
-  head. Forget them with the weights (`refresh`).
+- One random generator for a batch: all rows change when one row is added.
+- Keys and values kept across turns while the weights are trained. Forget them (`refresh`).
 - A head padded to a round size has logits for tokens that do not exist. They must not be drawn.
-- Weights kept in float32 and cast in each step are read at four bytes and written at two, for
-  every token.
 - A sandbox that removes functions from modules is not a wall: the program can import them anew.
+- Exit status 0 taken for "all tests passed": `sys.exit(0)` has it too.
 
 **Readings**
 - Pope et al. (2022), *Efficiently Scaling Transformer Inference*: the roofline of decoding, in

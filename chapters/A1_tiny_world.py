@@ -33,13 +33,12 @@ A story, a question with its answer, and an exam item. All three agree on who li
 
 **You will be able to**
 
-- say what makes text useful for training a very small model, and measure three of those
-  properties;
+- say what makes text useful for training a very small model, and measure it;
 - build sentences from facts and templates so that no two documents contradict each other;
 - read any document by its number, without writing the ones before it;
 - split wordings, sums and words by hash, and prove that no exam question leaked into training.
 
-**Prerequisites:** Python. **Reading:** 25 minutes. **Running:** about 20 seconds on one CPU core,
+**Prerequisites:** Python. **Reading:** 25 minutes. **Running:** about ten seconds on one CPU core,
 no GPU, no network.
 """
 
@@ -103,7 +102,7 @@ import hashlib
 import random
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 # %%
@@ -444,8 +443,8 @@ r"""
 
 Three tools decide everything else. `draw` gives the random numbers of one document from three
 integers, so that document 1,000,000 can be written without the ones before it. `pick` chooses.
-`stable_hash` decides what belongs to the exam: Python's own `hash` of a string changes from
-process to process, so it cannot.
+`stable_hash` decides what belongs to the exam, through `in_split`: Python's own `hash` of a string
+changes from process to process, so it cannot.
 """
 
 
@@ -494,6 +493,15 @@ cannot fail in this way: a sum is either for training or for the test, wherever 
 # %%
 print(random.Random(7).random() == random.Random(-7).random())
 
+# %% [markdown]
+r"""
+> **Exercise A1.1.** 800 words are dealt out by hash, a fifth of them to the test. How many do you
+> expect there, give or take how many? Why is an uneven share harmless, and a word in both splits
+> not?
+
+Then a little grammar, for nouns of our tables only:
+"""
+
 
 # %%
 #| export
@@ -540,7 +548,18 @@ r"""
 ## Facts, wordings, people
 
 Each fact carries all of its sentences, written once when the world is made: stating a fact is
-then one random choice, and that is why the generator is fast.
+then one random choice, and that is why the generator is fast. For (Mira, home, Dunmere) they are:
+"""
+
+# %%
+for form, sentences in vars(vale.words("Mira", "home")).items():
+    if sentences:
+        print(f"{form:14} {len(sentences)}  {' | '.join(sentences[:2])}")
+
+# %% [markdown]
+r"""
+Statements come by name, by pronoun and as a clause for "I heard that ..."; questions by name and by
+pronoun; and two of each are for the exam.
 """
 
 
@@ -569,6 +588,13 @@ class Wordings:
     many: str = ""  # the plural of a thing ("otters"), empty for a person or a place
 
 
+# %% [markdown]
+r"""
+A person has one object for each relation about people. `NAME_ONLY` finds the templates that name
+their subject in any case and cannot take a pronoun.
+"""
+
+
 # %%
 #| export
 @dataclass
@@ -585,7 +611,7 @@ class Person:
     colour: str
     month: str
     friend: str = ""
-    slots: dict = None
+    slots: dict = field(default_factory=dict)
 
 
 PERSON_RELATIONS = tuple(PERSON_STATEMENTS)
@@ -701,6 +727,9 @@ Places lie on a grid: one column further is east, one row further is north. "Nor
 of" then agree by construction. People get their attributes as cards are dealt, so that every
 village has five inhabitants and every pet four owners. That matters for honesty: if half of the
 people kept cats, "cat" would be a good guess.
+
+> **Exercise A1.2.** You guess the village of a person of whom you know nothing. How often are you
+> right? And once you have met all five inhabitants of Alderby and two of Dunmere?
 """
 
 
@@ -967,6 +996,12 @@ def build_index(world: World) -> None:
     world.document_kinds = [make for make, share in DOCUMENT_KINDS for _ in range(share)]
     world.sums = {kind: variants(wordings) for kind, (_, wordings) in SUMS.items()}
     world.stages = {name: [variants(stage) for stage in plot] for name, plot in PLOTS.items()}
+
+
+# %% [markdown]
+r"""
+The words to spell and to count letters in are those of the tables themselves:
+"""
 
 
 # %%
@@ -1935,6 +1970,12 @@ IDENTITY_TURNS = (  # (ways to ask, ways to answer)
      """No, I am {kind}. My name is {name}. | No. I am {name}, {kind}, and I live in {home}."""),
 )  # fmt: skip
 
+# %% [markdown]
+r"""
+Greetings and thanks, and the phrases around a question. `exchange` makes a question and its answer
+from one row of such a table.
+"""
+
 # %%
 #| export
 SMALL_TALK = (
@@ -1963,6 +2004,12 @@ def user(text: str) -> dict:
 def assistant(content) -> dict:
     """An assistant message: a text or a list of parts."""
     return {"role": "assistant", "content": content}
+
+
+# %% [markdown]
+r"""
+A question about a fact, and a dialogue of several, where "it" and "she" refer back:
+"""
 
 
 # %%
@@ -1999,6 +2046,11 @@ def make_dialogue(world: World, rng: random.Random) -> list[dict]:
         messages += exchange(rng, SMALL_TALK[1])
     return messages
 
+
+# %% [markdown]
+r"""
+`conversation` is to talk what `document` is to text: number in, conversation out.
+"""
 
 # %%
 #| export
@@ -2109,22 +2161,25 @@ The map first. Thick lines are roads with their miles, the dashed line is the ri
 # %%
 places, roads = world.map["places"], world.map["roads"]
 fig, ax = figure(
-    "Thirteen places, joined by roads",
+    "Thirteen places on a grid: north is up for everybody",
     "columns to the east",
     "rows to the north",
     size=(6.5, 4.2),
-    alt="Map of the tiny world: places on a grid, roads, the river",
+    alt="Map: eight villages and five wild places on a grid, joined by roads with their miles; "
+    "the river runs from the hill to the bay",
 )
+box = dict(boxstyle="round,pad=0.1", fc="white", ec="none")
 for (a, b), miles in roads.items():
     (xa, ya), (xb, yb) = places[a], places[b]
     ax.plot([xa, xb], [ya, yb], color="0.8", linewidth=4, zorder=1)
-    ax.text((xa + xb) / 2, (ya + yb) / 2, str(miles), fontsize=7, ha="center", va="center")
+    middle = ((xa + xb) / 2, (ya + yb) / 2)
+    ax.text(*middle, str(miles), fontsize=8, ha="center", va="center", bbox=box, zorder=4)
 ax.plot(*zip(*[places[name] for name in world.map["river"]]), "--", color=COLORS[0], zorder=2)
 for name, (x, y) in places.items():
     wild = name in WILDS
     ax.scatter(x, y, s=90, color=COLORS[2 if wild else 1], marker="^" if wild else "s", zorder=3)
     label = f"{name} ({WILDS[name][0]})" if wild else name
-    ax.text(x, y + 0.17, label, fontsize=8, ha="center")
+    ax.text(x, y + 0.17, label, fontsize=8, ha="center", bbox=box, zorder=4)
 ax.set_xlim(-0.6, 3.6)
 ax.set_ylim(-0.4, 3.5)
 ax.set_xticks(range(4))
@@ -2150,7 +2205,7 @@ fig, ax = figure(
     f"A closed vocabulary: {len(counts)} words, almost none of them rare",
     "rank of the word",
     "occurrences",
-    alt="Word frequency against rank, log-log",
+    alt="Occurrences against rank, log axes: a curve above one over rank that ends in a cliff",
 )
 ax.loglog(ranks, counts, label="tiny world")
 ax.loglog(ranks, [counts[0] / rank for rank in ranks], "--", color="0.6", label="1 / rank")
@@ -2176,14 +2231,33 @@ for text in texts:
 n_bytes = sum(len(text.encode()) for text in texts)
 per_million = [stated[fact] * 4_000_000 / n_bytes for fact in world.facts]
 fig, ax = figure(
-    "Every fact is stated again and again",
+    f"Every fact is stated at least {min(per_million):.0f} times in a million tokens",
     "statements per million tokens",
     "facts",
-    alt="Histogram of how often each fact is stated per million tokens",
+    alt="Histogram of statements per fact and million tokens: a peak near 50 and a tail to 170",
 )
 ax.hist(per_million, bins=40, color=COLORS[0])
 plt.show()
 print(f"median {sorted(per_million)[len(per_million) // 2]:.0f}, lowest {min(per_million):.0f}")
+
+# %% [markdown]
+r"""
+### Does it contradict itself?
+
+We take every statement about a person, put each other object in the place of the true one, and look
+for the result among the sentences of all documents. The control is the true statements.
+"""
+
+# %%
+written = {s.strip() for some in texts for s in re.findall(r"[^.!?\n]+[.!?]", some)}
+searched, seen = Counter(), Counter()
+for fact in world.facts:
+    for other in world.objects[fact.relation] if fact.subject in world.people else ():
+        claims = [said.replace(fact.object, other) for said in world.wordings[fact].named]
+        searched[other == fact.object] += len(claims)
+        seen[other == fact.object] += len(written & set(claims))
+for true in (True, False):
+    print(f"{str(true).lower():6} {seen[true]:5,} of {searched[true]:6,} statements are written")
 
 # %% [markdown]
 r"""
@@ -2203,7 +2277,7 @@ fig, ax = figure(
     "No document repeats, unlike single sentences",
     "documents written",
     "different documents",
-    alt="Distinct documents against size",
+    alt="Different documents against documents written: the diagonal, and a curve that bends away",
 )
 ax.plot(sizes, [len(set(texts[:n])) for n in sizes], label="tiny world")
 ax.plot(sizes, [len(set(naive[:n])) for n in sizes], "--", label="one sentence per document")
@@ -2286,7 +2360,7 @@ None of the exam's queries is there; most of the control's are. `tests/test_tiny
 this with all of them, and proves the stronger statement that no training wording of any fact
 contains a query.
 
-**Play.** Make another world and draw its map; ask it a question of your own.
+> **Play.** Make another world and draw its map; ask it a question of your own.
 """
 
 # %%
@@ -2299,8 +2373,8 @@ r"""
 ## Recap
 
 `nanochat.tinyworld` now offers `World`, `document`, `validation_document`, `conversation`,
-`arithmetic_problem`, `spelling_problem`, `exam` and `IDENTITY`. Everything is a function of a
-seed and a number.
+`arithmetic_problem`, `spelling_problem`, `exam` and `IDENTITY`, and for splits that cannot meet
+`stable_hash` and `in_split`. Everything is a function of a seed and a number.
 
 **Pitfalls**
 
@@ -2317,7 +2391,7 @@ seed and a number.
   questions right when the choices were compared by likelihood, and stayed at chance when asked
   for the letter. Judge small models by likelihood or by their own words.
 
-**Further reading**
+**Readings**
 
 - R. Eldan, Y. Li, *TinyStories: How Small Can Language Models Be and Still Speak Coherent
   English?* (2023)

@@ -10,8 +10,8 @@
 r"""
 # A2. Scaling laws
 
-By the end of this appendix we have trained a few very small models, predicted the loss of
-a larger one with an error bar *before* training it, and then trained it to see.
+By the end of this appendix you have trained a few very small models, predicted the loss of a larger
+one with an interval *before* training it, and then trained it to see.
 
 First the finished thing, on figures that somebody else paid for. The nanochat project published a
 miniseries of models, d10 to d20, trained with one recipe and one dial (January 2026). We hide the
@@ -34,17 +34,18 @@ print(f"95 % interval: {1 - high:.3f} to {1 - low:.3f}")
 
 # %% [markdown]
 r"""
-The prediction is near. The interval is honest: three noisy points say little about a fourth, and
-anybody who prints the first number without the second one is selling something.
+The prediction is near. The interval says how much that is worth: three noisy points tell little
+about a fourth.
 
-**You will be able to**
+**What you will be able to do**
+
 1. train a miniseries with one dial and count what each run costs;
 2. fit a power law with an irreducible term, and say when the data cannot determine it;
 3. predict a larger run with an interval, and check the prediction;
 4. find the best size for a budget from an iso-FLOP curve.
 
-Prerequisites: chapters 2 to 5 and 7. Reading: 15 minutes. Running: under 60 seconds on two
-CPU cores, no network, under 1 GB.
+**Before you start**: chapters 2 to 5 and 7 (from data to bits per byte). Reading takes 15 minutes,
+running under a minute on two CPU cores.
 """
 
 # %% tags=["parameters"]
@@ -91,7 +92,7 @@ from nanochat.tokenizer import Tokenizer
 
 # %% [markdown]
 r"""
-## One dial
+## 1. One dial
 
 A scaling law says how one thing changes with another *when everything else follows a rule*.
 Without the rule there is no law, only a cloud. Ours has one dial, the depth $d$:
@@ -100,7 +101,7 @@ Without the rule there is no law, only a cloud. Ours has one dial, the depth $d$
 - the learning rates follow the width, as in chapter 4;
 - every run here sees the same number of tokens. The real recipe lets the tokens grow with the
   parameters that multiply (block matrices and head, not the embedding, which only looks up);
-  then the cost grows with their square, more than a minute on a laptop can pay. `plan_run` knows
+  then the cost grows with their square, more than a laptop can pay in a minute. `plan_run` knows
   both rules.
 
 The cost is counted in floating-point operations, about $6 N$ for each token with $N$ such
@@ -132,7 +133,8 @@ def plan_run(
     `params` counts block matrices and head. The tokens are `tokens_per_param * params`, or
     `tokens` when given, rounded to whole steps of `batch_tokens`, at least one.
     """
-    model = GPT(config)
+    with torch.device("meta"):  # sizes, no memory
+        model = GPT(config)
     counts = model.num_params()
     params = counts["matrix"] + counts["head"]
     wanted = tokens_per_param * params if tokens is None else tokens
@@ -160,13 +162,14 @@ r"""
 Each step of the dial multiplies the cost. That is the appeal of scaling laws: the small runs
 together cost less than the large one, and with the real recipe far less.
 
-## The miniseries
+## 2. The miniseries
 
-Every run sees its own number of tokens with its own complete schedule. A tempting shortcut is to
-train one long run and read its loss half-way; that is wrong, since at half-way the learning rate
-is still high and the loss is higher than that of a run that was planned to end there.
+Every run has its own complete schedule. A tempting shortcut is to train one long run and read its
+loss half-way; that is wrong, since at half-way the learning rate is still high and the loss is
+higher than that of a run that was planned to end there.
 
-All runs are judged on the same validation rows, in bits per byte.
+All runs are judged on the same validation rows, in bits per byte (bpb, chapter 7): the loss as
+bits, for each byte of text and not for each token.
 """
 
 
@@ -203,6 +206,14 @@ def train_run(
     return {**plan, "seed": seed, "bpb": bpb}
 
 
+# %% [markdown]
+r"""
+A miniseries is such a run for each depth and seed.
+"""
+
+
+# %%
+#| export
 def miniseries(
     depths: Sequence[int],
     train: Any,
@@ -246,13 +257,7 @@ def show(run):
     print(f"d{run['depth']} seed {run['seed']}: {run['flops']:.1e} FLOPs, {run['bpb']:.3f} bpb")
 
 
-sizes = dict(
-    vocab_size=vocab_size,
-    seq_len=seq_len,
-    width=width,
-    on_run=show,
-    tokens=run_tokens,
-)
+sizes = dict(vocab_size=vocab_size, seq_len=seq_len, width=width, tokens=run_tokens, on_run=show)
 small = miniseries(depths[:-1], train, val, token_bytes, seeds=seeds, **sizes)
 small += miniseries(depths[-1:], train, val, token_bytes, seeds=seeds[:1], **sizes)
 
@@ -261,7 +266,7 @@ r"""
 The cheap sizes get two seeds, because the distance between two runs of the *same* size is the
 noise, and without it we cannot say how far a prediction may miss.
 
-## Fitting a power law
+## 3. Fitting a power law
 
 The claim is
 
@@ -272,10 +277,12 @@ predictable. For a fixed $E$ this is a straight line in logarithms, $\log(y - E)
 \log x$, and a straight line is fitted by a formula. So we try many values of $E$ and keep the
 best. No optimizer, no starting values, no surprises.
 
-For the interval we pretend that the fitted law is the truth, add noise of the size that we saw,
-fit again, and look how the answers scatter (a parametric bootstrap). With few points even the
-size of the noise is uncertain, so it is redrawn too: this is what makes intervals from four
-points properly wide.
+How sure are we? We pretend that the fitted law is the truth, add noise of the size that we saw, fit
+again, and look how the answers scatter. This is a *parametric bootstrap*, and each refit is a
+*draw*. With few points even the size of the noise is uncertain, so it is redrawn too: this is what
+makes intervals from four points properly wide.
+
+A law carries its draws, so that it can answer with an interval.
 """
 
 
@@ -313,6 +320,15 @@ def quantiles(values: np.ndarray, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
+# %% [markdown]
+r"""
+The search over $E$ is one array operation: many rows of losses (the draws) times 200 floors, each
+with its straight line. For each row the floor with the smallest error wins.
+"""
+
+
+# %%
+#| export
 def best_line(log_x: np.ndarray, y: np.ndarray, floor: float | None) -> np.ndarray:
     """Fit rows of y (R, n) at log_x (n,); return (R, 4): floor, scale, exponent, squared error.
 
@@ -361,10 +377,8 @@ def fit_power_law(
     rows = np.zeros((0, 4))
     if spare:
         rng = np.random.default_rng(seed)
-        sigma = np.sqrt(error / rng.chisquare(spare, draws))  # the noise itself is uncertain
-        sigma = sigma.clip(
-            max=3.0
-        )  # a factor of 20: no measurement is as bad, and exp stays finite
+        # The noise itself is uncertain. At most a factor of 20, so that exp stays finite.
+        sigma = np.sqrt(error / rng.chisquare(spare, draws)).clip(max=3.0)
         curve = base + scale * x**-exponent
         noisy = curve * np.exp(sigma[:, None] * rng.standard_normal((draws, len(x))))
         rows = best_line(log_x, noisy, floor)
@@ -372,6 +386,15 @@ def fit_power_law(
     return PowerLaw(base, scale, exponent, noise, rows)
 
 
+# %% [markdown]
+r"""
+A new run scatters for two reasons: the law is uncertain, and every run has noise of its own. The
+interval of a prediction holds both.
+"""
+
+
+# %%
+#| export
 def predict(
     law: PowerLaw, x: float, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -393,11 +416,14 @@ assert abs(straight.exponent - math.log10(2)) < 1e-9 and abs(straight(1000) - 0.
 
 # %% [markdown]
 r"""
-## Predict, then look
+## 4. Predict, then look
 
 We fit the small runs only. The largest run costs twice as much as any of them, so this is a real
 extrapolation. Next to it stands a *control*: the constant predictor, which says that the large
 model will do as well as the best small one. A law that does not beat it has taught us nothing.
+
+> **Exercise A2.1.** The exponent below is near 0.24. By what factor does ten times the compute
+> multiply the loss, if the floor is zero? *(Predict, then divide two values of `law`.)*
 """
 
 # %%
@@ -441,7 +467,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-## What the floor does
+## 5. What the floor does
 
 We fixed the floor at zero. Left free, the fit may choose any floor below the smallest value, and
 with points that span so little it hardly cares which. Watch what happens to the prediction for a
@@ -450,21 +476,22 @@ model a thousand times more expensive than anything measured:
 
 # %%
 flops, bpb = [r["flops"] for r in [*small, big]], [r["bpb"] for r in [*small, big]]
-for name, floor in (("fixed at 0", 0.0), ("free", None)):
+for name, floor in (("fixed", 0.0), ("free", None)):
     fitted = fit_power_law(flops, bpb, floor=floor)
     near, far = predict(fitted, 3 * flops[-1]), predict(fitted, 1000 * flops[-1])
     print(
-        f"floor {name:10} at {fitted.floor:.2f}: 3x the compute {near[1]:.2f} to {near[2]:.2f}, "
+        f"floor {name:5} at {fitted.floor:.2f}: 3x the compute {near[1]:.2f} to {near[2]:.2f}, "
         f"1000x {far[1]:.2f} to {far[2]:.2f}"
     )
 
 # %% [markdown]
 r"""
-Nearby the two intervals overlap. Far away they do not agree, and both cannot be right. A power
-law is a good ruler for the next step and a poor telescope. (A floor of zero is certainly wrong in
-the end: text has real randomness.)
+Nearby the two intervals mostly agree. Far away the fixed floor promises a narrow range, and the
+free one answers with nearly anything: the narrowness came from our assumption, not from the data. A
+power law is a good ruler for the next step and a poor telescope. (A floor of zero is certainly
+wrong in the end: text has real randomness.)
 
-## The best size for a budget
+## 6. The best size for a budget
 
 The second question a scaling law answers: given a budget, how large a model? Too small a model
 cannot use the data; too large a model sees too little of it. Along a line of equal compute the
@@ -543,10 +570,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-## The same picture, a million times larger
+## 7. The same picture, a million times larger
 
-What the real project measured, for comparison. CORE is the centred score of chapter 7; the GPT-2
-family is a yardstick that was measured with the same code.
+This is what nanochat measured. CORE is the centred score of chapter 7; the GPT-2 family is a
+yardstick that was measured with the same code.
 
 | model | parameters | training | CORE |
 |---|---|---|---|
@@ -557,9 +584,9 @@ family is a yardstick that was measured with the same code.
 | d24, ratio 12 | - | 3.04 h | 0.2585 |
 | GPT-2, small to XL | 124 M, 355 M, 774 M, 1.56 B | - | 0.1139, 0.1849, 0.2146, 0.2565 |
 
-Source: the nanochat project, its development log and leaderboard (January 2026), tokens per
-parameter 8 in the miniseries. Seven runs of one later recipe scored between 0.2512 and 0.2677, so
-the last digit of any CORE is noise.
+Source: the nanochat project, its development log and leaderboard (January to March 2026); 8 tokens
+per parameter in the miniseries. Seven runs of one later recipe scored between 0.2512 and 0.2677: a
+difference of 0.01 between two runs is noise.
 """
 
 # %%
@@ -590,6 +617,7 @@ r"""
 the best size for a budget (`isoflop_minimum`).
 
 **Pitfalls**
+
 - Reading losses from the middle of a long run. Each point needs its own finished schedule.
 - Counting embedding parameters. Small models are mostly embedding, and the law bends.
 - Tuning only at small sizes. The nanochat log reports that winners of a 320-run sweep at d12
@@ -598,6 +626,7 @@ the best size for a budget (`isoflop_minimum`).
 - Choosing the scale of the plot so that the miss is invisible. On log axes everything looks near.
 
 **Readings**
+
 - Kaplan et al. (2020), *Scaling Laws for Neural Language Models*.
 - Hoffmann et al. (2022), *Training Compute-Optimal Large Language Models* (Chinchilla).
 - Besiroglu et al. (2024), *Chinchilla Scaling: A replication attempt*: how a fit can go wrong.

@@ -15,8 +15,7 @@ or memory, and that a model trains with 8-bit numbers as well as with 32-bit one
 is right and not if it is wrong.
 
 We begin with three questions to the finished module: which attention program will run here, how
-fast can this machine be at best, and what limits a matrix product of a given size on a rented
-GPU?
+fast can a rented GPU be at best, and what limits a matrix product of a given size there?
 """
 
 # %%
@@ -25,26 +24,25 @@ import torch
 from nanochat import kernels
 
 print("attention here runs as:", kernels.attention_backend("cpu"))
-print(
-    "an H100 in bfloat16:   ", kernels.peak_flops("NVIDIA H100 80GB HBM3", torch.bfloat16), "FLOP/s"
-)
+gpu = "NVIDIA H100 80GB HBM3"
+print(f"an H100 in bfloat16: {kernels.peak_flops(gpu, torch.bfloat16) / 1e12:.0f} TFLOP/s at best")
 for n in (64, 512, 4096):
-    limit = kernels.roofline(2 * n**3, 3 * 2 * n * n, "NVIDIA H100 80GB HBM3", torch.bfloat16)
+    limit = kernels.roofline(2 * n**3, 3 * 2 * n * n, gpu, torch.bfloat16)
     print(f"a {n} x {n} matrix product there is limited by {limit.bound}")
 
 # %% [markdown]
 r"""
-**You will be able to**
+**What you will be able to do**
 
 1. compute the arithmetic intensity of an operation and say whether memory or arithmetic limits it;
 2. draw the roofline of your own machine from two measurements;
 3. explain why fused kernels and flash attention are faster although they compute the same;
-4. read the bits of the two 8-bit floating-point formats, and choose a scale for a tensor;
+4. tell the two 8-bit floating-point formats apart, and choose a scale for a tensor;
 5. train with 8-bit matrix products, and switch them off for evaluation;
 6. profile a training step and say where the time goes.
 
-**Before this:** chapters 3 (the model) and 5 (the training loop). **Reading:** 25 minutes.
-**Running:** about 30 seconds on two CPU cores. Cells that need a GPU say so and are skipped.
+**Before you start**: chapters 3 (the model) and 5 (the training loop). Reading takes 25 minutes,
+running under a minute on two CPU cores. Cells that need a GPU say so and are skipped.
 """
 
 # %% tags=["parameters"]
@@ -81,7 +79,7 @@ from nanochat.optim import build_optimizer
 
 # %% [markdown]
 r"""
-## A3.1 What a kernel is, and what limits it
+## 1. What a kernel is, and what limits it
 
 A **kernel** is the small program that does one operation on the device: one for a matrix product,
 one for an addition. Each reads its inputs from memory, computes, and writes its output back. So
@@ -164,6 +162,15 @@ GPU_SPEEDS = {
 }
 
 
+# %% [markdown]
+r"""
+We ask the table with the name that PyTorch gives to the device, and get None for a device that is
+not in it: no number is better than a wrong one.
+"""
+
+
+# %%
+#| export
 def gpu_speeds(device_name: str) -> tuple[float, ...] | None:
     """Return the row of GPU_SPEEDS for a name as torch.cuda.get_device_name gives it, or None."""
     if re.search(r"\b(Ti|SUPER|Laptop|Max-Q|D)\b", device_name):
@@ -209,7 +216,8 @@ assert peak_flops("AMD EPYC") is None
 # %% [markdown]
 r"""
 For a CPU there is no such table, but we can measure: a large matrix product shows the peak, a large
-copy the bandwidth (it reads and writes, so each byte counts twice).
+copy the bandwidth (it reads and writes, so each byte counts twice). `machine_limits` does one or
+the other.
 """
 
 
@@ -243,6 +251,14 @@ def machine_limits(device: str, dtype: torch.dtype = torch.float32) -> Limits:
     return Limits(flops, 2 * big.nbytes / time_call(out.copy_, big))
 
 
+# %% [markdown]
+r"""
+With the two limits the formula says what an operation can reach, and which of them it meets.
+"""
+
+
+# %%
+#| export
 class Roofline(NamedTuple):
     """What limits an operation: intensity and ridge in FLOP/byte, least seconds, the limit."""
 
@@ -326,9 +342,8 @@ than memory's.)
 On an H100 the ridge lies near 300 FLOP/byte in bfloat16. Everything in a transformer that is not a
 matrix product, norms, activations, residual additions, the optimizer, is far left of it.
 
-**Play with it.** At what batch does generating text stop being limited by memory? One token
-through a matrix of `d x d` weights reads $2 d^2$ bytes and does $2 d^2$ FLOP for *each* sequence
-in the batch.
+> **Play.** At what batch does generating text stop being limited by memory? A matrix of `d x d`
+> weights is read once, $2 d^2$ bytes, and does $2 d^2$ FLOP for *each* sequence in the batch.
 """
 
 # %%
@@ -339,7 +354,7 @@ for batch in (1, 16, 128, 512):
 
 # %% [markdown]
 r"""
-## A3.2 Fusion: the same arithmetic, fewer bytes
+## 2. Fusion: the same arithmetic, fewer bytes
 
 What can we do on the slope? Move fewer bytes. `relu(x * a + b) ** 2` written plainly is four
 kernels; each reads a tensor and writes a tensor, and the results in between are nobody's
@@ -361,15 +376,15 @@ class CountBytes(TorchDispatchMode):
         self.moved = self.new = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        outputs = [t for t in (result if isinstance(result, tuple) else [result])]
-        outputs = [t for t in outputs if isinstance(t, torch.Tensor)]
-        if "view" in str(func) or "transpose" in str(func) or "expand" in str(func):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if any(word in str(func) for word in ("view", "transpose", "expand")):
             return result  # these move nothing
-        inputs = [t for t in [*args, *(kwargs or {}).values()] if isinstance(t, torch.Tensor)]
-        old = {t.data_ptr() for t in inputs}
-        self.moved += sum(t.nbytes for t in {id(t): t for t in inputs}.values())
-        self.moved += sum(t.nbytes for t in outputs)
+        results = result if isinstance(result, tuple) else (result,)
+        outputs = [t for t in results if isinstance(t, torch.Tensor)]
+        inputs = {id(t): t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)}
+        old = {t.data_ptr() for t in inputs.values()}
+        self.moved += sum(t.nbytes for t in (*inputs.values(), *outputs))
         self.new += sum(t.nbytes for t in outputs if t.data_ptr() not in old)
         return result
 
@@ -436,24 +451,26 @@ for T in (128, 256, 512, 1024):
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(7, 2.8), dpi=110, layout="constrained")
 fig.set_label("Time and new memory of naive and fused attention against the length.")
-for ax, at, unit, scale in ((axes[0], 1, "ms", 1e3), (axes[1], 2, "MB of new tensors", 1e-6)):
+fig.suptitle("Fused attention is faster, and its memory grows with T, not T squared", fontsize=10)
+for ax, at, unit, scale in ((axes[0], 1, "time (ms)", 1e3), (axes[1], 2, "new tensors (MB)", 1e-6)):
     for offset, name in ((0, "naive"), (2, "fused")):
         values = [row[at + offset] * scale for row in rows]
         ax.loglog([r[0] for r in rows], values, "o-", color=COLORS[offset // 2], label=name)
-    ax.set_xlabel("length T", fontsize=9)
+    ax.set_xlabel("length T (tokens)", fontsize=9)
     ax.set_ylabel(unit, fontsize=9)
     ax.set_xticks([r[0] for r in rows], [r[0] for r in rows], fontsize=8)
+    ax.tick_params(labelsize=8)
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
-axes[0].set_title("Fused attention: linear memory", fontsize=10, loc="left")
 axes[1].legend(fontsize=7)
 plt.show()
 
 # %% [markdown]
 r"""
-Left, time; right, memory: the naive one grows with the square of the length, the fused one in
-proportion to it. There are several such kernels, for other devices and dtypes, and SDPA chooses
-without a word. When a run is unexpectedly slow, the first thing to ask is which one it took.
+Memory grows with the square of the length in the naive form, in proportion to it in the fused one.
+(Time grows with the square in both: the arithmetic is the same.) There are several such kernels,
+for other devices and dtypes, and SDPA chooses without a word. When a run is unexpectedly slow, the
+first thing to ask is which one it took.
 """
 
 
@@ -470,19 +487,14 @@ def attention_backend(
     Of (1, 4, seq_len, head_dim) tensors that need gradients. "unknown" if this torch does not say.
     """
     device = pick_device(device) if isinstance(device, str) else device
-    shape, options = (
-        (1, 4, seq_len, head_dim),
-        dict(device=device, dtype=dtype or pick_dtype(device)),
-    )
-    q = torch.empty(shape, requires_grad=True, **options)
+    dtype = dtype or pick_dtype(device)
+    q = torch.empty(1, 4, seq_len, head_dim, device=device, dtype=dtype, requires_grad=True)
     try:
         choice = torch._fused_sdp_choice(q, q, q, is_causal=True)
         name = torch.nn.attention.SDPBackend(choice).name
     except (AttributeError, RuntimeError, ValueError):
         return "unknown"
-    return {"FLASH_ATTENTION": "flash", "CUDNN_ATTENTION": "cudnn"}.get(
-        name, name.split("_")[0].lower()
-    )
+    return name.split("_")[0].lower()  # FLASH_ATTENTION: flash
 
 
 # %% tags=["gpu"]
@@ -520,7 +532,7 @@ The same attention, forty times apart.
 
 # %% [markdown]
 r"""
-## A3.3 Eight bits
+## 3. Eight bits
 
 The other way to move and compute less is smaller numbers. GPUs since Hopper and Ada multiply
 8-bit floating-point numbers at twice the speed of 16-bit ones. There are two formats
@@ -626,9 +638,10 @@ print(f"with the dynamic scale: {relative_error(x8.float() * scale):.3f}")
 
 # %% [markdown]
 r"""
-Without a scale the whole tensor is rounded to zero: an error of 1 means that nothing is left.
-With the dynamic scale the error is a few percent, about ten times bfloat16's. To the left, large
-values overflow; to the right, small ones vanish, earlier in e4m3 than in e5m2.
+Without a scale the whole tensor is rounded to zero: an error of 1 means that nothing is left. With
+the dynamic scale the error is a few percent, some fifteen times bfloat16's, which has four more
+bits of mantissa than e4m3. To the left, large values overflow; to the right, small ones vanish,
+earlier in e4m3 than in e5m2.
 
 ### A linear layer in 8 bits
 
@@ -663,6 +676,15 @@ def scaled_matmul(
     )
 
 
+# %% [markdown]
+r"""
+PyTorch cannot differentiate through the rounding, so we write the backward pass ourselves: two more
+products of the 8-bit tensors that the forward pass has kept.
+"""
+
+
+# %%
+#| export
 class Float8Matmul(torch.autograd.Function):
     """x (M, K) @ weight (N, K)^T with 8-bit products: e4m3 forward, e5m2 gradients.
 
@@ -688,9 +710,7 @@ class Float8Matmul(torch.autograd.Function):
 
 # %% [markdown]
 r"""
-The layer itself is a linear layer with another `forward`. We do not build new modules: to convert
-a model we only change the class of its linear layers, so parameters, optimizer and checkpoints
-stay what they are, and converting back is as simple. Evaluation runs without 8 bits.
+The layer itself is a linear layer with another `forward`.
 """
 
 
@@ -703,13 +723,24 @@ class Float8Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         rows = x.reshape(-1, x.size(-1))
         if rows.size(0) % 16:
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
+            return F.linear(x, self.weight.to(x.dtype), bias)
         y = Float8Matmul.apply(rows, self.weight).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if bias is None else y + bias
 
 
+# %% [markdown]
+r"""
+We do not build new modules. To convert a model we only change the class of its linear layers, so
+parameters, optimizer and checkpoints stay what they are, and converting back is as simple.
+Evaluation runs with 8 bits paused.
+"""
+
+
+# %%
+#| export
 def convert_to_float8(
     model: nn.Module, min_dim: int = 128, skip: tuple[str, ...] = ("head",)
 ) -> int:
@@ -890,10 +921,11 @@ factor of two.
 
 # %% [markdown]
 r"""
-## A3.4 Where does the time go?
+## 4. Where does the time go?
 
 Before you make anything faster, measure. A profile of one training step says which operations take
-the time; what is not on top of the list is not worth an hour.
+the time; what is not on top of the list is not worth an hour. We use PyTorch's profiler and add up
+the time that each kind of operation spends in itself, not in the operations it calls.
 """
 
 
@@ -956,8 +988,10 @@ for row in profile_step(training_step, top=8):
 # %% [markdown]
 r"""
 Matrix products (`mm`) should be on top; everything else is glue. In so small a model the logits
-and the loss over 4,096 tokens are a large part of it. And the MFU? The formula of chapter 3
-counts the FLOP of a token, the clock the tokens of a second, the roofline's peak is the rest:
+and the loss over 4,096 tokens are a large part of it.
+
+And the MFU? The formula of chapter 3 gives the FLOP of a token, the clock the tokens of a second.
+Their product, as a share of the peak, is the MFU.
 """
 
 # %%

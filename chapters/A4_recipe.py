@@ -31,17 +31,17 @@ for profile in PROFILES:
 
 # %% [markdown]
 r"""
-One word each, and everything else is decided: sizes, rates, steps, data. `laptop` is the run of
-`make capstone`; `speedrun` is a model of GPT-2's quality.
+Each line is a **recipe**: all the settings of one run. Its name is one word, and the word decides
+sizes, rates, steps and data. `laptop` is the run of `make capstone`; `speedrun` is a model of
+GPT-2's quality.
 
-Nothing in this appendix is about learning. It is about the hours around it: the run that dies at
-three in the morning, the second GPU, the colleague who asks what the number in the table means.
-Whoever trains models spends more time on these than on attention.
+This appendix is about the hours around learning: the run that dies at three in the morning, the
+second GPU, the colleague who asks what the number in the table means.
 
 **What you will be able to do**
 
 - derive batch, steps and rates of a run from its depth, and say which rule gave each;
-- predict the memory of a training step part by part, and check it against a measurement;
+- predict the memory of a training step, its time and its price, and check them against what came;
 - write a stage that is skipped when it is done and resumes when it is not, and test that
   resuming is exact;
 - run the same stage in one process or in many;
@@ -49,7 +49,8 @@ Whoever trains models spends more time on these than on attention.
 - turn each mistake of a user into one sentence.
 
 **Before you start**: chapters 5 (the training loop and checkpoints), 6 (processes) and 9 (the chat
-stages). Reading takes 30 minutes, running about half a minute on two CPU cores.
+stages). Reading takes 40 minutes, running about 20 seconds on two CPU cores. Sections 1 to 10 are
+the chapter; section 11, the command line, is there to look things up.
 """
 
 # %% tags=["parameters"]
@@ -74,90 +75,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import torch
 
-from nanochat.budget import (
-    GRID_GRAMS,
-    footprint,
-    largest_that_fits,
-    memory_estimate,
-    sizes_of,
-    step_fits,
-)
-from nanochat.chat import parse, render_prompt, reply_text
-from nanochat.checkpoint import (
-    BackgroundSaver,
-    Checkpoint,
-    best_step,
-    latest_step,
-    load_checkpoint,
-    save_checkpoint,
-)
-from nanochat.common import (
-    MetricsLog,
-    Progress,
-    UserError,
-    format_seconds,
-    pick_device,
-    pick_dtype,
-    read_json,
-    read_metrics,
-    seed_everything,
-    synchronize,
-    write_json,
-)
-from nanochat.data import (
-    Prefetch,
-    TokenBatches,
-    TokenShards,
-    TokenStream,
-    ValidationBatches,
-    check_space,
-    open_source,
-    prepare_tokens,
-)
-from nanochat.distributed import (
-    LaunchError,
-    ShardedMuonAdamW,
-    build_sharded_optimizer,
-    gather_model,
-    launch,
-    shard_model,
-)
-from nanochat.engine import Engine
-from nanochat.evaluation import bits_per_byte, evaluate_core, tinyworld_core
-from nanochat.finetune import (
-    ConversationBatches,
-    add_lora,
-    held_out_loss,
-    load_lora_state,
-    lora_groups,
-    lora_state,
-    merged_copy,
-)
+from nanochat.budget import GRID_GRAMS, sizes_of
+from nanochat.common import UserError
 from nanochat.kernels import peak_flops
 from nanochat.model import GPT, GPTConfig
-from nanochat.optim import MuonAdamW, build_optimizer, lr_multiplier, param_groups
-from nanochat.rl import evaluate_pass, problem_prompt, task_problems, train_rl
-from nanochat.tasks import (
-    ARC,
-    GSM8K,
-    MMLU,
-    SHARES,
-    ExamTask,
-    JsonLines,
-    Messages,
-    Mixture,
-    TinyWorldTask,
-    chat_exam,
-    evaluate_chat,
-    names_answer,
-    tinyworld_mixture,
-)
-from nanochat.tinyworld import World
-from nanochat.tokenizer import Tokenizer
-from nanochat.train import TRACKERS, SingleProcess, TrackedLog, fit, open_tracker
 
 # %%
 import collections
@@ -174,9 +97,8 @@ from nanochat.data import file_digest
 r"""
 ## 1. One dial
 
-A run has some forty settings. If each script kept its own, two of them would one day disagree, so
-all of them live in one flat list, with a type and a default each: those of the `laptop` profile.
-What is not in this list cannot be set; what is in it is written to disk with the run.
+A run is a row of **stages**, each of which takes up what the one before has left. The last four
+train a model.
 """
 
 # %%
@@ -184,36 +106,39 @@ What is not in this list cannot be set; what is in it is written to disk with th
 STAGES = ("tokenizer", "data", "base", "mid", "sft", "rl")
 MODELS = ("base", "mid", "sft", "rl")
 
+# %% [markdown]
+r"""
+Together they have some forty settings. If each stage kept its own, two of them would one day
+disagree, so all live in one flat list, with a type and a default each. What is not in this list
+cannot be set; what is in it is written to disk with the run.
+"""
 
+
+# %%
+#| export
 @dataclass
 class Settings:
-    """Every number of a run.
+    """Every number of a run, and every word.
 
     Rates are the optimizer's initial rates at width 768 (chapter 4); `*_lr` of later stages are
-    factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes.
-    `model` is "classic" or "modern" (chapter 3). `micro_batch` 0 means as many rows as fit,
-    `processes` 0 one for each GPU; `fsdp` 1 cuts the model over them, 2 recomputes activations too
-    (chapter 6). `compile` is "auto" on GPUs only ("yes" and "no" decide it), `tracker` names a tool
-    that shows the run (chapter 5), `grid_grams` is the g of CO2 for a kWh where you are.
-    `own_chats` is a JSONL file of conversations that replace the identity, `lora_rank` above 0
-    fine-tunes (sft) with LoRA, `rl_task` is arithmetic, spelling or gsm8k (chapters 9 and 10).
-    `mine` is a folder of solved exercises whose functions replace the book's (section 2).
+    factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes. `fsdp` 1
+    cuts the model over the GPUs, 2 recomputes activations too (chapter 6).
     """
 
-    name: str = "laptop"
-    data: str = "tinyworld"
-    chat: str = "tinyworld"
-    own_chats: str = ""
+    name: str = "laptop"  # of the folder of the run
+    data: str = "tinyworld"  # or hub:NAME, or folder:PATH (chapter 2)
+    chat: str = "tinyworld"  # conversations; or hub, or folder:PATH
+    own_chats: str = ""  # a JSONL file of conversations that replace the identity (chapter 9)
     seed: int = 0
-    model: str = "classic"
-    depth: int = 4
-    aspect: int = 64
+    model: str = "classic"  # or modern (chapter 3)
+    depth: int = 4  # layers
+    aspect: int = 64  # width for each layer
     head_dim: int = 64
-    seq_len: int = 256
+    seq_len: int = 256  # tokens in a row
     vocab_size: int = 2048
-    tokenizer_chars: int = 2_000_000
+    tokenizer_chars: int = 2_000_000  # that the tokenizer is trained on
     batch_tokens: int = 4096
-    micro_batch: int = 16
+    micro_batch: int = 16  # rows at once; 0: as many as fit
     pretrain_steps: int = 600
     mid_steps: int = 120
     sft_steps: int = 120
@@ -222,34 +147,34 @@ class Settings:
     embedding_lr: float = 0.3
     head_lr: float = 0.008
     weight_decay: float = 0.0
-    warmdown: float = 0.5
+    warmdown: float = 0.5  # share of the steps in which the rate falls
     mid_lr: float = 0.5
     sft_lr: float = 0.3
-    lora_rank: int = 0
-    rl_task: str = "arithmetic"
+    lora_rank: int = 0  # above 0: sft trains an adapter (chapter 9)
+    rl_task: str = "arithmetic"  # or spelling, or gsm8k (chapter 10)
     rl_lr: float = 0.05
-    rl_questions: int = 16
-    rl_samples: int = 8
-    max_tokens: int = 96
-    exam_items: int = 120
+    rl_questions: int = 16  # for a step
+    rl_samples: int = 8  # replies to each question
+    max_tokens: int = 96  # of a reply
+    exam_items: int = 120  # of each exam
     val_tokens: int = 65_536
-    evals: int = 4
-    saves: int = 4
-    processes: int = 1
+    evals: int = 4  # times that a stage is measured on held-out data
+    saves: int = 4  # checkpoints of a stage
+    processes: int = 1  # 0: one for each GPU
     fsdp: int = 0
     device: str = "auto"
-    dtype: str = "auto"
-    compile: str = "auto"
-    tracker: str = ""
-    grid_grams: float = GRID_GRAMS
-    mine: str = ""
+    dtype: str = "auto"  # or float32, or bfloat16
+    compile: str = "auto"  # on GPUs only; or yes, or no
+    tracker: str = ""  # a tool that shows the run (chapter 5)
+    grid_grams: float = GRID_GRAMS  # g of CO2 for a kWh where you are
+    mine: str = ""  # a folder of solved exercises (section 2)
 
 
 # %% [markdown]
 r"""
 Most of the settings are not free. Choose the depth $L$, and with it the width $C = 64L$ and the
-parameters that count, those of the matrices and the head, $N = 12\,L\,C^2 + V C$. Experiments on
-small models (appendix A2) then give rules for the rest:
+parameters that count, those of the matrices and the head, $N = 12\,L\,C^2 + V C$ with a vocabulary
+of $V = 32{,}768$. Experiments on small models (appendix A2) then give rules for the rest:
 
 $$D = 12\,N,\qquad B = 2^{\operatorname{round}\log_2\left(2^{19}\,(D/D_{12})^{0.383}\right)},\qquad
 \text{rate} \propto \sqrt{B},\qquad \lambda \propto \frac{\sqrt{B}}{D},\ \lambda \le \tfrac12.$$
@@ -258,8 +183,12 @@ $D$ is the number of training tokens, 12 for each parameter. $B$ is the batch in
 model wants a larger one, as the gradient's noise matters more when the loss is low. $D_{12}$
 belongs to the model of depth 12, where everything was tuned with $B = 2^{19}$. The rates grow with
 the root of the batch, and the weight decay $\lambda$ shrinks so that a run forgets at the same pace
-relative to its length, up to the half that chapter 5 found to be the most a small model bears. What
-is *derived* depends on nothing but the depth and the ratio.
+relative to its length, up to one half (chapter 5 says why).
+
+Depth 20, for example: $C = 1280$ and $N = 435$ million. So $D$ is 5.2 billion tokens, four times
+$D_{12}$, and the rule asks for a batch of $2^{19} \cdot 4^{0.383} \approx 2^{19.8}$ tokens,
+rounded to $2^{20}$. That makes 4,980 steps. All rates are $\sqrt 2$ times those of depth 12, and
+the decay is $0.28 \cdot \sqrt 2 / 4 \approx 0.10$.
 """
 
 
@@ -318,12 +247,35 @@ plt.show()
 
 # %% [markdown]
 r"""
-The steps move in a saw: the batch jumps by a factor of two, and at each jump the steps halve.
+The steps move in a saw: they grow with the text, and fall where the batch doubles.
 
+Values also come from a command line, as text. `read_setting` reads them by the type of the
+default, so that "12" is a number, and refuses what it cannot read: "6.5" is no depth.
+"""
+
+
+# %%
+#| export
+def read_setting(name: str, value: Any, kind: type) -> Any:
+    """Return a setting's value as its type, `kind`; text is read ("12" is 12).
+
+    Raises UserError for a value that is not of that type, as 6.5 is no int.
+    """
+    try:
+        found = kind(value)
+        if kind is int and float(value) != found:
+            raise ValueError(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{name} must be {kind.__name__}, got {value!r}.") from None
+    return found
+
+
+# %% [markdown]
+r"""
 A `Recipe` is the settings with three ways to make one: `for_depth` turns the dial, `for_profile`
-takes a ready set by name, `changed` replaces single fields. `changed` also reads text, as a command
-line hands it over, and refuses what it does not know: a misspelt setting that is silently ignored
-costs a night.
+takes a ready set, a **profile**, by name, `changed` replaces single fields. A name that it does not
+know is an error: a misspelt setting that is silently ignored costs a night. `config` gives the
+sizes of the model.
 """
 
 
@@ -370,21 +322,12 @@ class Recipe(Settings):
         Text is read as the field's type ("12" is 12), so that the command line can pass it on.
         """
         kinds = {field.name: type(getattr(self, field.name)) for field in fields(self)}
-        for name, value in changes.items():
+        for name in changes:
             if name not in kinds:
                 near = difflib.get_close_matches(name, kinds, 1)
-                raise UserError(
-                    f"a recipe has no {name!r}; "
-                    + (f"perhaps you mean {near[0]!r}." if near else f"it has {', '.join(kinds)}.")
-                )
-            try:
-                changes[name] = kinds[name](value)
-                if kinds[name] is int and float(value) != changes[name]:
-                    raise ValueError(value)
-            except (TypeError, ValueError, OverflowError):
-                wanted = kinds[name].__name__
-                raise UserError(f"{name} must be {wanted}, got {value!r}.") from None
-        return replace(self, **changes)
+                known = f"perhaps you mean {near[0]!r}" if near else f"it has {', '.join(kinds)}"
+                raise UserError(f"a recipe has no {name!r}; {known}.")
+        return replace(self, **{k: read_setting(k, v, kinds[k]) for k, v in changes.items()})
 
     def config(self, vocab_size: int) -> GPTConfig:
         """Return the model's sizes; the vocabulary is what the tokenizer reached."""
@@ -406,9 +349,8 @@ for wrong in ({"dept": 6}, {"depth": "six"}, {"depth": 6.5}):
 
 # %% [markdown]
 r"""
-Two tables hold the choices that no rule makes: what every run on GPUs shares, and what each
-profile changes. `classic` is the first recipe of nanochat, from October 2025; its constants came
-before the rules, so it states its own.
+The choices that no rule makes stand in tables. First, what every run on GPUs shares, with real text
+and conversations from the Hugging Face hub.
 """
 
 # %%
@@ -432,6 +374,39 @@ GPU_SETTINGS: dict[str, Any] = dict(
     evals=10,
     processes=0,
 )
+
+# %% [markdown]
+r"""
+The three profiles for GPUs start from these and name a depth; `derive_from` has the rules applied
+to it. `classic` is the first recipe of nanochat, from October 2025. Its constants came before the
+rules, so it states its own.
+"""
+
+# %%
+#| export
+GPU_PROFILES: dict[str, dict[str, Any]] = {
+    "gpu1": dict(derive_from=12, processes=1, tokenizer_chars=400_000_000),
+    "speedrun": dict(derive_from=24),
+    "classic": dict(
+        derive_from=20,
+        data="hub:karpathy/fineweb-edu-100b-shuffle",
+        model="classic",
+        vocab_size=65536,
+        batch_tokens=524_288,
+        pretrain_steps=21_400,
+        embedding_lr=0.2,
+        head_lr=0.004,
+        matrix_lr=0.02,
+        weight_decay=0.0,
+        warmdown=0.2,
+    ),
+}
+
+# %% [markdown]
+r"""
+The other two run on a CPU. `smoke` is for tests: every stage, as short as possible. `laptop` is the
+one you get without asking.
+"""
 
 # %%
 #| export
@@ -466,21 +441,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         exam_items=100,
         val_tokens=16_384,
     ),
-    "gpu1": dict(derive_from=12, processes=1, tokenizer_chars=400_000_000),
-    "speedrun": dict(derive_from=24),
-    "classic": dict(
-        derive_from=20,
-        data="hub:karpathy/fineweb-edu-100b-shuffle",
-        model="classic",
-        vocab_size=65536,
-        batch_tokens=524_288,
-        pretrain_steps=21_400,
-        embedding_lr=0.2,
-        head_lr=0.004,
-        matrix_lr=0.02,
-        weight_decay=0.0,
-        warmdown=0.2,
-    ),
+    **GPU_PROFILES,
 }
 
 
@@ -499,21 +460,37 @@ for field in small:
 
 # %% [markdown]
 r"""
-One number was turned, and everything that follows from it has followed.
+One number was turned, and six followed. How long such a run trains, its horizon, can be asked for
+in three ways: as tokens for each parameter, as FLOPs, or as a time.
+"""
 
+# %%
+for name, recipe in (
+    ("12 tokens a parameter", Recipe.for_depth(12)),
+    ("1e18 FLOPs", Recipe.for_depth(12, flops=1e18)),
+    ("a quarter of an hour on 8xH100", Recipe.for_depth(12, hours=0.25)),
+):
+    print(f"depth 12, {name:31s}: {recipe.pretrain_steps:6,} steps of {recipe.batch_tokens:,}")
+
+# %% [markdown]
+r"""
 > **Exercise A4.1.** A friend has one GPU for one hour, at 40 % of $10^{15}$ FLOP/s. Which depth
-> should she train? *(`estimate` below counts the FLOPs; try depths 8 to 14.)*
+> should she train? *(`estimate` of section 4 counts the FLOPs; try depths 8 to 14.)*
 
 ## 2. The folder of a run
 
 A run is a folder, and the folder is all there is: no database, no state in a notebook. Its
 `recipe.json` says what was asked for. Its `metrics.jsonl` says what happened, one line an event.
-Everything else is what a stage left behind.
-
-Before a folder is made, `check_recipe` looks for numbers that cannot work. "The batch does not
-divide by the processes" is a sentence worth reading in the first second, not after the tokenizer
-has been trained. And it says which number would do.
+The rest is what the stages left behind. The folders of all runs lie side by side:
 """
+
+# %%
+#| export
+from nanochat.checkpoint import Checkpoint, load_checkpoint
+from nanochat.common import MetricsLog, pick_device, pick_dtype, read_json, write_json
+from nanochat.engine import Engine
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import TRACKERS
 
 
 # %%
@@ -529,6 +506,15 @@ def runs_directory() -> Path:
     return here / "runs"
 
 
+# %% [markdown]
+r"""
+Two settings mean something else on each machine: `processes=0` is one process for each GPU, and
+`dtype="auto"` is what the device multiplies best (chapter 5).
+"""
+
+
+# %%
+#| export
 def process_count(recipe: Recipe) -> int:
     """Return how many processes train: the recipe's number, 0 meaning one per GPU."""
     if recipe.processes:
@@ -537,13 +523,26 @@ def process_count(recipe: Recipe) -> int:
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Return the dtype of the matrix products: the recipe's, "auto" being the device's best."""
+    """Return the dtype of the matrix products: the recipe's, "auto" being the device's best.
+
+    Raises UserError for a name that is none of auto, float32 and bfloat16.
+    """
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if recipe.dtype not in ("auto", *named):
         raise UserError(f"dtype must be auto, {' or '.join(named)}, got {recipe.dtype!r}.")
     return named.get(recipe.dtype) or pick_dtype(device)
 
 
+# %% [markdown]
+r"""
+Before a folder is made, `check_recipe` looks for numbers that cannot work. "The batch does not
+divide by the processes" is a sentence worth reading in the first second, not after the tokenizer
+has been trained.
+"""
+
+
+# %%
+#| export
 def check_recipe(recipe: Recipe) -> None:
     """Raise UserError for numbers that cannot work, before any work is done."""
     may_be_zero = ("seed", "micro_batch", "lora_rank", "processes", "fsdp", "evals", "saves")
@@ -581,11 +580,10 @@ def check_recipe(recipe: Recipe) -> None:
 # %% [markdown]
 r"""
 One more thing is decided before the work begins: whose code does it. Many exercises of the book ask
-for a function that the package has. `make capstone MINE=1`, or a recipe with `mine="work"`, looks
-through your notebooks in `work/` for them. Each answer is checked again, in a process of its own.
-One that passes takes the place of the book's function wherever a module holds it, later in every
-rank too. One that does not pass stops the run, with the property that it lacks. One that is not
-written yet is left alone. Which of your functions did the work stands in the log and the report.
+for a function that the package has. With `mine="work"`, or `make capstone MINE=1`, a run takes your
+answers from the notebooks in `work/`. One that passes its checks stands in for the book's function,
+in every process. One that fails them stops the run. One that is not written yet is left alone. Log
+and report name those that did the work.
 """
 
 
@@ -615,13 +613,8 @@ def use_mine(recipe: Recipe) -> list[str]:
 r"""
 `Run.open` starts a run or takes one up. Here lies a trap: start `laptop`, change the depth, start
 `laptop` again. A tool that goes on regardless trains a model that no recipe describes. So a run
-remembers its recipe and refuses another one, with the difference in the message. Some fields may
-differ: they say *where* a run computes, not *what* it learns, so a run may be taken up on a machine
-with more GPUs.
-
-A checkpoint knows the fingerprint of its tokenizer (chapter 1). With another vocabulary every id
-would mean another word, the loss would be absurd and nothing would crash; so `Run.checkpoint`
-compares.
+remembers its recipe and refuses another one. Some fields may differ: they say *where* a run
+computes, not *what* it learns, so it may be taken up on a machine with more GPUs.
 """
 
 # %%
@@ -631,19 +624,37 @@ MACHINE_FIELDS = (  # where, not what, is learnt
 )
 
 
+def read_recipe(path: Path) -> Recipe:
+    """Read a `recipe.json`; UserError when it has settings that this version does not know."""
+    settings = read_json(path)
+    strange = set(settings) - {field.name for field in fields(Recipe)}
+    if strange:
+        raise UserError(
+            f"{path} has settings that this version does not know "
+            f"({', '.join(sorted(strange))}); use the version that started the run."
+        )
+    return Recipe(**settings)
+
+
+# %% [markdown]
+r"""
+A `Run` knows where everything lies in its folder and loads it: the tokenizer, a stage's checkpoint,
+an engine to chat with. A stage with the mark `done.json` is finished.
+
+A checkpoint knows the fingerprint of its tokenizer (chapter 1). With another vocabulary every id
+would mean another word, the loss would be absurd and nothing would crash; so `Run.checkpoint`
+compares.
+"""
+
+
+# %%
+#| export
 class Run:
     """A run on disk: its recipe, its artifacts, its log (the folder is drawn in appendix A4)."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        settings = read_json(self.directory / "recipe.json")
-        strange = set(settings) - {field.name for field in fields(Recipe)}
-        if strange:
-            raise UserError(
-                f"{self.directory / 'recipe.json'} has settings that this version does not know "
-                f"({', '.join(sorted(strange))}); use the version that started the run."
-            )
-        self.recipe = Recipe(**settings)
+        self.recipe = read_recipe(self.directory / "recipe.json")
         self.log = MetricsLog(self.directory / "metrics.jsonl")
 
     @classmethod
@@ -658,7 +669,7 @@ class Run:
         directory = Path(directory or runs_directory() / recipe.name)
         path = directory / "recipe.json"
         if path.exists():
-            old, new = asdict(cls(directory).recipe), asdict(recipe)
+            old, new = asdict(read_recipe(path)), asdict(recipe)
             names = [k for k in new if old[k] != new[k] and k not in MACHINE_FIELDS]
             differ = [f"{k} is {old[k]!r}, asked {new[k]!r}" for k in names]
             if differ:
@@ -727,16 +738,21 @@ alone, again, or in another process.
 | `sft` | `mid`, conversations | `sft/step_NNNNNN/` |
 | `rl` | `sft`, word problems | `rl/step_NNNNNN/` |
 
-The first two are short.
+The first two are short. The tokenizer reads the beginning of the text, and of no document more
+than 10,000 characters, so that one long document does not decide the vocabulary.
 """
+
+# %%
+#| export
+from nanochat.common import Progress
+from nanochat.data import TokenShards, TokenStream, check_space, open_source, prepare_tokens
 
 
 # %%
 #| export
 def train_tokenizer(run: Run) -> dict[str, Any]:
     """Train the run's tokenizer on the first `tokenizer_chars` characters of its source."""
-    recipe = run.recipe
-    source = open_source(recipe.data)
+    recipe, source = run.recipe, open_source(run.recipe.data)
 
     def texts(bar: Progress):
         for text in source.documents("train"):
@@ -749,33 +765,17 @@ def train_tokenizer(run: Run) -> dict[str, Any]:
         tokenizer = Tokenizer.train(texts(bar), recipe.vocab_size)
     tokenizer.save(run.directory / "tokenizer")
     sample = "".join(t for t, _ in zip(source.documents("val"), range(200)))
-    n_tokens = len(tokenizer.encode(sample))
+    n_tokens = max(len(tokenizer.encode(sample)), 1)
     return {
         "vocab_size": tokenizer.vocab_size,
-        "bytes_per_token": len(sample.encode("utf-8")) / max(n_tokens, 1),
+        "bytes_per_token": len(sample.encode("utf-8")) / n_tokens,
     }
-
-
-def prepare_data(run: Run) -> dict[str, Any]:
-    """Turn the source into memory-mapped tokens: what pretraining reads, and validation."""
-    recipe, tokenizer, source = run.recipe, run.tokenizer(), open_source(run.recipe.data)
-    wanted = {"val": recipe.val_tokens + recipe.seq_len + 1}
-    wanted["train"] = recipe.pretrain_steps * recipe.batch_tokens + recipe.seq_len + 1
-    sizes = {}
-    for split, n in wanted.items():
-        if split == "train" and not room_for(run, n, tokenizer):
-            return {**sizes, "train_tokens": 0}
-        with Progress(n, f"data {split}", "token") as bar:
-            shown = SimpleNamespace(update=lambda k: bar.update(min(k, bar.total - bar.done)))
-            shards = prepare_tokens(source, tokenizer, run.directory / "tokens", split, n, shown)
-        sizes[f"{split}_tokens"] = len(shards)
-    return sizes
 
 
 # %% [markdown]
 r"""
-Tokens of a large run take gigabytes. Is there no room for them, the run need not end: chapter 2 has
-a `TokenStream`, which makes them while the model trains, at the price of some processor time.
+Then the text becomes tokens on disk, as many as the steps will read. Where there is no room for
+them, a `TokenStream` (chapter 2) makes them while the model trains, at the price of processor time.
 """
 
 
@@ -795,6 +795,24 @@ def room_for(run: Run, n_tokens: int, tokenizer: Tokenizer) -> bool:
         return False
 
 
+# %%
+#| export
+def prepare_data(run: Run) -> dict[str, Any]:
+    """Turn the source into memory-mapped tokens: what pretraining reads, and validation."""
+    recipe, tokenizer, source = run.recipe, run.tokenizer(), open_source(run.recipe.data)
+    wanted = {"val": recipe.val_tokens + recipe.seq_len + 1}
+    wanted["train"] = recipe.pretrain_steps * recipe.batch_tokens + recipe.seq_len + 1
+    sizes = {}
+    for split, n in wanted.items():
+        if split == "train" and not room_for(run, n, tokenizer):
+            return {**sizes, "train_tokens": 0}
+        with Progress(n, f"data {split}", "token") as bar:
+            shown = SimpleNamespace(update=lambda k: bar.update(min(k, bar.total - bar.done)))
+            shards = prepare_tokens(source, tokenizer, run.directory / "tokens", split, n, shown)
+        sizes[f"{split}_tokens"] = len(shards)
+    return sizes
+
+
 def training_tokens(run: Run) -> TokenShards | TokenStream:
     """Return the tokens to train on: those on disk, or a stream that makes them."""
     if (run.directory / "tokens" / "train").exists():
@@ -804,15 +822,47 @@ def training_tokens(run: Run) -> TokenShards | TokenStream:
 
 # %% [markdown]
 r"""
-## 4. Will it fit?
+## 4. Before the run: memory, time, money
 
-Chapter 5 has the count of memory, part by part (`memory_estimate`), and measures what fits by real
-steps (`largest_that_fits`, `step_fits`). Here they meet a recipe. The batch is a matter of
-learning, and stays: a smaller **micro-batch** just takes more passes until the optimizer steps. So
-the rows that may go through at once are the divisors of a process's part of the batch. On a GPU the
-estimate is the guess at which the trials begin, and a trial is a step of the very model that will
-be trained, compiled if it will be, with the memory of the optimizer set aside. On a CPU, where too
-much memory ends in a standstill and not in an error, the estimate decides.
+Chapter 5 counts the memory of a step part by part (`memory_estimate`) and finds by real steps what
+fits (`largest_that_fits`, `step_fits`). Here both meet a recipe.
+
+The batch is a matter of learning, and stays. What memory decides is the **micro-batch**, the rows
+that go through the model at once: a smaller one takes more passes until the optimizer steps. Take
+a batch of 4,096 tokens in rows of 256, for two processes: each has 8 rows of it, so 8, 4, 2 or 1
+may go through at once, the divisors of 8.
+
+How many fit depends on the memory that is free, and on whether the model is compiled.
+"""
+
+# %%
+#| export
+import psutil
+
+from nanochat.budget import footprint, largest_that_fits, memory_estimate, step_fits
+from nanochat.common import format_seconds, synchronize
+from nanochat.optim import build_optimizer
+
+
+# %%
+#| export
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free; on a GPU what this process holds already counts as free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def compiles(recipe: Recipe, device: torch.device) -> bool:
+    """Say whether training compiles the model: as the recipe says, "auto" on GPUs only."""
+    return recipe.compile == "yes" or (recipe.compile == "auto" and device.type == "cuda")
+
+
+# %% [markdown]
+r"""
+On a CPU, where too much memory ends in a standstill and not in an error, the estimate decides, with
+a fifth of the free memory left over. On a GPU it is only the first guess for trials, each of them a
+step of the model itself.
 """
 
 
@@ -840,41 +890,26 @@ def pick_micro_batch(
     sizes = [n for n in range(1, rows + 1) if rows % n == 0]
     if recipe.micro_batch:
         return max(n for n in sizes if n <= recipe.micro_batch)
-    free, kind = 0.8 * free_memory(device) / (1 if device.type == "cuda" else ranks), {}
-    kind.update(dtype=compute_dtype(recipe, device), compiled=compiles(recipe, device))
-
-    def needs(n: int) -> int:
-        return sum(memory_estimate(config, n, **kind).values())
-
-    guess = max((n for n in sizes if needs(n) <= free), default=0)
+    kind = dict(dtype=compute_dtype(recipe, device), compiled=compiles(recipe, device))
+    needs = {n: sum(memory_estimate(config, n, **kind).values()) for n in sizes}
+    free = free_memory(device) / (1 if device.type == "cuda" else ranks)
+    guess = max((n for n in sizes if needs[n] <= 0.8 * free), default=0)
     found = largest_that_fits(sizes, fits or (lambda n: n <= guess), guess)
     if found is None:
-        need, have = needs(1) / 2**30, free / 0.8 / 2**30
         raise UserError(
-            f"depth {config.n_layer} with seq_len {config.seq_len} needs about {need:.1f} GiB of "
-            f"memory, {have:.1f} GiB are free; choose a smaller depth or seq_len."
+            f"depth {config.n_layer} with seq_len {config.seq_len} needs about "
+            f"{needs[1] / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; choose a "
+            f"smaller depth or seq_len."
         )
     return found
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free; on a GPU what this process holds already counts as free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
-
-
-def compiles(recipe: Recipe, device: torch.device) -> bool:
-    """Say whether training compiles the model: as the recipe says, "auto" on GPUs only."""
-    return recipe.compile == "yes" or (recipe.compile == "auto" and device.type == "cuda")
 
 
 # %% [markdown]
 r"""
 How good is the guess? On a CPU chapter 5 finds it within a few per cent of the allocator. Here is
 the control: memory that was measured on GPUs, with compiled models. The first line is a run of this
-book, the others are reports of nanochat's runs, whose tables are kept in 16 bits, and whose sizes
-nobody fitted anything to.
+book, and no test: the count of compiled logits was chosen in its light. The others are reports of
+nanochat's runs, whose tables are kept in 16 bits.
 """
 
 # %%
@@ -890,9 +925,9 @@ for what, depth, vocab_size, rows, measured in published:
 
 # %% [markdown]
 r"""
-Near enough to start from, and not near enough to rely on: hence the trials. (The first line is no
-test: the count of compiled logits was chosen in its light.) If memory runs out all the same,
-because another program takes some, `fit` halves the micro-batch and goes on.
+Near enough to start from, not near enough to rely on: hence the trials. And if memory runs out in
+the middle of training, because another program takes some, `fit` halves the micro-batch and goes
+on.
 """
 
 # %%
@@ -909,7 +944,7 @@ for depth in (12, 20, 24):
     ax.loglog(rows, needs, ".-", label=f"depth {depth}", base=2)
 for size in (24, 80):
     ax.axhline(size, color=COLORS[-1], linestyle="--", linewidth=1)
-    ax.text(1, size * 1.05, f"a card of {size} GB", fontsize=8)
+    ax.text(1, size * 1.1, f"a card of {size} GB", fontsize=8)
 ax.set_xticks(rows, rows)
 ax.set_yticks((4, 16, 64, 256), ("4", "16", "64", "256"))
 ax.legend(fontsize=8, frameon=False, loc="lower right")
@@ -922,7 +957,9 @@ r"""
 > for a 12 GB card?)*
 
 After the run we want the truth beside the estimate: the most memory it held, and the **model FLOPs
-utilisation** (MFU), the share of the hardware's peak that went into the formula's FLOPs.
+utilisation** (MFU). That is the share of the hardware's peak that went into the formula's FLOPs. A
+model of $1.8 \cdot 10^9$ FLOPs per token that learns 220,000 tokens a second does $4 \cdot 10^{14}$
+FLOP/s, 40 % of an H100.
 """
 
 
@@ -941,7 +978,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def utilisation(config: GPTConfig, flops: int, speed: float, world: Any) -> float | None:
-    """Return the share of the devices' peak that training uses (MFU), None where unknown."""
+    """Return the share of the devices' peak that training uses (MFU), None where unknown.
+
+    `flops` is the model's per token, `speed` the tokens per second of all processes together.
+    """
     if world.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(world.device), torch.bfloat16)
@@ -951,9 +991,7 @@ def utilisation(config: GPTConfig, flops: int, speed: float, world: Any) -> floa
 # %% [markdown]
 r"""
 The other half of a forecast is time, and what time costs. FLOPs divided by what the GPUs deliver
-are seconds; on a CPU we measure two steps instead of guessing. Pretraining writes this estimate to
-the log before its first step, so that anybody can hold it against what came (section 9), and
-`python -m nanochat estimate --profile speedrun` prints it without starting anything.
+are seconds, and seconds are rent:
 """
 
 
@@ -967,6 +1005,16 @@ def price_of(device_name: str) -> float | None:
     return next((p for name, p in PRICE_PER_HOUR.items() if name in device_name), None)
 
 
+# %% [markdown]
+r"""
+What a CPU delivers nobody can look up, so we measure two steps and count the faster one. The passes
+and the optimizer's update are timed apart, because a batch may take many passes, and takes one
+update.
+"""
+
+
+# %%
+#| export
 def training_speed(recipe: Recipe, config: GPTConfig, device: torch.device) -> float:
     """Measure the tokens per second of whole steps: passes and optimizer, the faster of two."""
     model, rows = GPT(config).to(device), recipe.micro_batch or 1
@@ -987,6 +1035,15 @@ def training_speed(recipe: Recipe, config: GPTConfig, device: torch.device) -> f
     return recipe.batch_tokens / (n_passes * min(passes) + min(updates))
 
 
+# %% [markdown]
+r"""
+`estimate` puts it together, for this machine and for eight H100. Pretraining writes it to the log
+before its first step, to be held against what came (section 9).
+"""
+
+
+# %%
+#| export
 def estimate(
     recipe: Recipe, utilisation: float = 0.4, speed: float | None = None
 ) -> dict[str, Any]:
@@ -995,32 +1052,41 @@ def estimate(
     On GPUs that are known, hours assume `utilisation` of their peak. `speed` in tokens per second
     (`training_speed`) replaces that; without it a CPU's hours are None. "8xH100" holds the same for
     that machine. Rent, power (1.3 kW a GPU, 65 W for a machine without) and the grid's carbon are
-    assumptions; `grid_grams` of the recipe is yours to set.
+    assumptions; `grid_grams` of the recipe is yours to set. Memory is in bytes, per process.
     """
-    device, ranks = pick_device(recipe.device), process_count(recipe)
-    config = recipe.config(recipe.vocab_size)
-    sizes, gpu = sizes_of(config), device.type == "cuda"
-    flops = sizes.flops_per_token() * recipe.pretrain_steps * recipe.batch_tokens
+    device, config = pick_device(recipe.device), recipe.config(recipe.vocab_size)
+    sizes, tokens = sizes_of(config), recipe.pretrain_steps * recipe.batch_tokens
+    flops, grid = sizes.flops_per_token() * tokens, recipe.grid_grams
     kind = dict(dtype=compute_dtype(recipe, device), compiled=compiles(recipe, device))
-    peak = peak_flops(torch.cuda.get_device_name(device), torch.bfloat16) if gpu else None
-    rate = speed * sizes.flops_per_token() if speed else (peak or 0) * ranks * utilisation
-    price = price_of(torch.cuda.get_device_name(device)) if gpu else 0.0
+    count, watts, price, peak = 1, 65.0, 0.0, None
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        count, watts, price = process_count(recipe), 1300.0, price_of(name)
+        peak = peak_flops(name, torch.bfloat16)
+    rate = speed * sizes.flops_per_token() if speed else (peak or 0) * count * utilisation
     bill = dict.fromkeys(("hours", "dollars", "kwh", "co2_kg"))
     if rate:
-        count, watts = (ranks, 1300.0) if gpu else (1, 65.0)
-        bill = footprint(flops / rate, count, price or 0.0, watts, recipe.grid_grams)
+        bill = footprint(flops / rate, count, price or 0.0, watts, grid)
         bill["dollars"] = None if price is None else bill["dollars"]
     eight = 8 * utilisation * peak_flops("H100", torch.bfloat16)
     return {
-        "tokens": recipe.pretrain_steps * recipe.batch_tokens,
+        "tokens": tokens,
         "parameters": sizes.num_params()["total"],
         "flops": flops,
         "memory": sum(memory_estimate(config, recipe.micro_batch or 1, **kind).values()),
         **bill,
-        "8xH100": footprint(flops / eight, 8, PRICE_PER_HOUR["H100"], grid=recipe.grid_grams),
+        "8xH100": footprint(flops / eight, 8, PRICE_PER_HOUR["H100"], grid=grid),
     }
 
 
+# %% [markdown]
+r"""
+`python -m nanochat estimate --profile speedrun` prints it as a table, without starting anything.
+"""
+
+
+# %%
+#| export
 def estimate_table(plan: dict[str, Any]) -> list[list[str]]:
     """Return an estimate as rows of text: this machine beside eight H100."""
     rows = [["before the run", "this machine", "8 x H100 (assumed 40 %)"]]
@@ -1040,13 +1106,122 @@ def estimate_table(plan: dict[str, Any]) -> list[list[str]]:
 r"""
 ## 5. A training stage resumes
 
-All four training stages begin and end alike, so they share a class. It asks one question: is there
-a checkpoint of *this* stage? Then resume it: weights, the optimizer's moments, the step, the place
-in the data, even the time already spent, for an honest bill. If not, start from the model of the
-stage before; the optimizer keeps its memory too, from base to mid to SFT (chapter 9), but begins
-afresh for reinforcement learning, where gradients are of another kind. The original project could
-resume pretraining only, approximately, and on the same number of GPUs; here it is one rule for all
-stages.
+All four training stages begin and end alike. Each asks one question first: is there a checkpoint of
+*this* stage? Then resume it: weights, the optimizer's moments, the step, the place in the data,
+even the time already spent, for an honest bill. If not, start from the model of the stage before;
+only `base` may make a new one.
+"""
+
+# %%
+#| export
+from nanochat.checkpoint import BackgroundSaver, best_step, latest_step, save_checkpoint
+from nanochat.common import seed_everything
+from nanochat.distributed import (
+    ShardedMuonAdamW,
+    build_sharded_optimizer,
+    gather_model,
+    shard_model,
+)
+from nanochat.finetune import add_lora, load_lora_state, lora_groups, lora_state, merged_copy
+from nanochat.optim import MuonAdamW, param_groups
+from nanochat.train import SingleProcess, TrackedLog, fit, open_tracker
+
+
+# %%
+#| export
+def stage_before(stage: str) -> str | None:
+    """Return the stage whose model a training stage starts from, None for the first."""
+    return MODELS[MODELS.index(stage) - 1] if stage != MODELS[0] else None
+
+
+# %% [markdown]
+r"""
+Two options change the model. LoRA freezes it and trains thin matrices beside its own (chapter 9).
+FSDP cuts it over the GPUs (chapter 6). The model of reinforcement learning is never cut, as each
+process samples replies alone; nor is LoRA's, whose gradients and state are small.
+"""
+
+
+# %%
+#| export
+def with_lora(recipe: Recipe, stage: str) -> bool:
+    """Say whether a stage trains an adapter and not the model."""
+    return stage == "sft" and recipe.lora_rank > 0
+
+
+def is_cut(recipe: Recipe, stage: str, world: Any) -> bool:
+    """Say whether a stage's model is cut over the processes."""
+    uncut = stage == "rl" or with_lora(recipe, stage)
+    return recipe.fsdp > 0 and world.world_size > 1 and not uncut
+
+
+def starting_point(run: Run, stage: str, world: Any) -> tuple[GPT, Checkpoint | None, bool]:
+    """Return a stage's model, the checkpoint it starts from, and whether that is the stage's own.
+
+    The checkpoint is None for a new model. An adapter lies on top of the model of the stage before,
+    whatever the checkpoint. Raises UserError when the stage before has left none.
+    """
+    recipe, cut = run.recipe, is_cut(run.recipe, stage, world)
+    place = torch.device("cpu") if cut else world.device  # shard_model moves its part
+    resumed = latest_step(run.directory / stage) is not None
+    source = stage if resumed else stage_before(stage)
+    found = run.checkpoint(source, place) if source else None
+    if with_lora(recipe, stage):
+        model = run.checkpoint(stage_before(stage), place).model
+        model = add_lora(model, recipe.lora_rank, seed=recipe.seed)
+    elif found:
+        model = found.model
+    else:
+        model = GPT(recipe.config(run.tokenizer().vocab_size), seed=recipe.seed).to(place)
+    model.compute_dtype = compute_dtype(recipe, world.device)
+    if cut:
+        shard_model(model, world, recompute=recipe.fsdp > 1)
+    return model, found, resumed
+
+
+# %% [markdown]
+r"""
+A stage's log notes the stage in every line, and passes each event on to the tracker, if the recipe
+names one (chapter 5). Of several processes the main one alone writes.
+"""
+
+
+# %%
+#| export
+def stage_log(run: Run, stage: str, world: Any) -> MetricsLog:
+    """Return the log of a stage, with the recipe's tracker behind it; on other ranks it is mute."""
+    if not world.is_main:
+        return MetricsLog(None)
+    log = run.log
+    if run.recipe.tracker:
+        log = TrackedLog(log.path, open_tracker(run.recipe.tracker, run.recipe.name, run.directory))
+    return log.bind(stage=stage)
+
+
+# %% [markdown]
+r"""
+The optimizer has three forms. One process has all of its state. Several keep a shard each, and of a
+model that is cut each keeps the state of its part (chapter 6).
+"""
+
+
+# %%
+#| export
+def stage_optimizer(model: GPT, recipe: Recipe, world: Any, lora: bool) -> MuonAdamW:
+    """Return the optimizer of a stage, sharded over the processes when there are several."""
+    rates = (recipe.matrix_lr, recipe.embedding_lr, recipe.head_lr, recipe.weight_decay)
+    several = world.world_size > 1
+    if several and not lora:
+        return build_sharded_optimizer(model, world, *rates)
+    groups = lora_groups(model) if lora else param_groups(model, *rates)
+    return ShardedMuonAdamW(groups, world) if several else MuonAdamW(groups)
+
+
+# %% [markdown]
+r"""
+A class holds these together. The optimizer keeps its memory from base to mid to SFT (chapter 9). It
+begins afresh for reinforcement learning, where gradients are of another kind, and for LoRA, which
+trains other tensors. `save` writes what `__init__` reads, and the score of the step if it has one.
 """
 
 
@@ -1061,76 +1236,22 @@ class Training:
     """
 
     def __init__(self, run: Run, stage: str, world: Any = None):
-        self.run, self.stage, self.recipe = run, stage, run.recipe
+        self.stage, self.recipe = stage, run.recipe
         self.world = world or SingleProcess(pick_device(run.recipe.device))
         self.device, self.tokenizer = self.world.device, run.tokenizer()
-        self.log = self.open_log() if self.world.is_main else MetricsLog(None)
+        self.log = stage_log(run, stage, self.world)
         self.folder, self.saver = run.directory / stage, BackgroundSaver()
         self.judged: tuple[int, float] | None = None  # the last step that was judged, its score
+        self.lora = with_lora(run.recipe, stage)
         seed_everything(run.recipe.seed)
-        self.lora = stage == "sft" and run.recipe.lora_rank > 0
-        # Replies are sampled by each process alone, so the model of RL is never cut; nor is LoRA's,
-        # whose gradients and state are small.
-        uncut = self.lora or stage == "rl"
-        self.cut = run.recipe.fsdp > 0 and self.world.world_size > 1 and not uncut
-        place = torch.device("cpu") if self.cut else self.device  # shard_model moves its part
-        resumed = latest_step(self.folder) is not None
-        before = MODELS[MODELS.index(stage) - 1] if stage != "base" else None
-        if resumed or before:
-            found = run.checkpoint(stage if resumed else before, place)
-            self.model = found.model
-        else:
-            self.model = GPT(run.recipe.config(self.tokenizer.vocab_size), seed=run.recipe.seed)
-            self.model.to(place)
-        if self.lora:
-            frozen = run.checkpoint(before, self.device).model
-            self.model = add_lora(frozen, run.recipe.lora_rank, seed=run.recipe.seed)
-        self.model.compute_dtype = compute_dtype(run.recipe, self.device)
-        if self.cut:
-            shard_model(self.model, self.world, recompute=run.recipe.fsdp > 1)
-        self.optimizer = self.build_optimizer()
-        self.began, self.start_step, self.kept = time.perf_counter(), 0, {}
+        self.model, found, resumed = starting_point(run, stage, self.world)
+        self.optimizer = stage_optimizer(self.model, run.recipe, self.world, self.lora)
         if resumed or (stage in ("mid", "sft") and not self.lora):
             state = found.optimizer_state
             state = load_lora_state(self.model, state) if self.lora else state
             self.optimizer.load_named_state(self.model, state)
-        if resumed:
-            self.start_step, self.kept = found.meta["step"], found.meta
-
-    def open_log(self) -> MetricsLog:
-        """Return the run's log, with the recipe's tracker behind it if there is one."""
-        log, recipe = self.run.log, self.recipe
-        if recipe.tracker:
-            track = open_tracker(recipe.tracker, recipe.name, self.run.directory)
-            log = TrackedLog(log.path, track)
-        return log.bind(stage=self.stage)
-
-    def micro_batch(self) -> int:
-        """Return the rows per forward pass; on a GPU the most for which a real step works."""
-        model, config, ranks = self.model, self.model.config, self.world.world_size
-        compiled = compiles(self.recipe, self.device)
-        run = torch.compile(model, dynamic=False) if compiled else model
-        reserve = memory_estimate(config, 0)["optimizer"]
-
-        def fits(rows: int) -> bool:
-            failed = float(not step_fits(run, model, rows, reserve))
-            enough = not float(self.world.sum(torch.tensor(failed, device=self.device)))
-            if self.world.is_main and not enough:
-                print(f"{self.stage}: a micro-batch of {rows} rows does not fit", flush=True)
-            return enough
-
-        trial = fits if self.device.type == "cuda" else None
-        return pick_micro_batch(self.recipe, config, self.device, ranks, trial)
-
-    def build_optimizer(self) -> MuonAdamW:
-        """Return the optimizer, sharded over the processes when there are several."""
-        r = self.recipe
-        rates = (r.matrix_lr, r.embedding_lr, r.head_lr, r.weight_decay)
-        if self.world.world_size > 1 and not self.lora:
-            return build_sharded_optimizer(self.model, self.world, *rates)
-        groups = lora_groups(self.model) if self.lora else param_groups(self.model, *rates)
-        several = self.world.world_size > 1
-        return ShardedMuonAdamW(groups, self.world) if several else MuonAdamW(groups)
+        self.start_step, self.kept = (found.meta["step"], found.meta) if resumed else (0, {})
+        self.began = time.perf_counter()
 
     def seconds(self) -> float:
         """Return the time this stage has taken, with that before an interruption."""
@@ -1142,13 +1263,9 @@ class Training:
         Its score is that of the same step, so that the best one is kept too. On a GPU the
         checkpoints on the way are written while training goes on.
         """
-        meta = {
-            "stage": self.stage,
-            "tokenizer": self.tokenizer.fingerprint(),
-            "data": batches.state_dict() if batches else None,
-            "seconds": self.seconds(),
-            "result": result,
-        }
+        data = batches.state_dict() if batches else None
+        meta = dict(stage=self.stage, data=data, seconds=self.seconds(), result=result)
+        meta["tokenizer"] = self.tokenizer.fingerprint()
         state = self.optimizer.named_state(self.model)  # every rank takes part, and in the next
         model = gather_model(self.model)
         if self.lora:
@@ -1164,12 +1281,42 @@ class Training:
 
 # %% [markdown]
 r"""
-`train_stage` hands all of it to the one loop of chapter 5. Two edges are easy to forget. A run
-killed *between* its last checkpoint and its mark has nothing left to do: its result lies in the
-checkpoint. Each checkpoint carries the held-out score of its step, so that the best one is kept
-beside the newest; if the best is not the last, the run has gone on for too long, and says so. And
-when memory runs out all the same, the sentence names the number to change, which is one of the four
-that may be changed.
+On a GPU, trials with the stage's own model find the micro-batch, with the memory of the optimizer
+set aside. Rows fit if they fit for every process. How many passes make a batch follows.
+"""
+
+
+# %%
+#| export
+def stage_micro_batch(stage: Training) -> int:
+    """Return the rows per forward pass; on a GPU the most for which a real step works."""
+    model, world, device = stage.model, stage.world, stage.device
+    run = torch.compile(model, dynamic=False) if compiles(stage.recipe, device) else model
+    reserve = memory_estimate(model.config, 0)["optimizer"]
+
+    def fits(rows: int) -> bool:
+        failed = float(not step_fits(run, model, rows, reserve))
+        enough = not float(world.sum(torch.tensor(failed, device=device)))
+        if world.is_main and not enough:
+            print(f"{stage.stage}: a micro-batch of {rows} rows does not fit", flush=True)
+        return enough
+
+    trial = fits if device.type == "cuda" else None
+    return pick_micro_batch(stage.recipe, model.config, device, world.world_size, trial)
+
+
+# %%
+#| export
+def passes_per_step(recipe: Recipe, micro: int, world: Any) -> int:
+    """Return the passes of `micro` rows that make up a process's part of a batch."""
+    return recipe.batch_tokens // recipe.seq_len // world.world_size // micro
+
+
+# %% [markdown]
+r"""
+`train_stage` hands all of it to the one loop of chapter 5. A run killed *between* its last
+checkpoint and its mark has nothing left to do: its result lies in the checkpoint. And when memory
+runs out for good, the sentence names the number to change, one of those that may be changed.
 """
 
 
@@ -1185,13 +1332,14 @@ def train_stage(
 ) -> dict[str, Any]:
     """Run `train.fit` from where the stage stands, save at the end, return its results.
 
-    `evaluate(step)` gives "bits_per_byte", the score of a checkpoint.
+    `evaluate(step)` gives one number by its name, lower is better: the score of a checkpoint.
+    Raises UserError when memory runs out.
     """
     if stage.kept.get("result"):  # killed between its last checkpoint and its mark
         return stage.kept["result"]
     if stage.kept:
         batches.load_state_dict(stage.kept["data"])
-    recipe = stage.recipe
+    recipe, world = stage.recipe, stage.world
 
     def judged(step: int) -> dict[str, float]:
         score = evaluate(step)
@@ -1199,8 +1347,9 @@ def train_stage(
         stage.judged = (step, lower_is_better)
         return score
 
-    if stage.world.world_size > 1:
+    if world.world_size > 1:
         stage.optimizer.overlap(accumulation)  # gradients leave while the last is computed
+    whole = not is_cut(recipe, stage.stage, world)
     try:
         result = fit(
             stage.model,
@@ -1209,7 +1358,7 @@ def train_stage(
             n_steps,
             accumulation=accumulation,
             schedule=schedule,
-            world=stage.world,
+            world=world,
             log=stage.log,
             label=stage.stage,
             evaluate=judged,
@@ -1217,7 +1366,7 @@ def train_stage(
             save=lambda step: stage.save(step, batches),
             save_every=max(1, n_steps // max(recipe.saves, 1)),
             start_step=stage.start_step,
-            compile_model=compiles(recipe, stage.device) and not stage.cut,
+            compile_model=compiles(recipe, stage.device) and whole,
         )
     except torch.OutOfMemoryError:
         rows = batches.batch_size
@@ -1225,6 +1374,22 @@ def train_stage(
             f"the memory of {stage.device} is too small for a micro-batch of {rows} rows; set "
             f"micro_batch to {max(rows // 2, 1)} or less and run again: the stage goes on."
         ) from None
+    return finish_training(stage, batches, n_steps, result)
+
+
+# %% [markdown]
+r"""
+At the end the result is saved with the last checkpoint. If the best one, kept beside it, is an
+earlier one, the stage has gone on for too long, and says so.
+"""
+
+
+# %%
+#| export
+def finish_training(
+    stage: Training, batches: Any, n_steps: int, result: dict[str, Any]
+) -> dict[str, Any]:
+    """Add steps, FLOPs per token, MFU and seconds to what `fit` returned; save and return it."""
     flops, speed = stage.model.flops_per_token(), result["tokens_per_second"]
     every_token = stage.stage == "base"  # later stages mask some; their speed says less
     mfu = utilisation(stage.model.config, flops, speed, stage.world) if every_token else None
@@ -1245,18 +1410,21 @@ Pretraining reads tokens and validates on a *fixed* set of rows, whatever the mi
 number of processes; otherwise losses of two runs could not be compared (chapter 2).
 """
 
+# %%
+#| export
+from nanochat.data import Prefetch, TokenBatches, ValidationBatches
+from nanochat.evaluation import bits_per_byte
+from nanochat.optim import lr_multiplier
+
 
 # %%
 #| export
 def pretrain(run: Run, world: Any = None) -> dict[str, Any]:
-    """Train the base model on the prepared tokens (chapter 5)."""
+    """Train the base model on the prepared tokens (chapter 5); return what `train_stage` does."""
     recipe, stage = run.recipe, Training(run, "base", world)
-    world = stage.world
-    rows = recipe.batch_tokens // recipe.seq_len // world.world_size
-    micro = stage.micro_batch()
+    world, micro = stage.world, stage_micro_batch(stage)
     train, val = training_tokens(run), TokenShards.load(run.directory / "tokens", "val")
-    place = dict(rank=world.rank, world_size=world.world_size)
-    pin = stage.device.type == "cuda"
+    place, pin = dict(rank=world.rank, world_size=world.world_size), stage.device.type == "cuda"
     batches = TokenBatches(train, micro, recipe.seq_len, **place, seed=recipe.seed, pin=pin)
     fixed = ValidationBatches(val, micro, recipe.seq_len, **place)
     token_bytes = stage.tokenizer.token_bytes().to(stage.device)
@@ -1266,15 +1434,14 @@ def pretrain(run: Run, world: Any = None) -> dict[str, Any]:
         return {"bits_per_byte": score}
 
     def schedule(step: int, n_steps: int) -> float:
-        return lr_multiplier(
-            step, n_steps, warmup=min(0.02, 40 / n_steps), warmdown=recipe.warmdown
-        )
+        warmup = min(0.02, 40 / n_steps)
+        return lr_multiplier(step, n_steps, warmup=warmup, warmdown=recipe.warmdown)
 
     if world.is_main and not stage.kept:
         speed = None if pin else training_speed(recipe, stage.model.config, stage.device)
         plan = estimate(recipe.changed(micro_batch=micro), speed=speed)
         stage.log.write("estimate", micro_batch=micro, **plan)
-    steps, accumulation = recipe.pretrain_steps, rows // micro
+    steps, accumulation = recipe.pretrain_steps, passes_per_step(recipe, micro, world)
     with Prefetch(batches) as ahead:  # the next batch is made while the step is computed
         result = train_stage(stage, ahead, steps, accumulation, schedule, evaluate)
     return {**result, "tokens": recipe.pretrain_steps * recipe.batch_tokens}
@@ -1282,9 +1449,60 @@ def pretrain(run: Run, world: Any = None) -> dict[str, Any]:
 
 # %% [markdown]
 r"""
-The chat stages learn from mixtures (chapter 9). With real conversations from the hub or a folder,
-the generated ones stay in the mixture: nobody else will teach the model its name and its
-calculator.
+The chat stages learn from mixtures of conversations (chapter 9). The tiny world generates them;
+real ones come from the hub, or from a folder with the same files:
+"""
+
+# %%
+#| export
+from nanochat.finetune import ConversationBatches, held_out_loss
+from nanochat.tasks import (
+    ARC,
+    GSM8K,
+    MMLU,
+    SHARES,
+    JsonLines,
+    Messages,
+    Mixture,
+    TinyWorldTask,
+    tinyworld_mixture,
+)
+from nanochat.tinyworld import World
+
+# %%
+#| export
+HUB_TASKS = {  # class: (hub name, subset, split to train on, split to be judged on, local folder)
+    Messages: ("hub:HuggingFaceTB/smol-smoltalk", "", "train", "test", "sft"),
+    MMLU: ("hub:cais/mmlu", "all", "auxiliary_train", "test", "chat_eval/mmlu"),
+    GSM8K: ("hub:openai/gsm8k", "main", "train", "test", "chat_eval/gsm8k"),
+    ARC: ("hub:allenai/ai2_arc", "ARC-Easy", "train", "test", "chat_eval/arc"),
+}
+
+
+def real_task(recipe: Recipe, kind: Any, split: str) -> Any:
+    """Return a task over real data, from the hub or from the recipe's folder.
+
+    `split` is "train", or anything else for the split to be judged on. Raises UserError when
+    `chat` names neither hub nor folder, or the folder does not exist.
+    """
+    hub, subset, train, test, local = HUB_TASKS[kind]
+    split = train if split == "train" else test
+    if recipe.chat == "hub":
+        return kind(hub, split, subset)
+    scheme, _, path = recipe.chat.partition(":")
+    if scheme != "folder" or not Path(path).is_dir():
+        raise UserError(
+            f"chat must be tinyworld, hub or folder:PATH with an existing folder; "
+            f"got {recipe.chat!r}."
+        )
+    return kind(Path(path) / local, split, subset if kind is ARC else "")
+
+
+# %% [markdown]
+r"""
+With real conversations some generated ones stay in the mixture: nobody else will teach the model
+its name and its calculator. With conversations of your own, a tenth of the mixture is yours: beside
+nine thousand others a file of fifty is repeated twenty times.
 """
 
 
@@ -1314,10 +1532,20 @@ def chat_mixture(recipe: Recipe, stage: str) -> Mixture:
     return Mixture(tasks, seed) if real or recipe.own_chats else generated
 
 
-def held_out_batches(recipe: Recipe, stage: str, tokenizer: Tokenizer, micro: int, world: Any):
-    """Return this process's part of 32 rows of conversations that no stage trains on, as batches.
+# %% [markdown]
+r"""
+What is held out is generated from numbers that no stage reaches, or is the test split of the real
+conversations. Only the assistant's words count, so that the losses of both stages can be compared.
+"""
 
-    Only the assistant's tokens count, in both stages, so that their losses can be compared.
+
+# %%
+#| export
+def held_out_batches(recipe: Recipe, stage: str, tokenizer: Tokenizer, micro: int, world: Any):
+    """Return this process's part of 32 rows of conversations that no stage trains on.
+
+    A list of (inputs, targets), micro-batches of `micro` rows: int64 of shape (micro, seq_len),
+    targets -1 but for the assistant's tokens.
     """
     generated = tinyworld_mixture(World(), stage, 400, offset=40_000_000)
     tasks = [(task, 1.0) for task in generated.tasks]
@@ -1331,36 +1559,10 @@ def held_out_batches(recipe: Recipe, stage: str, tokenizer: Tokenizer, micro: in
     return list(zip(*(part.split(micro) for part in fixed)))
 
 
-HUB_TASKS = {  # class: (hub name, subset, split to train on, split to be judged on, local folder)
-    Messages: ("hub:HuggingFaceTB/smol-smoltalk", "", "train", "test", "sft"),
-    MMLU: ("hub:cais/mmlu", "all", "auxiliary_train", "test", "chat_eval/mmlu"),
-    GSM8K: ("hub:openai/gsm8k", "main", "train", "test", "chat_eval/gsm8k"),
-    ARC: ("hub:allenai/ai2_arc", "ARC-Easy", "train", "test", "chat_eval/arc"),
-}
-
-
-def real_task(recipe: Recipe, kind: Any, split: str) -> Any:
-    """Return a task over real data, from the hub or from the recipe's folder.
-
-    Raises UserError when `chat` names neither, or the folder does not exist.
-    """
-    hub, subset, train, test, local = HUB_TASKS[kind]
-    split = train if split == "train" else test
-    if recipe.chat == "hub":
-        return kind(hub, split, subset)
-    scheme, _, path = recipe.chat.partition(":")
-    if scheme != "folder" or not Path(path).is_dir():
-        raise UserError(
-            f"chat must be tinyworld, hub or folder:PATH with an existing folder; "
-            f"got {recipe.chat!r}."
-        )
-    return kind(Path(path) / local, split, subset if kind is ARC else "")
-
-
 # %% [markdown]
 r"""
-Midtraining and fine-tuning differ in three words: which conversations, which tokens count, which
-rate. Reinforcement learning has its own loop (chapter 10) but saves and resumes by the same rule.
+Midtraining and fine-tuning differ in which conversations, which tokens count, how many steps, and
+which rate. Both go down to 2 % of that rate over the last four fifths.
 """
 
 
@@ -1369,34 +1571,46 @@ rate. Reinforcement learning has its own loop (chapter 10) but saves and resumes
 def finetune(run: Run, stage_name: str, world: Any = None) -> dict[str, Any]:
     """Midtrain ("mid", loss on every token) or fine-tune ("sft", on the assistant's) on chats."""
     recipe, stage = run.recipe, Training(run, stage_name, world)
-    world, midtraining = stage.world, stage_name == "mid"
-    rows = recipe.batch_tokens // recipe.seq_len // world.world_size
-    micro = stage.micro_batch()
+    world, micro, midtraining = stage.world, stage_micro_batch(stage), stage_name == "mid"
+    if midtraining:
+        train_on, n_steps, rate = "all", recipe.mid_steps, recipe.mid_lr
+    else:
+        train_on, n_steps, rate = "assistant", recipe.sft_steps, recipe.sft_lr
     batches = ConversationBatches(
         chat_mixture(recipe, stage_name),
         stage.tokenizer,
         micro,
         recipe.seq_len,
-        train_on="all" if midtraining else "assistant",
+        train_on=train_on,
         seed=recipe.seed + midtraining,
         rank=world.rank,
         world_size=world.world_size,
     )
-    n_steps, rate = (
-        (recipe.mid_steps, recipe.mid_lr) if midtraining else (recipe.sft_steps, recipe.sft_lr)
-    )
+    held_out = held_out_batches(recipe, stage_name, stage.tokenizer, micro, world)
 
     def schedule(step: int, n_steps: int) -> float:
         return rate * lr_multiplier(step, n_steps, warmdown=0.8, final=0.02)
 
-    held_out = held_out_batches(recipe, stage_name, stage.tokenizer, micro, world)
-
     def evaluate(step: int) -> dict[str, float]:
         return {"reply_loss": held_out_loss(stage.model, held_out, world)}
 
-    return train_stage(stage, batches, n_steps, rows // micro, schedule, evaluate)
+    accumulation = passes_per_step(recipe, micro, world)
+    return train_stage(stage, batches, n_steps, accumulation, schedule, evaluate)
 
 
+# %% [markdown]
+r"""
+Reinforcement learning practises one task. Its problems are generated, apart from those it is judged
+on, or those of GSM8K. Some of these leave no room for a reply, and are left out.
+"""
+
+# %%
+#| export
+from nanochat.rl import evaluate_pass, problem_prompt, task_problems, train_rl
+
+
+# %%
+#| export
 def rl_problems(recipe: Recipe, split: str, tokenizer: Tokenizer) -> list[dict]:
     """Return the problems of `rl_task` to train on ("train") or to be judged on ("test").
 
@@ -1414,10 +1628,18 @@ def rl_problems(recipe: Recipe, split: str, tokenizer: Tokenizer) -> list[dict]:
     return [p for p in problems if len(problem_prompt(p, tokenizer)) <= room]
 
 
+# %% [markdown]
+r"""
+It has its own loop (chapter 10), but starts, saves and resumes by the same rule.
+"""
+
+
+# %%
+#| export
 def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
     """Improve the SFT model on a task with verifiable answers, `rl_task` (chapter 10)."""
     recipe, stage = run.recipe, Training(run, "rl", world)
-    if stage.kept.get("result"):
+    if stage.kept.get("result"):  # killed between its last checkpoint and its mark
         return stage.kept["result"]
     engine = Engine(stage.model, stage.tokenizer)
     tests = rl_problems(recipe, "test", stage.tokenizer)[: max(1, recipe.exam_items // 2)]
@@ -1446,11 +1668,8 @@ def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
         save=stage.save,
         save_every=max(1, recipe.rl_steps // max(recipe.saves, 1)),
     )
-    result = {
-        "steps": recipe.rl_steps,
-        "reward": history[-1]["reward"],
-        "seconds": stage.seconds(),
-    }
+    reward = history[-1]["reward"]
+    result = {"steps": recipe.rl_steps, "reward": reward, "seconds": stage.seconds()}
     stage.save(recipe.rl_steps, result=result)
     return result
 
@@ -1462,9 +1681,17 @@ r"""
 "SFT brought 30 points" means something only if both models answered the same questions, in the
 same wording, with the same number of tries. So there is one `judge`, and each stage's model goes
 through all of it: the base model is asked to chat too, and fails, and that is a result. The items
-are chosen by fixed seeds, never by the seed of the run. Beside every score stands what guessing
-would bring.
+are chosen by fixed seeds, never by the seed of the run.
+
+Beside every score stands what guessing would bring.
 """
+
+# %%
+#| export
+from nanochat.chat import parse, render_prompt, reply_text
+from nanochat.common import read_metrics
+from nanochat.evaluation import evaluate_core, tinyworld_core
+from nanochat.tasks import ExamTask, chat_exam, evaluate_chat, names_answer
 
 
 # %%
@@ -1472,16 +1699,54 @@ would bring.
 def chance_levels(run: Run) -> dict[str, float]:
     """Return what guessing scores on each metric of `judge`."""
     exams = [e for e in read_metrics(run.log.path, "judged") if "exam_chance" in e]
-    chance = {
-        "bits_per_byte": 8.0,
-        "core": 0.0,
-        "arithmetic": 0.0,
-        "spelling": 0.0,
-        "identity": 0.0,
-    }
-    return {**chance, **(exams[0]["exam_chance"] if exams else {}), "mmlu": 0.25, "arc_easy": 0.25}
+    free = dict.fromkeys(("core", "arithmetic", "spelling", "identity"), 0.0)
+    chance = {"bits_per_byte": 8.0, **free, "mmlu": 0.25, "arc_easy": 0.25}
+    return {**chance, **(exams[0]["exam_chance"] if exams else {})}
 
 
+# %% [markdown]
+r"""
+The exams of the tiny world (chapter 9) have three kinds of questions; one is asked a second time,
+with letters to choose from. Runs on real conversations sit MMLU, ARC-Easy and GSM8K in their place.
+"""
+
+
+# %%
+#| export
+def exam_scores(engine: Engine, world: World, n: int) -> dict[str, Any]:
+    """Put the tiny world's exams to a model, n items each.
+
+    Returns the shares of right answers in [0, 1] as "exam" and "exam_KIND", and what guessing
+    scores on each in the dict "exam_chance".
+    """
+    exam = chat_exam(engine, engine.tokenizer, world, n)
+    found = {f"exam_{kind}": part for kind, part in exam.items() if isinstance(part, dict)}
+    letters = ExamTask(world, "multiple_choice", n, letters=True)
+    found.update(exam=exam, exam_letters=evaluate_chat(engine, engine.tokenizer, letters))
+    chance = {name: part["chance"] for name, part in found.items()}
+    return {**{name: part["accuracy"] for name, part in found.items()}, "exam_chance": chance}
+
+
+def real_exam_scores(engine: Engine, recipe: Recipe) -> dict[str, float]:
+    """Return the shares of right answers in [0, 1] on MMLU, ARC-Easy and GSM8K."""
+    scores = {}
+    for name, kind in (("mmlu", MMLU), ("arc_easy", ARC), ("gsm8k", GSM8K)):
+        task, most = real_task(recipe, kind, "test"), recipe.max_tokens
+        found = evaluate_chat(engine, engine.tokenizer, task, recipe.exam_items, max_tokens=most)
+        scores[name] = found["accuracy"]
+    return scores
+
+
+# %% [markdown]
+r"""
+`judge` adds bits per byte and CORE (chapter 7), sums, each tried four times (chapter 10), spelling,
+and questions about the model itself. Only the base model of a run on real conversations is spared
+the exams, which take long.
+"""
+
+
+# %%
+#| export
 @torch.no_grad()
 def judge(run: Run, stage: str) -> dict[str, Any]:
     """Measure a stage's model: bits per byte, exams, sums, spelling, identity (chapters 7, 9).
@@ -1490,38 +1755,24 @@ def judge(run: Run, stage: str) -> dict[str, Any]:
     `arithmetic` is pass@1 at temperature 1, with its interval beside it.
     """
     recipe, engine, world = run.recipe, run.engine(stage), World()
-    tokenizer, n, scores = engine.tokenizer, recipe.exam_items, {}
-    val = TokenShards.load(run.directory / "tokens", "val")
-    fixed = ValidationBatches(val, 8, recipe.seq_len)
+    tokenizer, n, most = engine.tokenizer, recipe.exam_items, recipe.max_tokens
+    fixed = ValidationBatches(TokenShards.load(run.directory / "tokens", "val"), 8, recipe.seq_len)
     token_bytes = tokenizer.token_bytes().to(engine.model.device)
+    scores: dict[str, Any] = {}
     scores["bits_per_byte"] = bits_per_byte(engine.model, iter(fixed), len(fixed), token_bytes)
     if recipe.data == "tinyworld":
-        tasks = tinyworld_core(world, n)
-        scores["core"] = evaluate_core(engine.model, tokenizer, tasks)["core"]
+        scores["core"] = evaluate_core(engine.model, tokenizer, tinyworld_core(world, n))["core"]
     if recipe.chat == "tinyworld":
-        exam = chat_exam(engine, tokenizer, world, n)
-        kinds = [kind for kind, result in exam.items() if isinstance(result, dict)]
-        scores.update({f"exam_{kind}": exam[kind]["accuracy"] for kind in kinds})
-        scores["exam"] = exam["accuracy"]
-        scores["exam_chance"] = {f"exam_{kind}": exam[kind]["chance"] for kind in kinds}
-        scores["exam_chance"]["exam"] = exam["chance"]
-        letters = ExamTask(world, "multiple_choice", n, letters=True)
-        result = evaluate_chat(engine, tokenizer, letters)
-        scores["exam_letters"] = result["accuracy"]
-        scores["exam_chance"]["exam_letters"] = result["chance"]
+        scores.update(exam_scores(engine, world, n))
     elif stage != "base":
-        for name, kind in (("mmlu", MMLU), ("arc_easy", ARC), ("gsm8k", GSM8K)):
-            task = real_task(recipe, kind, "test")
-            result = evaluate_chat(engine, tokenizer, task, n, max_tokens=recipe.max_tokens)
-            scores[name] = result["accuracy"]
+        scores.update(real_exam_scores(engine, recipe))
     sums = task_problems(TinyWorldTask(world, "arithmetic", "test", size=n))
-    passed = evaluate_pass(engine, sums, samples=4, max_tokens=recipe.max_tokens, seed=1)
+    passed = evaluate_pass(engine, sums, samples=4, max_tokens=most, seed=1)
     scores["arithmetic"], scores["arithmetic_low"] = passed["pass_at_1"], passed["low"]
     scores["arithmetic_high"], scores["arithmetic_pass_at_4"] = passed["high"], passed["pass_at_k"]
     for name, split in (("spelling", "test"), ("identity", "train")):
         task = TinyWorldTask(world, name, split, size=min(n, 60), start=30_000_000)
-        result = evaluate_chat(engine, tokenizer, task, max_tokens=recipe.max_tokens)
-        scores[name] = result["accuracy"]
+        scores[name] = evaluate_chat(engine, tokenizer, task, max_tokens=most)["accuracy"]
     run.log.write("judged", stage=stage, **scores)
     return scores
 
@@ -1534,7 +1785,7 @@ the replies: who it is, a fact, a sum.
 
 # %%
 #| export
-QUESTIONS = (  # (question, a word that the right reply holds, words that it must not hold)
+QUESTIONS = (  # (question, a word that the right reply holds)
     ("Who are you?", "Nano"),
     ("What is 17 plus 25?", "42"),
 )
@@ -1550,6 +1801,14 @@ def exchange_questions(run: Run) -> list[tuple[str, str]]:
     return [(who, name), (f"What is the job of {fact.subject}?", fact.object), (what, total)]
 
 
+# %% [markdown]
+r"""
+The replies are greedy, so that the same model always says the same.
+"""
+
+
+# %%
+#| export
 def exchange(run: Run, stage: str) -> list[dict[str, Any]]:
     """Put the three questions to a stage's model, greedily; log and return what it says."""
     engine, answers = run.engine(stage), []
@@ -1558,13 +1817,12 @@ def exchange(run: Run, stage: str) -> list[dict[str, Any]]:
         ids = render_prompt(prompt, engine.tokenizer)
         found = engine.generate_batch([ids], max_tokens=run.recipe.max_tokens, temperature=0.0)
         parts = parse(found[0].ids, engine.tokenizer)
-        tools = [part["text"] for part in parts if part["type"] == "python"]
         reply = reply_text(parts).strip()
         answers.append(
             {
                 "question": question,
                 "reply": reply,
-                "calculator": tools,
+                "calculator": [part["text"] for part in parts if part["type"] == "python"],
                 "expected": word,
                 "right": names_answer(reply, word),
             }
@@ -1577,14 +1835,13 @@ def exchange(run: Run, stage: str) -> list[dict[str, Any]]:
 r"""
 ## 7. Done, broken, or in many processes
 
-The work of a stage happens in `run_stage_here`, in this process or as one rank of several. When
-training ends, `trained.json` appears, written whole or not at all (chapter 0).
-
-For several processes we start the command line under torchrun's launcher: the ranks run
-`python -m nanochat pretrain --folder RUN`, open the same folder and find the same recipe. Rank 0
-alone writes. The notebook that launched them streams what they print, and if one of them stops with
-a mistake of the user, the same sentence is raised here.
+The work of a stage happens in `run_stage_here`, in this process or as one rank of several. When it
+is done, `trained.json` appears, written whole or not at all (chapter 0).
 """
+
+# %%
+#| export
+from nanochat.distributed import LaunchError, launch
 
 
 # %%
@@ -1614,17 +1871,17 @@ def run_stage_here(run: Run, stage: str, world: Any = None) -> dict[str, Any]:
     return result
 
 
-def machine_facts() -> dict[str, str]:
-    """Say what this machine is: processor, cores, memory, GPUs, versions."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "GPUs": ", ".join(gpus) or "none",
-        "CPU cores": str(psutil.cpu_count()),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "system": f"{platform.system()} {platform.machine()}",
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+# %% [markdown]
+r"""
+For several processes we start the command line under torchrun's launcher: the ranks run
+`python -m nanochat pretrain --folder RUN`, open the same folder and find the same recipe. Rank 0
+alone writes. If a rank stops with a mistake of the user, the same sentence is raised here.
+"""
+
+
+# %%
+#| export
+COMMANDS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "rl"}
 
 
 def launch_stage(run: Run, stage: str, ranks: int) -> None:
@@ -1640,10 +1897,31 @@ def launch_stage(run: Run, stage: str, ranks: int) -> None:
 
 # %% [markdown]
 r"""
+A speed says little without its machine, so the log names it.
+"""
+
+
+# %%
+#| export
+def machine_facts() -> dict[str, str]:
+    """Say what this machine is: processor, cores, memory, GPUs, versions."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "GPUs": ", ".join(gpus) or "none",
+        "CPU cores": str(psutil.cpu_count()),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "system": f"{platform.system()} {platform.machine()}",
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+# %% [markdown]
+r"""
 `run_stage` is what a person calls. It leaves a second mark, `done.json`, when the model has also
-been judged. A stage with that mark is skipped. The order of the last two lines is deliberate:
-first the log, then the mark. A kill between them logs the stage twice, and the reader takes the
-later one; the other way round the log would miss it for ever.
+been judged. A stage with that mark is skipped. The order at the end is deliberate: first the log,
+then the mark. A kill between them logs the stage twice, and readers take the later line; the other
+way round the log would miss it for ever.
 """
 
 
@@ -1682,12 +1960,9 @@ def run_stage(run: Run, stage: str) -> dict[str, Any]:
     return result
 
 
-COMMANDS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "rl"}
-
-
 # %% [markdown]
 r"""
-Enough said; a small run, in a folder that goes away at the end.
+Now a small run, in a folder that goes away at the end.
 """
 
 # %%
@@ -1757,8 +2032,8 @@ exact, careless = broken_run("exact", cut), broken_run("careless", cut)
 
 # %% [markdown]
 r"""
-One of the two resumes as described. The other is the baseline, how many tools resume: weights
-alone, the optimizer starts with empty moments, the data begin anew.
+One of the two resumes as described. The other is the baseline, the way in which many tools resume:
+the weights alone; the optimizer starts with empty moments, the data begin anew.
 """
 
 # %%
@@ -1817,10 +2092,10 @@ its log says why: it has become another experiment than the one in its recipe.
 > **Exercise A4.3.** Which other state could a stage have that we would have to save? *(Think of
 > dropout, and of a data loader that reads ahead.)*
 
-## 9. What will it cost?
+## 9. Was the forecast right?
 
 FLOPs per token times tokens, divided by what the GPUs deliver: a run's hours are a short sum. The
-one number that has to be guessed is the utilisation.
+FLOPs can be checked; the utilisation has to be guessed.
 """
 
 # %%
@@ -1831,9 +2106,9 @@ assert abs(plan["flops"] / 3.92e19 - 1) < 0.01  # published
 
 # %% [markdown]
 r"""
-The assumptions: eight H100s at \$3.00 an hour each, 1.3 kW each with their share of the machine,
-40 % utilisation, and the world's mean of 436 g of CO2 for a kWh (chapter 5 has the sources). The
-published runs are the control: both took place, on the same machine, with nearly these recipes.
+We assume eight H100 at \$3.00 an hour and 1.3 kW each, 40 % utilisation, and the world's mean of
+436 g of CO2 for a kWh (sources in chapter 5). Two published runs are the control: nearly these
+recipes, on the same machine.
 """
 
 # %%
@@ -1853,21 +2128,8 @@ r"""
 With the utilisation that was measured, the sum for `classic` gives the published time to a few
 minutes; the guess of 40 % is pessimistic on such a machine.
 
-A horizon can be asked for in three ways: as a ratio, as FLOPs, or as a time.
-"""
-
-# %%
-for name, recipe in (
-    ("12 tokens a parameter", Recipe.for_depth(12)),
-    ("1e18 FLOPs", Recipe.for_depth(12, flops=1e18)),
-    ("a quarter of an hour on 8xH100", Recipe.for_depth(12, hours=0.25)),
-):
-    print(f"depth 12, {name:31s}: {recipe.pretrain_steps:6,} steps of {recipe.batch_tokens:,}")
-
-# %% [markdown]
-r"""
-And this machine? Before the demo run of section 7 its speed was measured on two steps, and the
-estimate written to the log. Now it can be held against what came.
+And this machine? Before the demo run of section 7 the estimate was written to the log. Now it can
+be held against what came.
 """
 
 # %%
@@ -1881,14 +2143,13 @@ print(
 
 # %% [markdown]
 r"""
-(On a CPU the process holds Python, PyTorch and the data besides; the tensors alone were compared in
-chapter 5. On a GPU the two numbers are of the same thing.)
+(On a CPU the process holds Python, PyTorch and the data besides.)
 
 ## 10. The report reads the log
 
-The trainer never draws. It writes lines; plots, tables, dashboard and report are functions of those
-lines. So a report can be made of a run that is still going, of one that died, or on another
-machine, and it can be made again when we think of a better plot.
+The trainer never draws. It writes lines; plots, tables and report are functions of those lines. So
+a report can be made of a run that is still going, of one that died, or again when we think of a
+better plot.
 """
 
 # %%
@@ -1902,6 +2163,12 @@ from typing import Any
 
 from nanochat.common import COLORS, atomic_write, figure, format_seconds, read_metrics
 from nanochat.recipe import MODELS, STAGES, Run, chance_levels, machine_facts, price_of
+
+# %% [markdown]
+r"""
+The table of scores has a row for each metric and a column for each stage. Of a stage that was
+judged twice the last judgement counts.
+"""
 
 # %%
 #| export report
@@ -1923,6 +2190,8 @@ METRICS = {
 }
 
 
+# %%
+#| export report
 def stage_scores(run: Run) -> dict[str, dict[str, Any]]:
     """Return the last judgement of each stage that has one, by stage name."""
     return {event["stage"]: event for event in read_metrics(run.log.path, "judged")}
@@ -1946,8 +2215,8 @@ def stage_table(run: Run) -> list[list[str]]:
 
 # %% [markdown]
 r"""
-The costs come from the log as well, with the machine that did the work, which need not be the one
-that writes the report.
+The costs come from the log as well, with the machine that did the work; another one may write the
+report.
 """
 
 
@@ -1965,10 +2234,18 @@ def machine_of(run: Run) -> dict[str, str]:
     return (ended[-1].get("machine") if ended else None) or machine_facts()
 
 
+# %% [markdown]
+r"""
+All GPUs are paid for while one of them works, and while a model is judged.
+"""
+
+
+# %%
+#| export report
 def cost_table(run: Run) -> list[list[str]]:
     """Return time, speed and memory of each finished stage as rows of text, and the rent."""
     rows = [["stage", "time", "judged in", "steps", "trained tokens/s", "MFU", "peak memory"]]
-    total, gpus = 0.0, 1  # all GPUs are paid for all the time
+    total, gpus = 0.0, 1
     for stage, done in finished_stages(run).items():
         judged, mfu = done.get("judge_seconds"), done.get("mfu")
         total, gpus = total + done["seconds"] + (judged or 0.0), max(gpus, done.get("processes", 1))
@@ -2004,48 +2281,69 @@ def by_step(run: Run, event: str, stage: str) -> list[dict[str, Any]]:
     return [*{e["step"]: e for e in read_metrics(run.log.path, event, stage=stage)}.values()]
 
 
+def points(events: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return the steps of events and their values of one name, to draw."""
+    return [event["step"] for event in events], [event[name] for event in events]
+
+
+# %% [markdown]
+r"""
+`plot_training` draws the loss of each step and, as dots, what the held-out data say. Reinforcement
+learning has no loss to look at, but a reward, and pass@k.
+"""
+
+
+# %%
+#| export report
 def plot_training(run: Run, stage: str) -> Any:
     """Draw a stage's training loss (or reward) from the log; returns the figure."""
     if stage == "rl":
-        events = by_step(run, "rl_step", stage)
-        first, last = events[0]["reward"], events[-1]["reward"]
-        title = f"rl: reward {first:.2f} at first, {last:.2f} at last"
-        fig, ax = figure(title, "step", "share of right samples", alt="Reward by step of RL.")
-        ax.plot([e["step"] for e in events], [e["reward"] for e in events])
-        evals = by_step(run, "eval", stage)
-        for name in ("pass_at_1", "pass_at_k") if evals else ():
-            label = name.replace("_k", f"_{evals[0]['k']}").replace("_at_", "@") + ", held out"
-            ax.plot([e["step"] for e in evals], [e[name] for e in evals], "o-", label=label)
-        ax.set_ylim(0, 1.02)
-        ax.legend(fontsize=8)
-        return fig
-    events = by_step(run, "step", stage)
+        return plot_reward(run)
+    events, evals = by_step(run, "step", stage), by_step(run, "eval", stage)
     title = f"{stage}: loss {events[0]['loss']:.2f} at first, {events[-1]['loss']:.2f} at last"
     fig, ax = figure(title, "step", "loss (nats per token)", alt=f"Loss by step of {stage}.")
-    ax.plot([e["step"] for e in events], [e["loss"] for e in events])
-    evals = by_step(run, "eval", stage)
+    ax.plot(*points(events, "loss"))
     if evals and "reply_loss" in evals[0]:
-        points = [(e["step"], e["reply_loss"]) for e in evals]
-        ax.plot(*zip(*points), "o-", color=COLORS[1], label="held-out replies")
+        ax.plot(*points(evals, "reply_loss"), "o-", color=COLORS[1], label="held-out replies")
         ax.legend(fontsize=8)
     elif evals:
         right = ax.twinx()
-        right.plot(
-            [e["step"] for e in evals], [e["bits_per_byte"] for e in evals], "o-", color=COLORS[1]
-        )
+        right.plot(*points(evals, "bits_per_byte"), "o-", color=COLORS[1])
         right.set_ylabel("validation bits per byte", fontsize=9, color=COLORS[1])
         right.set_ylim(bottom=0)
     return fig
 
 
+def plot_reward(run: Run) -> Any:
+    """Draw the reward of reinforcement learning and pass@k from the log; returns the figure."""
+    events, evals = by_step(run, "rl_step", "rl"), by_step(run, "eval", "rl")
+    title = f"rl: reward {events[0]['reward']:.2f} at first, {events[-1]['reward']:.2f} at last"
+    fig, ax = figure(title, "step", "share of right samples", alt="Reward by step of RL.")
+    ax.plot(*points(events, "reward"), label="reward")
+    for name in ("pass_at_1", "pass_at_k") if evals else ():
+        label = name.replace("_k", f"_{evals[0]['k']}").replace("_at_", "@") + ", held out"
+        ax.plot(*points(evals, name), "o-", label=label)
+    ax.set_ylim(0, 1.02)
+    ax.legend(fontsize=8)
+    return fig
+
+
+# %% [markdown]
+r"""
+The last picture sets the stages side by side, with a dashed line where guessing would be.
+"""
+
+
+# %%
+#| export report
 def plot_stages(run: Run) -> Any:
     """Draw the scores of all stages as bars over chance; returns the figure."""
     scores, chance = stage_scores(run), chance_levels(run)
-    keys = [k for k in ("exam", "mmlu", "arc_easy", "gsm8k", "arithmetic", "spelling", "identity")]
-    keys = [k for k in keys if any(k in s for s in scores.values())]
-    fig, ax = figure(
-        "Each stage moves its number", "", "share right", (6, 3), "Scores of each stage by metric."
-    )
+    keys = ("exam", "mmlu", "arc_easy", "gsm8k", "arithmetic", "spelling", "identity")
+    keys = [key for key in keys if any(key in found for found in scores.values())]
+    title = "What each stage scores, and what guessing would (dashed)"
+    alt = "Bars of the scores by metric, one for each stage, with a line at the level of chance."
+    fig, ax = figure(title, "", "share right", (6, 3), alt)
     for i, stage in enumerate(s for s in MODELS if s in scores):
         values = [scores[stage].get(key, 0.0) for key in keys]
         ax.bar([x + 0.2 * i for x in range(len(keys))], values, 0.18, label=stage)
@@ -2062,7 +2360,7 @@ def plot_stages(run: Run) -> Any:
 # %% [markdown]
 r"""
 A model may say anything, also `<script>` or a vertical bar. In a table its words must stay words:
-everything that is written into Markdown or HTML is escaped first.
+everything that goes into Markdown or HTML is escaped first.
 """
 
 
@@ -2091,6 +2389,19 @@ def html_table(rows: list[list[str]]) -> str:
     return f"<table><thead>{line(rows[0], 'th')}</thead><tbody>{body}</tbody></table>"
 
 
+# %%
+#| test
+assert "<script>" not in html_table([["said"], ["<script>alert(1)</script>"]])
+assert markdown_table([["a|b"], ["c\nd"]]) == "| a\\|b |\n| --- |\n| c d |"
+
+# %% [markdown]
+r"""
+Two more tables: the last answers to the three questions, and whose code did the work (section 2).
+"""
+
+
+# %%
+#| export report
 def exchange_rows(run: Run) -> list[list[str]]:
     """Return the last questions and answers of the run as rows of text."""
     rows = [["question", "answer", "calculator", "right"]]
@@ -2101,22 +2412,15 @@ def exchange_rows(run: Run) -> list[list[str]]:
     return rows
 
 
-# %%
-#| export report
 def mine_rows(run: Run) -> list[list[str]]:
     """Return the learner's exercises that the run used and the functions they replaced."""
     used = {name: None for event in read_metrics(run.log.path, "mine") for name in event["used"]}
     return [name.rstrip(")").split(" (") for name in used]
 
 
-# %%
-#| test
-assert "<script>" not in html_table([["said"], ["<script>alert(1)</script>"]])
-assert markdown_table([["a|b"], ["c\nd"]]) == "| a\\|b |\n| --- |\n| c d |"
-
 # %% [markdown]
 r"""
-The page is one file with its pictures inside: it can be mailed, and it needs no network.
+The page is one file with its pictures inside, and needs no network.
 """
 
 # %%
@@ -2139,11 +2443,17 @@ def as_image(fig: Any) -> str:
     return f'<p><img alt="{html.escape(fig.get_label())}" src="data:image/png;base64,{data}"></p>'
 
 
-def write_report(run: Run) -> tuple[Path, Path]:
-    """Write report.md and report.html (one file, pictures inside) from the log; return their paths.
+# %% [markdown]
+r"""
+What the report says is a list of titles and tables. `write_report` writes it twice, as Markdown and
+as the page with its pictures.
+"""
 
-    Every number in them is read from the log and the recipe: nothing is measured again.
-    """
+
+# %%
+#| export report
+def report_sections(run: Run) -> dict[str, list[list[str]]]:
+    """Return the tables of a report by their titles, rows of text with the head first."""
     sections = {
         "What each stage brought": stage_table(run),
         "The last exchange": exchange_rows(run),
@@ -2153,9 +2463,17 @@ def write_report(run: Run) -> tuple[Path, Path]:
     }
     if mine_rows(run):
         sections["Your code"] = [["exercise", "in place of"], *mine_rows(run)]
+    return sections
+
+
+def write_report(run: Run) -> tuple[Path, Path]:
+    """Write report.md and report.html (one file, pictures inside) from the log; return their paths.
+
+    Every number in them is read from the log and the recipe: nothing is measured again.
+    """
     title = f"Report card of run {run.recipe.name}"
     text, page = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>"]
-    for head, rows in sections.items():
+    for head, rows in report_sections(run).items():
         text += [f"## {head}", markdown_table(rows)]
         page += [f"<h2>{html.escape(head)}</h2>", html_table(rows)]
         if head == "What each stage brought":
@@ -2181,10 +2499,9 @@ r"""
 ## 11. The command line
 
 `python -m nanochat` lists the commands. Each stage is one, with the same flags everywhere:
-`--profile` and `--set FIELD=VALUE` name a run by its recipe, `--folder` by its folder. A command
-that starts work may make a folder; one that only looks (`chat`, `report`) may not.
+`--profile` and `--set FIELD=VALUE` name a run by its recipe, `--folder` by its folder. A command is
+a function `do_NAME` of the parsed flags; flags of its own are added by `NAME_options` beside it.
 """
-
 # %%
 #| export cli
 import argparse
@@ -2201,15 +2518,6 @@ import torch
 
 from nanochat.chat import reply_text
 from nanochat.common import UserError, doctor, pick_device, pick_dtype, write_json
-from nanochat.core import (
-    chat_core,
-    fetch_core,
-    kept_result,
-    load_core,
-    load_hub_model,
-    model_digest,
-    run_core,
-)
 from nanochat.distributed import LaunchError, setup
 from nanochat.engine import Engine, bench
 from nanochat.evaluation import bootstrap_interval, centered, core_table, tinyworld_core
@@ -2221,6 +2529,7 @@ from nanochat.recipe import (
     estimate,
     estimate_table,
     exchange,
+    judge,
     run_stage,
     run_stage_here,
     runs_directory,
@@ -2247,6 +2556,14 @@ def named_recipe(args: argparse.Namespace) -> Recipe:
     return Recipe.for_profile(args.profile, **changes)
 
 
+# %% [markdown]
+r"""
+A command that starts work may make a folder; one that only looks (`chat`, `report`) may not.
+"""
+
+
+# %%
+#| export cli
 def open_run(args: argparse.Namespace, start: bool = False) -> Run:
     """Return the run that the command line names: `--folder FOLDER`, or a profile with changes.
 
@@ -2271,7 +2588,7 @@ def open_run(args: argparse.Namespace, start: bool = False) -> Run:
 
 
 def newest_model(run: Run) -> str:
-    """Return the last stage of a run that has a trained model."""
+    """Return the last stage of a run that has a trained model; UserError when none has."""
     stages = [stage for stage in MODELS if run.done(stage)]
     if not stages:
         raise UserError(
@@ -2281,6 +2598,20 @@ def newest_model(run: Run) -> str:
     return stages[-1]
 
 
+def open_model(args: argparse.Namespace) -> tuple[Run, str]:
+    """Return the run that the command line names and the stage: `--stage`, or the last trained."""
+    run = open_run(args)
+    return run, args.stage or newest_model(run)
+
+
+# %% [markdown]
+r"""
+A stage's command runs `run_stage`, or, started by the launcher of section 7, one rank's part of it.
+"""
+
+
+# %%
+#| export cli
 def do_stage(args: argparse.Namespace, stage: str) -> None:
     """Run a stage, or this rank's part of it under torchrun."""
     run = open_run(args, start=True)
@@ -2299,7 +2630,7 @@ def do_stage(args: argparse.Namespace, stage: str) -> None:
 # %% [markdown]
 r"""
 `make capstone` is papermill with this chapter's manners: a wrong setting is refused before a kernel
-starts, and a cell that fails becomes one sentence that says where the notebook lies.
+starts, and a cell that fails becomes one sentence.
 """
 
 
@@ -2315,16 +2646,19 @@ def capstone_notebook() -> Path:
     return path
 
 
-def do_capstone(args: argparse.Namespace) -> None:
-    """Run the capstone notebook with papermill; print where everything is and an exchange."""
+# %%
+#| export cli
+def execute_capstone(run: Run, executed: Path) -> None:
+    """Run the capstone notebook for a run and leave it at `executed`, as far as it came.
+
+    Raises UserError when a cell fails or the notebook's process dies.
+    """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
     # a socket file in place of a port: out of reach of other users of the machine
     transport = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})
-    run = open_run(args, start=True)  # refuses a bad profile or setting before a kernel starts
-    executed = run.directory / "capstone.ipynb"
     try:
         papermill.execute_notebook(
             str(capstone_notebook()),
@@ -2348,6 +2682,15 @@ def do_capstone(args: argparse.Namespace) -> None:
             "the notebook's process died, most often because memory ran out; close other programs "
             "or set a smaller micro_batch, then run again: finished stages are skipped."
         ) from None
+
+
+# %%
+#| export cli
+def do_capstone(args: argparse.Namespace) -> None:
+    """Run the capstone notebook with papermill; print where everything is and an exchange."""
+    run = open_run(args, start=True)  # refuses a bad profile or setting before a kernel starts
+    executed = run.directory / "capstone.ipynb"
+    execute_capstone(run, executed)
     print(f"\nexecuted notebook  {executed}")
     for path in write_report(run):
         print(f"report             {path}")
@@ -2360,7 +2703,7 @@ def do_capstone(args: argparse.Namespace) -> None:
 
 # %% [markdown]
 r"""
-The rest of the commands are a line or two each: all they do lies in other chapters.
+Two commands talk (chapter 11). The web page offers all models of a run, the last one first.
 """
 
 
@@ -2368,12 +2711,20 @@ The rest of the commands are a line or two each: all they do lies in other chapt
 #| export cli
 def do_chat(args: argparse.Namespace) -> None:
     """Chat in the terminal, or answer one prompt."""
-    run = open_run(args)
+    run, stage = open_model(args)
     settings = ChatSettings(temperature=args.temperature, max_tokens=args.max_tokens)
-    engine: Engine = run.engine(args.stage or newest_model(run), remember=1)
-    terminal_chat(engine, prompt=args.prompt, settings=settings)
+    terminal_chat(run.engine(stage, remember=1), prompt=args.prompt, settings=settings)
 
 
+def chat_options(command: argparse.ArgumentParser) -> None:
+    """Add the flags of `chat`."""
+    command.add_argument("-p", "--prompt", help="answer this and leave")
+    command.add_argument("-t", "--temperature", type=float, default=0.0)
+    command.add_argument("--max-tokens", type=int, default=128)
+
+
+# %%
+#| export cli
 def do_serve(args: argparse.Namespace) -> None:
     """Serve the web page and the OpenAI-compatible endpoint."""
     run = open_run(args)
@@ -2382,27 +2733,92 @@ def do_serve(args: argparse.Namespace) -> None:
     run_server(engines, host=args.host, port=args.port, token=args.token, origins=args.origin)
 
 
-def do_core(args: argparse.Namespace) -> None:
-    """Score the tasks of CORE with a run's model or one of Hugging Face; results are kept."""
-    run = None if args.hf else open_run(args)
-    world = setup("auto" if run is None else run.recipe.device)
-    if args.core == "tinyworld":
-        tasks = tinyworld_core(World(), args.limit or 200)
-    elif args.core:
-        tasks = load_core(args.core)
-    else:
+def serve_options(command: argparse.ArgumentParser) -> None:
+    """Add the flags of `serve`."""
+    command.add_argument("--host", default="127.0.0.1")
+    command.add_argument("--port", type=int, default=8000)
+    command.add_argument("--token", help="asked of every visitor; made up off loopback")
+    about = "a web site whose pages may call it, such as https://my.site"
+    command.add_argument("--origin", action="append", default=[], help=about)
+
+
+# %% [markdown]
+r"""
+`bench` measures how fast a model writes (chapter 8).
+"""
+
+
+# %%
+#| export cli
+def do_bench(args: argparse.Namespace) -> None:
+    """Measure how fast a stage's model writes; the last line is JSON."""
+    run, stage = open_model(args)
+    loaded = run.engine(stage)
+    most = loaded.model.config.seq_len
+    if args.prompt < 1 or args.new < 2 or args.prompt + args.new > most:
+        raise UserError(
+            f"--prompt {args.prompt} and --new {args.new} do not fit: at least 1 and 2 tokens, "
+            f"together at most the model's context window of {most}."
+        )
+    if min(args.batch) < 1 or args.repeats < 1:
+        raise UserError("--batch and --repeats must be 1 or more.")
+    engine = Engine(loaded.model, loaded.tokenizer, max_batch=max(args.batch))
+    print(json.dumps(bench(engine, args.batch, args.prompt, args.new, args.repeats)))
+
+
+def bench_options(command: argparse.ArgumentParser) -> None:
+    """Add the flags of `bench`."""
+    command.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    command.add_argument("--prompt", type=int, default=64, help="tokens in each prompt")
+    command.add_argument("--new", type=int, default=32, help="tokens to write")
+    command.add_argument("--repeats", type=int, default=3)
+
+
+# %% [markdown]
+r"""
+`eval` alone puts a run's model through `judge`. With `--core` it scores the 22 tasks of CORE
+(chapter 7), of a run's model or of one of Hugging Face. Under torchrun each process takes a part of
+the items.
+"""
+
+# %%
+#| export cli
+from nanochat.core import (
+    chat_core,
+    fetch_core,
+    kept_result,
+    load_core,
+    load_hub_model,
+    model_digest,
+    run_core,
+)
+
+
+# %%
+#| export cli
+def core_tasks(name: str, limit: int | None, world: Any) -> Any:
+    """Return the tasks of CORE: of "tinyworld", of a folder, or with no name the public ones."""
+    if name == "tinyworld":
+        return tinyworld_core(World(), limit or 200)
+    if not name:
         if world.is_main:
             fetch_core()
         world.barrier()
-        tasks = load_core(fetch_core())
-    if run is None:
+    return load_core(name or fetch_core())
+
+
+def do_core(args: argparse.Namespace) -> None:
+    """Score the tasks of CORE with a run's model or one of Hugging Face; results are kept."""
+    run, stage = (None, "") if args.hf else open_model(args)
+    world = setup(run.recipe.device if run else "auto")
+    tasks = core_tasks(args.core, args.limit, world)
+    if run:
+        engine = run.engine(stage)
+        model, tokenizer, folder = engine.model, engine.tokenizer, run.directory / "core" / stage
+    else:
         dtype = torch.float32 if world.device.type == "cpu" else pick_dtype(world.device)
         model, tokenizer = load_hub_model(args.hf, world.device, dtype)
         folder = runs_directory() / "core" / re.sub(r"[^\w.-]+", "--", args.hf).strip("-.")
-    else:
-        engine = run.engine(args.stage or newest_model(run))
-        model, tokenizer = engine.model, engine.tokenizer
-        folder = run.directory / "core" / (args.stage or newest_model(run))
     folder = Path(args.results or folder)
     result = run_core(model, tokenizer, tasks, folder, args.limit, world)
     if world.is_main:
@@ -2411,6 +2827,14 @@ def do_core(args: argparse.Namespace) -> None:
         world.close()
 
 
+# %% [markdown]
+r"""
+With `--chat` it scores the six tasks of ChatCORE (chapter 7), one of them generated.
+"""
+
+
+# %%
+#| export cli
 CHAT_EXAMS = {  # class, data set on the hub, its subset, folder in a local copy
     "arc_easy": (ARC, "allenai/ai2_arc", "ARC-Easy", "arc"),
     "arc_challenge": (ARC, "allenai/ai2_arc", "ARC-Challenge", "arc"),
@@ -2432,6 +2856,14 @@ def chat_exams(source: str) -> dict[str, ChatTask]:
     return tasks
 
 
+# %% [markdown]
+r"""
+With `--samples` a problem is tried several times, for pass@k (chapter 10).
+"""
+
+
+# %%
+#| export cli
 def evaluate_samples(
     engine: Engine,
     task: ChatTask,
@@ -2474,23 +2906,38 @@ def evaluate_samples(
     return {**result, "low": low, "high": high, "pass_at": {str(k): v for k, v in passed.items()}}
 
 
+# %% [markdown]
+r"""
+Each task's result is kept in a file, so that an evaluation that was broken goes on with the next.
+"""
+
+
+# %%
+#| export cli
+def chat_result(
+    engine: Engine, task: ChatTask, limit: int | None, samples: int, world: Any
+) -> dict[str, Any]:
+    """Put one task to a model: letters once, replies of up to 512 tokens `samples` times."""
+    generative = task.kind == "generative"
+    how = dict(max_tokens=512 if generative else 1, world=world)
+    if generative and samples > 1:
+        return evaluate_samples(engine, task, limit, samples, **how)
+    return evaluate_chat(engine, engine.tokenizer, task, limit, **how)
+
+
+# %%
+#| export cli
 def do_chat_core(args: argparse.Namespace) -> None:
     """Put the tasks of ChatCORE to a run's model; each result is kept, and the mean is printed."""
-    run = open_run(args)
-    world, stage = setup(run.recipe.device), args.stage or newest_model(run)
-    engine, results = run.engine(stage), {}
+    run, stage = open_model(args)
+    world, engine, results = setup(run.recipe.device), run.engine(stage), {}
     folder = Path(args.results or run.directory / "chat_core" / stage)
     about = {"model": model_digest(engine.model), "limit": args.limit, "samples": args.samples}
     for name, task in chat_exams(args.chat).items():
         path = folder / f"{name}.json"
         result = kept_result(path, about)
         if result is None:
-            generative = task.kind == "generative"
-            how = dict(max_tokens=512 if generative else 1, world=world)
-            if generative and args.samples > 1:
-                result = evaluate_samples(engine, task, args.limit, args.samples, **how)
-            else:
-                result = evaluate_chat(engine, engine.tokenizer, task, args.limit, **how)
+            result = chat_result(engine, task, args.limit, args.samples, world)
             world.barrier()  # every process has looked for the file
             if world.is_main:
                 write_json(path, {**about, "result": result})
@@ -2507,37 +2954,42 @@ def do_chat_core(args: argparse.Namespace) -> None:
         world.close()
 
 
+# %%
+#| export cli
 def do_eval(args: argparse.Namespace) -> None:
     """Judge a stage's model and print its scores; --core and --chat score the public tasks."""
-    from nanochat.recipe import judge
-
     if args.chat is not None and (args.core is not None or args.hf):
         raise UserError("--chat judges a run's model by itself; leave --core and --hf out.")
+    if args.chat is None and args.samples != 1:
+        raise UserError("--samples goes with --chat; add it, or leave --samples out.")
     if args.chat is not None or args.core is not None:
         return do_core(args) if args.chat is None else do_chat_core(args)
     if args.hf or args.limit or args.results:
         raise UserError("--hf, --limit and --results go with --core; add it, or leave them out.")
-    run = open_run(args)
-    for name, value in judge(run, args.stage or newest_model(run)).items():
+    for name, value in judge(*open_model(args)).items():
         print(f"{name:24s} {value:.4f}" if isinstance(value, float) else f"{name:24s} {value}")
 
 
-def do_bench(args: argparse.Namespace) -> None:
-    """Measure how fast a stage's model writes; the last line is JSON."""
-    run = open_run(args)
-    loaded = run.engine(args.stage or newest_model(run))
-    most = loaded.model.config.seq_len
-    if args.prompt < 1 or args.new < 2 or args.prompt + args.new > most:
-        raise UserError(
-            f"--prompt {args.prompt} and --new {args.new} do not fit: at least 1 and 2 tokens, "
-            f"together at most the model's context window of {most}."
-        )
-    if min(args.batch) < 1 or args.repeats < 1:
-        raise UserError("--batch and --repeats must be 1 or more.")
-    engine = Engine(loaded.model, loaded.tokenizer, max_batch=max(args.batch))
-    print(json.dumps(bench(engine, args.batch, args.prompt, args.new, args.repeats)))
+def eval_options(command: argparse.ArgumentParser) -> None:
+    """Add the flags of `eval`."""
+    about = "score CORE (chapter 7): a folder of tasks, tinyworld, or alone the public ones"
+    command.add_argument("--core", nargs="?", const="", metavar="FOLDER", help=about)
+    command.add_argument("--hf", metavar="NAME", help="a Hugging Face model, name or folder")
+    command.add_argument("--limit", type=int, help="at most so many items of each task")
+    about = "score ChatCORE (chapter 7): a folder of parquet files, or alone from the hub"
+    command.add_argument("--chat", nargs="?", const="hub", metavar="FOLDER", help=about)
+    command.add_argument("--samples", type=int, default=1, help="for --chat: pass@k")
+    command.add_argument("--results", metavar="FOLDER", help="where the results are kept")
 
 
+# %% [markdown]
+r"""
+The last three print: the report's place, the estimate of section 4, and what the environment lacks.
+"""
+
+
+# %%
+#| export cli
 def do_report(args: argparse.Namespace) -> None:
     """Write the report card of a run."""
     for path in write_report(open_run(args)):
@@ -2568,10 +3020,23 @@ def do_doctor(args: argparse.Namespace) -> None:
 
 # %% [markdown]
 r"""
-`main` draws the line between two kinds of failure. A mistake that a user can mend is a
-`UserError`: one sentence, exit code 2. Anything else is our mistake and shows its traceback,
-because somebody has to find it.
+`build_parser` puts the commands together. All but `doctor` are about a run, some about one model.
 """
+
+
+# %%
+#| export cli
+def run_options(command: argparse.ArgumentParser) -> None:
+    """Add the flags that name a run."""
+    command.add_argument("--profile", default="laptop", help="a ready recipe (chapter A4)")
+    command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    command.add_argument("--folder", help="folder of a run, in place of a profile")
+
+
+def model_options(command: argparse.ArgumentParser) -> None:
+    """Add the flags that name a model: its run and its stage."""
+    run_options(command)
+    command.add_argument("--stage", choices=MODELS, help="default: the last one trained")
 
 
 # %%
@@ -2582,18 +3047,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m nanochat", description=about)
     commands = parser.add_subparsers(dest="command", metavar="command")
 
-    def add(name: str, about: str, action: Any) -> argparse.ArgumentParser:
+    def add(name: str, about: str, action: Any, *options: Any) -> None:
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(action=action)
-        return command
+        for option in options:
+            option(command)
 
-    def with_run(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        command.add_argument("--profile", default="laptop", help="a ready recipe (chapter A4)")
-        command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-        command.add_argument("--folder", help="folder of a run, in place of a profile")
-        return command
-
-    for command, stage, about in (
+    for name, stage, about in (
         ("tokenizer", "tokenizer", "train the tokenizer"),
         ("data", "data", "turn the text into tokens on disk"),
         ("pretrain", "base", "train the base model"),
@@ -2601,48 +3061,29 @@ def build_parser() -> argparse.ArgumentParser:
         ("sft", "sft", "teach it to answer"),
         ("rl", "rl", "improve its sums by reinforcement learning"),
     ):
-        with_run(add(command, about, lambda a, s=stage: do_stage(a, s)))
-    with_run(add("capstone", "run every stage as a notebook", do_capstone))
-    for name, about, action in (
-        ("eval", "judge a model", do_eval),
-        ("chat", "chat in the terminal", do_chat),
-        ("serve", "serve a web chat and an OpenAI-compatible endpoint", do_serve),
-        ("bench", "measure how fast a model writes", do_bench),
-    ):
-        command = with_run(add(name, about, action))
-        command.add_argument("--stage", choices=MODELS, help="default: the last one trained")
-        if name == "eval":
-            about = "score CORE (chapter 7): a folder of tasks, tinyworld, or alone the public ones"
-            command.add_argument("--core", nargs="?", const="", metavar="FOLDER", help=about)
-            command.add_argument(
-                "--hf", metavar="NAME", help="a Hugging Face model, name or folder"
-            )
-            command.add_argument("--limit", type=int, help="at most so many items of each task")
-            about = "score ChatCORE (chapter 9): a folder of parquet files, or alone from the hub"
-            command.add_argument("--chat", nargs="?", const="hub", metavar="FOLDER", help=about)
-            command.add_argument("--samples", type=int, default=1, help="for --chat: pass@k")
-            command.add_argument("--results", metavar="FOLDER", help="where the results are kept")
-        if name == "chat":
-            command.add_argument("-p", "--prompt", help="answer this and leave")
-            command.add_argument("-t", "--temperature", type=float, default=0.0)
-            command.add_argument("--max-tokens", type=int, default=128)
-        if name == "bench":
-            command.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
-            command.add_argument("--prompt", type=int, default=64, help="tokens in each prompt")
-            command.add_argument("--new", type=int, default=32, help="tokens to write")
-            command.add_argument("--repeats", type=int, default=3)
-        if name == "serve":
-            command.add_argument("--host", default="127.0.0.1")
-            command.add_argument("--port", type=int, default=8000)
-            command.add_argument("--token", help="asked of every visitor; made up off loopback")
-            about = "a web site whose pages may call it, such as https://my.site"
-            command.add_argument("--origin", action="append", default=[], help=about)
-    with_run(add("report", "write the report card of a run", do_report))
-    with_run(add("estimate", "say what pretraining will take, here and on 8xH100", do_estimate))
+        add(name, about, lambda args, stage=stage: do_stage(args, stage), run_options)
+    add("capstone", "run every stage as a notebook", do_capstone, run_options)
+    add("eval", "judge a model", do_eval, model_options, eval_options)
+    add("chat", "chat in the terminal", do_chat, model_options, chat_options)
+    about = "serve a web chat and an OpenAI-compatible endpoint"
+    add("serve", about, do_serve, model_options, serve_options)
+    add("bench", "measure how fast a model writes", do_bench, model_options, bench_options)
+    add("report", "write the report card of a run", do_report, run_options)
+    about = "say what pretraining will take, here and on 8xH100"
+    add("estimate", about, do_estimate, run_options)
     add("doctor", "check the environment", do_doctor)
     return parser
 
 
+# %% [markdown]
+r"""
+`main` draws the line between two kinds of failure. A mistake that a user can mend is one sentence
+and exit code 2. Anything else is our mistake and shows its traceback, because somebody has to find
+it.
+"""
+
+# %%
+#| export cli
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 
 
@@ -2677,7 +3118,7 @@ def main(argv: list[str] | None = None) -> int:
 
 # %% [markdown]
 r"""
-What do people get wrong? Let us try.
+What do people get wrong?
 """
 
 # %%
@@ -2698,8 +3139,8 @@ for mistake in (
 
 # %% [markdown]
 r"""
-The last module is the first that runs: it must work, and say one sentence, where Python is too old
-or torch is missing. So it imports nothing at the top but `sys`.
+The last module is the first that runs. It must say one sentence where Python is too old or torch is
+missing, so it imports nothing at the top but `sys`.
 """
 
 # %%
@@ -2735,20 +3176,19 @@ r"""
 ## Recap
 
 `nanochat` can now run from one word to a model. `Recipe.for_depth`, `Recipe.for_profile` and
-`Recipe.changed` make a recipe, `scaled_settings` holds the rules, `check_recipe` refuses what
-cannot work. `Run.open` keeps it in a folder; `run_stage` does a stage once, in `process_count`
-processes, and resumes it; `judge` and `exchange` say what it brought. `pick_micro_batch` and
-`estimate` look ahead. `nanochat.report` draws what the log says
-(`stage_table`, `cost_table`, `plot_training`, `write_report`), and `python -m nanochat` puts a
-command on each of them.
+`Recipe.changed` make a recipe by the rules of `scaled_settings`; `check_recipe` refuses what cannot
+work. `Run.open` keeps it in a folder; `run_stage` does a stage once and resumes it; `judge` and
+`exchange` say what it brought. `pick_micro_batch` and `estimate` look ahead. `stage_table`,
+`cost_table`, `plot_training` and `write_report` show what the log says, and `python -m nanochat`
+puts a command on each of them.
 
 **Pitfalls**, each of which was shipped once by a real project:
 
 - *A bare assertion when the batch does not divide.* Four threads of users asked what it meant. Say
   which number divides.
 - *Speed counted over the wrong thing.* With gradient accumulation one project reported the tokens
-  of a single micro-batch per step's time: 594 tokens a second instead of many times that, and a
-  time left of weeks. Count the tokens of the whole step.
+  of a single micro-batch per step's time: 594 a second instead of many times that. Count the tokens
+  of the whole step.
 - *A checkpoint without its configuration and vocabulary.* Old ones stop loading, or load and talk
   nonsense. Save the sizes, the versions and the tokenizer's fingerprint beside the weights.
 - *Resuming almost.* Only one stage, only on the same GPUs, the place in the data approximately,
@@ -2756,10 +3196,14 @@ command on each of them.
 
 **Readings**
 
-- Karpathy, *nanochat* (2025-2026): the recipe, the dial and the rules that this chapter follows.
-- Hoffmann et al., *Training Compute-Optimal Large Language Models* (2022): tokens per parameter.
-- McCandlish et al., *An Empirical Model of Large-Batch Training* (2018): why the batch may grow.
-- Korthikanti et al., *Reducing Activation Recomputation in Large Transformer Models* (2022): the
-  activations of a transformer counted part by part.
-- Chowdhery et al., *PaLM* (2022), appendix B: model FLOPs utilisation defined.
+- Karpathy, [nanochat](https://github.com/karpathy/nanochat) (2025-2026): the recipe, the dial and
+  the rules that this chapter follows.
+- Hoffmann et al., [Training Compute-Optimal Large Language Models](https://arxiv.org/abs/2203.15556)
+  (2022): tokens per parameter.
+- McCandlish et al., [An Empirical Model of Large-Batch Training](https://arxiv.org/abs/1812.06162)
+  (2018): why the batch may grow.
+- Korthikanti et al., [Reducing Activation Recomputation in Large Transformer
+  Models](https://arxiv.org/abs/2205.05198) (2022): activations counted part by part.
+- Chowdhery et al., [PaLM](https://arxiv.org/abs/2204.02311) (2022), appendix B: model FLOPs
+  utilisation defined.
 """

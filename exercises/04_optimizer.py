@@ -257,7 +257,7 @@ def by_svd(matrix):
 def seconds(function, matrix):
     threads, times = torch.get_num_threads(), []
     torch.set_num_threads(1)  # on a busy machine a second thread mostly waits
-    for _ in range(5):
+    for _ in range(10):
         start = time.perf_counter()
         function(matrix)
         times.append(time.perf_counter() - start)

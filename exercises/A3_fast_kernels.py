@@ -831,7 +831,7 @@ def slow(q, k, v, window):
 def seconds(function, *args):
     threads, times = torch.get_num_threads(), []
     torch.set_num_threads(1)  # on a busy machine a second thread mostly waits
-    for _ in range(3):
+    for _ in range(10):
         start = time.perf_counter()
         function(*args)
         times.append(time.perf_counter() - start)

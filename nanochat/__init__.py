@@ -18,6 +18,7 @@ distributed  chapters/06_distributed.py  Many processes
 evaluation   chapters/07_evaluation.py  Evaluation
 core         chapters/07_evaluation.py  Evaluation
 sandbox      chapters/08_inference.py  Inference
+calculator   chapters/08_inference.py  Inference
 engine       chapters/08_inference.py  Inference
 chat         chapters/09_chat_finetuning.py  From text to chat
 tasks        chapters/09_chat_finetuning.py  From text to chat

@@ -37,6 +37,7 @@ from nanochat.recipe import (
     estimate,
     estimate_table,
     exchange,
+    judge,
     run_stage,
     run_stage_here,
     runs_directory,
@@ -52,9 +53,13 @@ from nanochat.ui import ChatSettings, terminal_chat
 __all__ = [
     "CHAT_EXAMS",
     "DISK_ERRORS",
+    "bench_options",
     "build_parser",
     "capstone_notebook",
     "chat_exams",
+    "chat_options",
+    "chat_result",
+    "core_tasks",
     "do_bench",
     "do_capstone",
     "do_chat",
@@ -66,11 +71,17 @@ __all__ = [
     "do_report",
     "do_serve",
     "do_stage",
+    "eval_options",
     "evaluate_samples",
+    "execute_capstone",
     "main",
+    "model_options",
     "named_recipe",
     "newest_model",
+    "open_model",
     "open_run",
+    "run_options",
+    "serve_options",
 ]
 
 
@@ -109,7 +120,7 @@ def open_run(args: argparse.Namespace, start: bool = False) -> Run:
 
 
 def newest_model(run: Run) -> str:
-    """Return the last stage of a run that has a trained model."""
+    """Return the last stage of a run that has a trained model; UserError when none has."""
     stages = [stage for stage in MODELS if run.done(stage)]
     if not stages:
         raise UserError(
@@ -117,6 +128,12 @@ def newest_model(run: Run) -> str:
             f"train one with `python -m nanochat capstone --folder {run.directory}`."
         )
     return stages[-1]
+
+
+def open_model(args: argparse.Namespace) -> tuple[Run, str]:
+    """Return the run that the command line names and the stage: `--stage`, or the last trained."""
+    run = open_run(args)
+    return run, args.stage or newest_model(run)
 
 
 def do_stage(args: argparse.Namespace, stage: str) -> None:
@@ -144,16 +161,17 @@ def capstone_notebook() -> Path:
     return path
 
 
-def do_capstone(args: argparse.Namespace) -> None:
-    """Run the capstone notebook with papermill; print where everything is and an exchange."""
+def execute_capstone(run: Run, executed: Path) -> None:
+    """Run the capstone notebook for a run and leave it at `executed`, as far as it came.
+
+    Raises UserError when a cell fails or the notebook's process dies.
+    """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
     # a socket file in place of a port: out of reach of other users of the machine
     transport = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})
-    run = open_run(args, start=True)  # refuses a bad profile or setting before a kernel starts
-    executed = run.directory / "capstone.ipynb"
     try:
         papermill.execute_notebook(
             str(capstone_notebook()),
@@ -177,6 +195,13 @@ def do_capstone(args: argparse.Namespace) -> None:
             "the notebook's process died, most often because memory ran out; close other programs "
             "or set a smaller micro_batch, then run again: finished stages are skipped."
         ) from None
+
+
+def do_capstone(args: argparse.Namespace) -> None:
+    """Run the capstone notebook with papermill; print where everything is and an exchange."""
+    run = open_run(args, start=True)  # refuses a bad profile or setting before a kernel starts
+    executed = run.directory / "capstone.ipynb"
+    execute_capstone(run, executed)
     print(f"\nexecuted notebook  {executed}")
     for path in write_report(run):
         print(f"report             {path}")
@@ -189,10 +214,16 @@ def do_capstone(args: argparse.Namespace) -> None:
 
 def do_chat(args: argparse.Namespace) -> None:
     """Chat in the terminal, or answer one prompt."""
-    run = open_run(args)
+    run, stage = open_model(args)
     settings = ChatSettings(temperature=args.temperature, max_tokens=args.max_tokens)
-    engine: Engine = run.engine(args.stage or newest_model(run), remember=1)
-    terminal_chat(engine, prompt=args.prompt, settings=settings)
+    terminal_chat(run.engine(stage, remember=1), prompt=args.prompt, settings=settings)
+
+
+def chat_options(command: argparse.ArgumentParser) -> None:
+    """Add the flags of `chat`."""
+    command.add_argument("-p", "--prompt", help="answer this and leave")
+    command.add_argument("-t", "--temperature", type=float, default=0.0)
+    command.add_argument("--max-tokens", type=int, default=128)
 
 
 def do_serve(args: argparse.Namespace) -> None:
@@ -203,27 +234,62 @@ def do_serve(args: argparse.Namespace) -> None:
     run_server(engines, host=args.host, port=args.port, token=args.token, origins=args.origin)
 
 
-def do_core(args: argparse.Namespace) -> None:
-    """Score the tasks of CORE with a run's model or one of Hugging Face; results are kept."""
-    run = None if args.hf else open_run(args)
-    world = setup("auto" if run is None else run.recipe.device)
-    if args.core == "tinyworld":
-        tasks = tinyworld_core(World(), args.limit or 200)
-    elif args.core:
-        tasks = load_core(args.core)
-    else:
+def serve_options(command: argparse.ArgumentParser) -> None:
+    """Add the flags of `serve`."""
+    command.add_argument("--host", default="127.0.0.1")
+    command.add_argument("--port", type=int, default=8000)
+    command.add_argument("--token", help="asked of every visitor; made up off loopback")
+    about = "a web site whose pages may call it, such as https://my.site"
+    command.add_argument("--origin", action="append", default=[], help=about)
+
+
+def do_bench(args: argparse.Namespace) -> None:
+    """Measure how fast a stage's model writes; the last line is JSON."""
+    run, stage = open_model(args)
+    loaded = run.engine(stage)
+    most = loaded.model.config.seq_len
+    if args.prompt < 1 or args.new < 2 or args.prompt + args.new > most:
+        raise UserError(
+            f"--prompt {args.prompt} and --new {args.new} do not fit: at least 1 and 2 tokens, "
+            f"together at most the model's context window of {most}."
+        )
+    if min(args.batch) < 1 or args.repeats < 1:
+        raise UserError("--batch and --repeats must be 1 or more.")
+    engine = Engine(loaded.model, loaded.tokenizer, max_batch=max(args.batch))
+    print(json.dumps(bench(engine, args.batch, args.prompt, args.new, args.repeats)))
+
+
+def bench_options(command: argparse.ArgumentParser) -> None:
+    """Add the flags of `bench`."""
+    command.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    command.add_argument("--prompt", type=int, default=64, help="tokens in each prompt")
+    command.add_argument("--new", type=int, default=32, help="tokens to write")
+    command.add_argument("--repeats", type=int, default=3)
+
+
+def core_tasks(name: str, limit: int | None, world: Any) -> Any:
+    """Return the tasks of CORE: of "tinyworld", of a folder, or with no name the public ones."""
+    if name == "tinyworld":
+        return tinyworld_core(World(), limit or 200)
+    if not name:
         if world.is_main:
             fetch_core()
         world.barrier()
-        tasks = load_core(fetch_core())
-    if run is None:
+    return load_core(name or fetch_core())
+
+
+def do_core(args: argparse.Namespace) -> None:
+    """Score the tasks of CORE with a run's model or one of Hugging Face; results are kept."""
+    run, stage = (None, "") if args.hf else open_model(args)
+    world = setup(run.recipe.device if run else "auto")
+    tasks = core_tasks(args.core, args.limit, world)
+    if run:
+        engine = run.engine(stage)
+        model, tokenizer, folder = engine.model, engine.tokenizer, run.directory / "core" / stage
+    else:
         dtype = torch.float32 if world.device.type == "cpu" else pick_dtype(world.device)
         model, tokenizer = load_hub_model(args.hf, world.device, dtype)
         folder = runs_directory() / "core" / re.sub(r"[^\w.-]+", "--", args.hf).strip("-.")
-    else:
-        engine = run.engine(args.stage or newest_model(run))
-        model, tokenizer = engine.model, engine.tokenizer
-        folder = run.directory / "core" / (args.stage or newest_model(run))
     folder = Path(args.results or folder)
     result = run_core(model, tokenizer, tasks, folder, args.limit, world)
     if world.is_main:
@@ -295,23 +361,28 @@ def evaluate_samples(
     return {**result, "low": low, "high": high, "pass_at": {str(k): v for k, v in passed.items()}}
 
 
+def chat_result(
+    engine: Engine, task: ChatTask, limit: int | None, samples: int, world: Any
+) -> dict[str, Any]:
+    """Put one task to a model: letters once, replies of up to 512 tokens `samples` times."""
+    generative = task.kind == "generative"
+    how = dict(max_tokens=512 if generative else 1, world=world)
+    if generative and samples > 1:
+        return evaluate_samples(engine, task, limit, samples, **how)
+    return evaluate_chat(engine, engine.tokenizer, task, limit, **how)
+
+
 def do_chat_core(args: argparse.Namespace) -> None:
     """Put the tasks of ChatCORE to a run's model; each result is kept, and the mean is printed."""
-    run = open_run(args)
-    world, stage = setup(run.recipe.device), args.stage or newest_model(run)
-    engine, results = run.engine(stage), {}
+    run, stage = open_model(args)
+    world, engine, results = setup(run.recipe.device), run.engine(stage), {}
     folder = Path(args.results or run.directory / "chat_core" / stage)
     about = {"model": model_digest(engine.model), "limit": args.limit, "samples": args.samples}
     for name, task in chat_exams(args.chat).items():
         path = folder / f"{name}.json"
         result = kept_result(path, about)
         if result is None:
-            generative = task.kind == "generative"
-            how = dict(max_tokens=512 if generative else 1, world=world)
-            if generative and args.samples > 1:
-                result = evaluate_samples(engine, task, args.limit, args.samples, **how)
-            else:
-                result = evaluate_chat(engine, engine.tokenizer, task, args.limit, **how)
+            result = chat_result(engine, task, args.limit, args.samples, world)
             world.barrier()  # every process has looked for the file
             if world.is_main:
                 write_json(path, {**about, "result": result})
@@ -330,33 +401,28 @@ def do_chat_core(args: argparse.Namespace) -> None:
 
 def do_eval(args: argparse.Namespace) -> None:
     """Judge a stage's model and print its scores; --core and --chat score the public tasks."""
-    from nanochat.recipe import judge
-
     if args.chat is not None and (args.core is not None or args.hf):
         raise UserError("--chat judges a run's model by itself; leave --core and --hf out.")
+    if args.chat is None and args.samples != 1:
+        raise UserError("--samples goes with --chat; add it, or leave --samples out.")
     if args.chat is not None or args.core is not None:
         return do_core(args) if args.chat is None else do_chat_core(args)
     if args.hf or args.limit or args.results:
         raise UserError("--hf, --limit and --results go with --core; add it, or leave them out.")
-    run = open_run(args)
-    for name, value in judge(run, args.stage or newest_model(run)).items():
+    for name, value in judge(*open_model(args)).items():
         print(f"{name:24s} {value:.4f}" if isinstance(value, float) else f"{name:24s} {value}")
 
 
-def do_bench(args: argparse.Namespace) -> None:
-    """Measure how fast a stage's model writes; the last line is JSON."""
-    run = open_run(args)
-    loaded = run.engine(args.stage or newest_model(run))
-    most = loaded.model.config.seq_len
-    if args.prompt < 1 or args.new < 2 or args.prompt + args.new > most:
-        raise UserError(
-            f"--prompt {args.prompt} and --new {args.new} do not fit: at least 1 and 2 tokens, "
-            f"together at most the model's context window of {most}."
-        )
-    if min(args.batch) < 1 or args.repeats < 1:
-        raise UserError("--batch and --repeats must be 1 or more.")
-    engine = Engine(loaded.model, loaded.tokenizer, max_batch=max(args.batch))
-    print(json.dumps(bench(engine, args.batch, args.prompt, args.new, args.repeats)))
+def eval_options(command: argparse.ArgumentParser) -> None:
+    """Add the flags of `eval`."""
+    about = "score CORE (chapter 7): a folder of tasks, tinyworld, or alone the public ones"
+    command.add_argument("--core", nargs="?", const="", metavar="FOLDER", help=about)
+    command.add_argument("--hf", metavar="NAME", help="a Hugging Face model, name or folder")
+    command.add_argument("--limit", type=int, help="at most so many items of each task")
+    about = "score ChatCORE (chapter 7): a folder of parquet files, or alone from the hub"
+    command.add_argument("--chat", nargs="?", const="hub", metavar="FOLDER", help=about)
+    command.add_argument("--samples", type=int, default=1, help="for --chat: pass@k")
+    command.add_argument("--results", metavar="FOLDER", help="where the results are kept")
 
 
 def do_report(args: argparse.Namespace) -> None:
@@ -387,24 +453,32 @@ def do_doctor(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def run_options(command: argparse.ArgumentParser) -> None:
+    """Add the flags that name a run."""
+    command.add_argument("--profile", default="laptop", help="a ready recipe (chapter A4)")
+    command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    command.add_argument("--folder", help="folder of a run, in place of a profile")
+
+
+def model_options(command: argparse.ArgumentParser) -> None:
+    """Add the flags that name a model: its run and its stage."""
+    run_options(command)
+    command.add_argument("--stage", choices=MODELS, help="default: the last one trained")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line: one subcommand a stage, and the tools around a run."""
     about = "Train a small ChatGPT, stage by stage, and talk to it."
     parser = argparse.ArgumentParser(prog="python -m nanochat", description=about)
     commands = parser.add_subparsers(dest="command", metavar="command")
 
-    def add(name: str, about: str, action: Any) -> argparse.ArgumentParser:
+    def add(name: str, about: str, action: Any, *options: Any) -> None:
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(action=action)
-        return command
+        for option in options:
+            option(command)
 
-    def with_run(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        command.add_argument("--profile", default="laptop", help="a ready recipe (chapter A4)")
-        command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-        command.add_argument("--folder", help="folder of a run, in place of a profile")
-        return command
-
-    for command, stage, about in (
+    for name, stage, about in (
         ("tokenizer", "tokenizer", "train the tokenizer"),
         ("data", "data", "turn the text into tokens on disk"),
         ("pretrain", "base", "train the base model"),
@@ -412,44 +486,16 @@ def build_parser() -> argparse.ArgumentParser:
         ("sft", "sft", "teach it to answer"),
         ("rl", "rl", "improve its sums by reinforcement learning"),
     ):
-        with_run(add(command, about, lambda a, s=stage: do_stage(a, s)))
-    with_run(add("capstone", "run every stage as a notebook", do_capstone))
-    for name, about, action in (
-        ("eval", "judge a model", do_eval),
-        ("chat", "chat in the terminal", do_chat),
-        ("serve", "serve a web chat and an OpenAI-compatible endpoint", do_serve),
-        ("bench", "measure how fast a model writes", do_bench),
-    ):
-        command = with_run(add(name, about, action))
-        command.add_argument("--stage", choices=MODELS, help="default: the last one trained")
-        if name == "eval":
-            about = "score CORE (chapter 7): a folder of tasks, tinyworld, or alone the public ones"
-            command.add_argument("--core", nargs="?", const="", metavar="FOLDER", help=about)
-            command.add_argument(
-                "--hf", metavar="NAME", help="a Hugging Face model, name or folder"
-            )
-            command.add_argument("--limit", type=int, help="at most so many items of each task")
-            about = "score ChatCORE (chapter 9): a folder of parquet files, or alone from the hub"
-            command.add_argument("--chat", nargs="?", const="hub", metavar="FOLDER", help=about)
-            command.add_argument("--samples", type=int, default=1, help="for --chat: pass@k")
-            command.add_argument("--results", metavar="FOLDER", help="where the results are kept")
-        if name == "chat":
-            command.add_argument("-p", "--prompt", help="answer this and leave")
-            command.add_argument("-t", "--temperature", type=float, default=0.0)
-            command.add_argument("--max-tokens", type=int, default=128)
-        if name == "bench":
-            command.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
-            command.add_argument("--prompt", type=int, default=64, help="tokens in each prompt")
-            command.add_argument("--new", type=int, default=32, help="tokens to write")
-            command.add_argument("--repeats", type=int, default=3)
-        if name == "serve":
-            command.add_argument("--host", default="127.0.0.1")
-            command.add_argument("--port", type=int, default=8000)
-            command.add_argument("--token", help="asked of every visitor; made up off loopback")
-            about = "a web site whose pages may call it, such as https://my.site"
-            command.add_argument("--origin", action="append", default=[], help=about)
-    with_run(add("report", "write the report card of a run", do_report))
-    with_run(add("estimate", "say what pretraining will take, here and on 8xH100", do_estimate))
+        add(name, about, lambda args, stage=stage: do_stage(args, stage), run_options)
+    add("capstone", "run every stage as a notebook", do_capstone, run_options)
+    add("eval", "judge a model", do_eval, model_options, eval_options)
+    add("chat", "chat in the terminal", do_chat, model_options, chat_options)
+    about = "serve a web chat and an OpenAI-compatible endpoint"
+    add("serve", about, do_serve, model_options, serve_options)
+    add("bench", "measure how fast a model writes", do_bench, model_options, bench_options)
+    add("report", "write the report card of a run", do_report, run_options)
+    about = "say what pretraining will take, here and on 8xH100"
+    add("estimate", about, do_estimate, run_options)
     add("doctor", "check the environment", do_doctor)
     return parser
 

@@ -3,6 +3,7 @@
 Exported from chapters/00_start_here.py (chapter 00, Start here); edit there, not here.
 """
 
+import contextlib
 import ctypes
 import html
 import importlib.util
@@ -47,7 +48,7 @@ __all__ = [
 class UserError(Exception):
     """A mistake a user can mend: one sentence with what is wrong, what was found, what to do.
 
-    The command line prints the sentence without a traceback and exits with code 2 (chapter 12).
+    The command line prints the sentence without a traceback and exits with code 2 (appendix A4).
     """
 
 
@@ -73,12 +74,12 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the device multiplies it in hardware, float32 elsewhere.
 
-    In hardware means CUDA with compute capability 8.0 or more, or a CPU with AMX tiles.
+    In hardware means CUDA with compute capability 8.0 or more, or a CPU with AVX-512 BF16 or AMX.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    if device.type == "cpu" and has_amx():
+    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if device.type == "cpu" and has_bfloat16():
         return torch.bfloat16
     return torch.float32
 
@@ -153,22 +154,23 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write a file so that a crash leaves the old content or the new one, never half of it.
 
     The data goes to a temporary name in the same folder, is synced to disk and renamed. A full
-    disk raises UserError and leaves nothing behind.
+    disk, or a folder that cannot be made, raises UserError and leaves nothing behind.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     payload = data.encode("utf-8") if isinstance(data, str) else data
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path.name} ({len(payload):,} bytes): {error.strerror}; "
+            f"cannot write {path} ({len(payload):,} bytes): {error.strerror}; "
             f"free some space or choose another folder, then run again."
         ) from error
 
@@ -225,10 +227,10 @@ def read_metrics(path: str | Path, event: str | None = None, **where: Any) -> li
     path, events = Path(path), []
     if not path.exists():
         return events
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # not JSON, or torn in the middle of a character
             continue
         if event in (None, entry.get("event")) and all(entry.get(k) == v for k, v in where.items()):
             events.append(entry)
@@ -334,8 +336,8 @@ def figure(
 ) -> tuple[Any, Any]:
     """Return (fig, ax) in the book's style: small, quiet, colour-blind-safe, title = the finding.
 
-    `alt` describes the picture in words; it is kept in the figure's metadata for the printed
-    notebook. A long title takes several lines. Colours after Okabe and Ito (2008).
+    `size` is in inches. `alt` describes the picture in words and is kept as the figure's label
+    (`fig.get_label()`). A long title takes several lines. Colours after Okabe and Ito (2008).
     """
     import matplotlib.pyplot as plt
 

@@ -43,7 +43,6 @@ __all__ = [
     "DISK_ERRORS",
     "Encoded",
     "FolderSource",
-    "HubShards",
     "HubSource",
     "IncompleteDownload",
     "Piece",
@@ -74,10 +73,12 @@ __all__ = [
     "encode_texts",
     "explain_failure",
     "fetch_rest",
+    "fetch_together",
     "file_digest",
     "fill_rows",
     "http_status",
     "hub_listing",
+    "kept_listing",
     "make_ahead",
     "mend_shards",
     "missing_tokens",
@@ -146,15 +147,15 @@ def write_shard(path: str | Path, texts: Sequence[str]) -> None:
 def split_shards(names: Iterable[str]) -> dict[str, list[str]]:
     """Assign shard names to splits: {"train": [...], "val": [...]}, each in name order.
 
-    Files called train*, val* and test* go where they say (test: nowhere). Otherwise, or when no
-    file says val, the last training shard in name order is validation.
+    Files called train*, val* and test* go where they say (test: nowhere); if none is called train*,
+    those that say nothing are for training. If none says val, the last training shard in name
+    order is validation.
     """
-    names = sorted(names)
-    said = {name: re.match(r"(train|val)(idation)?(?![a-z])", Path(name).name) for name in names}
-    train = [name for name in names if said[name] and said[name][1] == "train"]
-    val = [name for name in names if said[name] and said[name][1] == "val"]
-    if not train:
-        train, val = names, []
+    said: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
+    for name in sorted(names):
+        match = re.match(r"(train|val|test)(idation)?(?![a-z])", Path(name).name)
+        said[match[1] if match else ""].append(name)
+    train, val = said["train"] or said[""], said["val"]
     if not val:
         train, val = train[:-1], train[-1:]
     return {"train": train, "val": val}
@@ -272,30 +273,6 @@ class IncompleteDownload(Exception):
     """The connection ended before the file did."""
 
 
-def retrying(
-    action: Callable[[], Any], what: str, attempts: int = 6, unreachable: int = 2, wait: float = 0.5
-) -> Any:
-    """Call `action`; call it again, with doubled waits, after trouble that may pass.
-
-    A server that is busy (HTTP 429, 5xx) or cuts the connection gets `attempts` chances, one that
-    cannot be reached `unreachable`, a refusal (401, 404) or a full disk one. Then UserError.
-    """
-    for attempt in itertools.count(1):
-        try:
-            return action()
-        except UserError:
-            raise
-        except Exception as error:
-            status = http_status(error)
-            cut = isinstance(error, (ConnectionResetError, IncompleteDownload))
-            limit = attempts if cut or status == 429 or status >= 500 else unreachable
-            if 0 < status < 500 and status != 429 or getattr(error, "errno", None) in DISK_ERRORS:
-                limit = 1
-            if attempt >= limit:
-                raise UserError(f"{what}: {explain_failure(error)}") from error
-            time.sleep(min(wait * 2 ** (attempt - 1), 30))
-
-
 def http_status(error: Exception) -> int:
     """Return the HTTP status that an error of urllib or huggingface_hub carries, or 0."""
     response = getattr(error, "response", None)
@@ -321,6 +298,30 @@ def explain_failure(error: Exception) -> str:
         f"no connection ({reason.splitlines()[0][:120].rstrip('.')}); check the network, or use "
         "`tinyworld` or `folder:PATH`, which need none."
     )
+
+
+def retrying(
+    action: Callable[[], Any], what: str, attempts: int = 6, unreachable: int = 2, wait: float = 0.5
+) -> Any:
+    """Call `action`; call it again, with doubled waits, after trouble that may pass.
+
+    A server that is busy (HTTP 429, 5xx) or cuts the connection gets `attempts` chances, one that
+    cannot be reached `unreachable`, a refusal (401, 404) or a full disk one. Then UserError.
+    """
+    for attempt in itertools.count(1):
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:
+            status = http_status(error)
+            cut = isinstance(error, (ConnectionResetError, IncompleteDownload))
+            limit = attempts if cut or status == 429 or status >= 500 else unreachable
+            if 0 < status < 500 and status != 429 or getattr(error, "errno", None) in DISK_ERRORS:
+                limit = 1
+            if attempt >= limit:
+                raise UserError(f"{what}: {explain_failure(error)}") from error
+            time.sleep(min(wait * 2 ** (attempt - 1), 30))
 
 
 def fetch_rest(
@@ -354,6 +355,16 @@ def fetch_rest(
         raise IncompleteDownload(f"the connection broke off: {error!r}") from error
     if part.stat().st_size != size:
         raise IncompleteDownload(f"{part.stat().st_size:,} of {size:,} bytes came")
+
+
+def check_space(folder: Path, n_bytes: int, what: str) -> None:
+    """Raise UserError when the disk of a folder has less than n_bytes left."""
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise UserError(
+            f"{what} needs {n_bytes / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free in "
+            f"{folder}; free some space or choose another folder."
+        )
 
 
 def file_digest(path: Path, kind: str) -> str:
@@ -398,14 +409,41 @@ def download(
     os.replace(part, path)
 
 
-def check_space(folder: Path, n_bytes: int, what: str) -> None:
-    """Raise UserError when the disk of a folder has less than n_bytes left."""
-    free = shutil.disk_usage(folder).free
-    if n_bytes > free:
-        raise UserError(
-            f"{what} needs {n_bytes / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free in "
-            f"{folder}; free some space or choose another folder."
-        )
+def fetch_together(
+    fetch_one: Callable[[str, Callable[[int], None]], None], sizes: dict[str, int], workers: int
+) -> None:
+    """Call `fetch_one(shard, arrived)` for each shard in `workers` threads, with a progress line.
+
+    `sizes` gives the bytes of each shard; `arrived(n)` is to be told of every n bytes. The first
+    failure stops the others and is raised.
+    """
+    failures: list[BaseException] = []
+    lock, what = threading.Lock(), f"{len(sizes)} shards" if len(sizes) > 1 else "1 shard"
+    with (
+        Progress(sum(sizes.values()), f"download of {what}", "byte") as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+
+        def arrived(n: int) -> None:
+            if failures:
+                raise UserError("the download was stopped; run again to go on.")
+            with lock:
+                bar.update(min(n, bar.total - bar.done))
+
+        def bring(shard: str) -> None:
+            try:
+                if not failures:
+                    fetch_one(shard, arrived)
+            except Exception as error:
+                failures.append(error)
+
+        try:
+            list(pool.map(bring, sizes))
+        except BaseException as interrupt:
+            failures.append(interrupt)
+            raise
+    if failures:
+        raise failures[0]
 
 
 def hub_listing(name: str, revision: str, endpoint: str) -> dict:
@@ -430,6 +468,26 @@ def hub_listing(name: str, revision: str, endpoint: str) -> dict:
     return retrying(ask, f"list of data set {name}@{revision} at {endpoint}")
 
 
+def cache_folder() -> Path:
+    """Return the folder of what is downloaded: $NANOCHAT_CACHE, or else ~/.cache/nanochat."""
+    cache = os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat"
+    return Path(cache).expanduser()
+
+
+def kept_listing(name: str, revision: str, endpoint: str, folder: Path) -> dict:
+    """Return `hub_listing` and keep it in the folder; without a network, the one kept earlier."""
+    kept = folder / f"listing-{revision.replace('/', '--')}.json"
+    try:
+        listing = hub_listing(name, revision, endpoint)
+        write_json(kept, listing)
+    except UserError as error:
+        if not kept.is_file() or "no connection" not in str(error):
+            raise
+        warnings.warn(f"{error} Going on with the list fetched earlier.", stacklevel=3)
+        listing = read_json(kept)
+    return listing
+
+
 def parse_hub(spec: str) -> tuple[str, str, int | None]:
     """Split OWNER/NAME[@REVISION][:SHARDS] into name, revision (main) and shards (None: all)."""
     match = re.fullmatch(r"((?:[\w.-]+/)?[\w.-]+)(?:@([\w./-]+))?(?::([1-9]\d*))?", spec)
@@ -441,11 +499,27 @@ def parse_hub(spec: str) -> tuple[str, str, int | None]:
     return match[1], match[2] or "main", int(match[3]) if match[3] else None
 
 
-class HubShards(ShardedSource):
-    """Fetches the shards of a data set on the hub into a folder: the base class of HubSource.
+class HubSource(ShardedSource):
+    """A data set of the Hugging Face hub; shards are fetched when first needed and kept.
 
-    Needs `dataset`, `commit`, `endpoint`, `folder` and `files`, as HubSource sets them.
+    They are kept in $NANOCHAT_CACHE or ~/.cache/nanochat, in `hub/OWNER--NAME/`. HF_ENDPOINT
+    names another hub. `spec` is OWNER/NAME[@REVISION][:SHARDS].
     """
+
+    def __init__(self, spec: str):
+        self.dataset, revision, limit = parse_hub(spec)
+        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        self.folder = cache_folder() / "hub" / self.dataset.replace("/", "--")
+        listing = kept_listing(self.dataset, revision, self.endpoint, self.folder)
+        self.commit, self.files = listing["commit"], listing["files"]
+        splits = split_shards(self.files)
+        if not splits["train"]:
+            raise UserError(
+                f"data set {self.dataset} has {len(self.files)} parquet files, at least 2 are "
+                "needed: the last is for validation; choose another data set."
+            )
+        splits["train"] = splits["train"][:limit]
+        super().__init__(f"hub {self.dataset}@{self.commit[:12]}", splits)
 
     def have(self, shard: str) -> bool:
         """Tell whether a shard is here, whole, and the one of the listing."""
@@ -456,41 +530,10 @@ class HubShards(ShardedSource):
         return note.read_text(encoding="utf-8") == facts["digest"]
 
     def fetch(self, shards: Sequence[str], workers: int = 4) -> None:
-        """Download the shards that are not here, several at a time, with one progress line.
-
-        The first failure stops the others and is raised; what has come is kept for next time.
-        """
-        missing = [shard for shard in shards if not self.have(shard)]
-        total = sum(self.files[shard]["size"] for shard in missing)
-        lock, what = threading.Lock(), f"{len(missing)} shards" if missing[1:] else "1 shard"
-        failures: list[BaseException] = []
-        if not missing:
-            return
-        with (
-            Progress(total, f"download of {what}", "byte") as bar,
-            ThreadPoolExecutor(workers) as pool,
-        ):
-
-            def arrived(n: int) -> None:
-                if failures:
-                    raise UserError("the download was stopped; run again to go on.")
-                with lock:
-                    bar.update(min(n, bar.total - bar.done))
-
-            def bring(shard: str) -> None:
-                try:
-                    if not failures:
-                        self.fetch_one(shard, arrived)
-                except Exception as error:
-                    failures.append(error)
-
-            try:
-                list(pool.map(bring, missing))
-            except BaseException as interrupt:
-                failures.append(interrupt)
-                raise
-        if failures:
-            raise failures[0]
+        """Download those shards that are not here; after a failure, what has come is kept."""
+        sizes = {shard: self.files[shard]["size"] for shard in shards if not self.have(shard)}
+        if sizes:
+            fetch_together(self.fetch_one, sizes, workers)
 
     def fetch_one(self, shard: str, arrived: Callable[[int], None]) -> None:
         """Download and check a shard, then note its hash beside it."""
@@ -509,43 +552,6 @@ class HubShards(ShardedSource):
             at = shards.index(shard)
             self.fetch(shards[at : at + 4] if at else [shard])
         return self.folder / shard
-
-
-def cache_folder() -> Path:
-    """Return the folder of what is downloaded: $NANOCHAT_CACHE, or else ~/.cache/nanochat."""
-    cache = os.environ.get("NANOCHAT_CACHE") or Path.home() / ".cache" / "nanochat"
-    return Path(cache).expanduser()
-
-
-class HubSource(HubShards):
-    """A data set of the Hugging Face hub; shards are fetched when first needed and kept.
-
-    They are kept in $NANOCHAT_CACHE or ~/.cache/nanochat, in `hub/OWNER--NAME/`. HF_ENDPOINT
-    names another hub. `spec` is OWNER/NAME[@REVISION][:SHARDS].
-    """
-
-    def __init__(self, spec: str):
-        self.dataset, revision, limit = parse_hub(spec)
-        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        self.folder = cache_folder() / "hub" / self.dataset.replace("/", "--")
-        listing_file = self.folder / f"listing-{revision.replace('/', '--')}.json"
-        try:
-            listing = hub_listing(self.dataset, revision, self.endpoint)
-            write_json(listing_file, listing)
-        except UserError as error:
-            if not listing_file.is_file() or "no connection" not in str(error):
-                raise
-            warnings.warn(f"{error} Going on with the list fetched earlier.", stacklevel=2)
-            listing = read_json(listing_file)
-        self.commit, self.files = listing["commit"], listing["files"]
-        splits = split_shards(self.files)
-        if not splits["train"]:
-            raise UserError(
-                f"data set {self.dataset} has {len(self.files)} parquet files, at least 2 are "
-                "needed: the last is for validation; choose another data set."
-            )
-        splits["train"] = splits["train"][:limit]
-        super().__init__(f"hub {self.dataset}@{self.commit[:12]}", splits)
 
 
 def open_source(spec: str, seed: int = 0) -> Source:
@@ -946,7 +952,6 @@ def document_bounds(inputs: torch.Tensor, bos_id: int) -> torch.Tensor:
 
 
 WINDOW = 4096  # documents that are packed together
-
 Window = tuple[Read, Sequence[int], Sequence[int]]  # how to read tokens; starts and stops
 
 

@@ -1,23 +1,21 @@
-"""The inference engine: KV cache, sampling, streaming, batches and the calculator tool.
+"""The inference engine: KV cache, sampling, streaming and batches that rows join and leave.
 
 Exported from chapters/08_inference.py (chapter 08, Inference); edit there, not here.
 """
 
-import ast
 import copy
 import math
-import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanochat.calculator import ToolCalls
 from nanochat.common import UserError, synchronize
 from nanochat.model import GPT, GPTConfig, rms_norm
 from nanochat.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
@@ -26,50 +24,47 @@ __all__ = [
     "Batch",
     "CHUNK",
     "Completion",
+    "Door",
     "Engine",
-    "EngineBase",
     "GROUP_TOKENS",
     "KVCache",
     "Loop",
-    "MAX_DEPTH",
-    "MAX_EXPONENT",
-    "MAX_LENGTH",
-    "MAX_VALUE",
-    "OPERATORS",
     "Prefixes",
-    "QUOTED",
     "RingCache",
     "Row",
     "SMALLEST",
     "Sampling",
     "Stream",
-    "THOUSANDS",
+    "Table",
     "Token",
     "Transcript",
     "bench",
     "benchmark",
     "bucket",
-    "calculate",
+    "check_tokenizer",
     "choose",
-    "count_call",
+    "copy_in",
+    "copy_out",
     "draw",
-    "evaluate",
     "fast_step",
     "fetch",
-    "format_number",
+    "first_tokens",
     "generate_with_lookup",
     "last_embedding",
     "look_up",
     "next_group",
     "next_token_probabilities",
     "padded_view",
-    "power",
     "prefill",
     "prepared_copy",
     "read_bandwidth",
+    "recent_slots",
+    "request",
     "row_probabilities",
+    "row_seeds",
     "sample",
     "step",
+    "token_probabilities",
 ]
 
 
@@ -243,91 +238,6 @@ def sample(
     return draw(probabilities, uniform.to(logits.device))
 
 
-MAX_LENGTH, MAX_DEPTH, MAX_VALUE, MAX_EXPONENT = 500, 50, 1e30, 100
-QUOTED = re.compile(r"""("[^"\\\n]*"|'[^'\\\n]*')""")
-THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
-OPERATORS = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.Div: lambda a, b: a / b,
-    ast.FloorDiv: lambda a, b: a // b,
-    ast.Mod: lambda a, b: a % b,
-    ast.Pow: lambda a, b: power(a, b),
-    ast.UAdd: lambda a: a,
-    ast.USub: lambda a: -a,
-}
-
-
-def power(base: float, exponent: float) -> float:
-    """Return base ** exponent; ValueError before the work when the result would be too large."""
-    if abs(exponent) > MAX_EXPONENT or (base and exponent * math.log10(abs(base)) > 30):
-        raise ValueError("the power is too large")
-    return base**exponent
-
-
-def evaluate(node: ast.AST, depth: int = 0) -> int | float:
-    """Compute a syntax tree of allowed nodes; ValueError for any other node or size."""
-    if depth > MAX_DEPTH:
-        raise ValueError("nested too deeply")
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = node.value
-    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = evaluate(node.left, depth + 1), evaluate(node.right, depth + 1)
-        value = OPERATORS[type(node.op)](left, right)
-    elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-        value = OPERATORS[type(node.op)](evaluate(node.operand, depth + 1))
-    else:
-        value = count_call(node)
-    if isinstance(value, complex) or not abs(value) <= MAX_VALUE:  # `not <=` is true for NaN
-        raise ValueError("the number is too large")
-    return value
-
-
-def count_call(node: ast.AST) -> int:
-    """Compute `"text".count("t")`, the one call there is; ValueError for any other node."""
-    match node:
-        case ast.Call(
-            func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
-            args=[ast.Constant(value=str(part))],
-            keywords=[],
-        ):
-            return text.count(part)
-    raise ValueError(f"{type(node).__name__} is not allowed")
-
-
-def format_number(value: int | float) -> str:
-    """Write a number as the training data do: 12 not 12.0, 0.3 not 0.30000000000000004."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int):
-        return str(value)
-    return format(Decimal(f"{value:.12g}"), "f")
-
-
-def calculate(expression: str) -> str | None:
-    """Return the value of a short expression as text, or None for whatever is not one.
-
-    Allowed: + - * / // % **, parentheses, decimal numbers (with thousands commas) and
-    `"text".count("t")`. Nothing is ever executed: the text is parsed, and the tree is computed
-    node by node with limits on length, depth, size and exponents.
-    """
-    if len(expression) > MAX_LENGTH:
-        return None
-    pieces = QUOTED.split(expression.strip())  # plain, quoted, plain, quoted, ..., plain
-    for i in range(0, len(pieces), 2):
-        plain = pieces[i] = THOUSANDS.sub(lambda m: m[0].replace(",", ""), pieces[i])
-        if not re.fullmatch(r"[0-9.+\-*/%() ]*", plain.replace(".count", "")):
-            return None
-        if plain.count("(") > MAX_DEPTH:
-            return None
-    try:
-        tree = ast.parse("".join(pieces), mode="eval")
-        return format_number(evaluate(tree.body))
-    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
-        return None
-
-
 @dataclass
 class Token:
     """One generated token. `text` is whole characters; `kind` is text, python, output, special."""
@@ -375,7 +285,7 @@ class Transcript:
 
 
 class Row:
-    """One request on its way: its tokens, its own random numbers, and the calculator's state."""
+    """One request on its way: its tokens, its own random numbers, and its calls of the tool."""
 
     def __init__(
         self,
@@ -388,12 +298,11 @@ class Row:
         tools: bool = True,
     ):
         self.prompt, self.budget, self.tokenizer = list(prompt), budget, tokenizer
-        self.sampling, self.stop, self.tools = sampling, stop, tools
+        self.sampling, self.stop = sampling, stop
+        self.calls = ToolCalls(tokenizer) if tools else None
         self.ids, self.mask, self.logprobs = [], [], []
         self.queue: deque[int] = deque()  # tokens that must come next, whatever the model wants
-        self.expression: list[int] | None = None  # ids since python_start
-        self.special = {name.strip("<|>"): tokenizer.special(name) for name in SPECIAL_TOKENS}
-        self.stop_ids = {self.special["assistant_end"], self.special["bos"]}
+        self.stop_ids = {tokenizer.special("assistant_end"), tokenizer.special("bos")}
         self.finish_reason: str | None = None if budget else "length"
         self.error: Exception | None = None
         generator = torch.Generator().manual_seed(seed)
@@ -405,11 +314,11 @@ class Row:
         return len(self.prompt) + len(self.ids) - 1
 
     def take(self, id: int, logprob: float) -> None:
-        """Append the next token and decide what follows from it."""
+        """Append the next token and decide what follows from it; UserError for a logprob of NaN."""
         forced = bool(self.queue)
         if forced:
             self.queue.popleft()
-        elif logprob != logprob:
+        elif math.isnan(logprob):
             raise UserError("the model's output is not a number (NaN); load an earlier checkpoint.")
         self.ids.append(id)
         self.mask.append(int(not forced))
@@ -418,33 +327,15 @@ class Row:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.budget:
             self.finish_reason = "length"
-        elif self.tools and not forced:
-            self.watch(id)
+        elif self.calls and not forced:
+            self.queue.extend(self.calls.push(id))
 
-
-def _watch(self: Row, id: int) -> None:
-    """Collect a tool call; when it closes and has a value, queue the tokens of that value."""
-    if id == self.special["python_start"]:
-        self.expression = []
-    elif id == self.special["python_end"] and self.expression is not None:
-        value = calculate(self.tokenizer.decode(self.expression))
-        self.expression = None
-        if value is not None:
-            start, end = self.special["output_start"], self.special["output_end"]
-            self.queue.extend([start, *self.tokenizer.encode(value), end])
-    elif self.expression is not None:
-        self.expression.append(id)
-
-
-def _completion(self: Row) -> Completion:
-    """Return what the row has become."""
-    transcript = Transcript(self.tokenizer)
-    pieces = [transcript.push(id) for id in self.ids]
-    text = "".join(piece for kind, piece in pieces if kind == "text")
-    return Completion(self.ids, self.mask, text, self.logprobs, self.finish_reason or "length")
-
-
-Row.watch, Row.completion = _watch, _completion
+    def completion(self) -> Completion:
+        """Return what the row has become."""
+        transcript = Transcript(self.tokenizer)
+        pieces = [transcript.push(id) for id in self.ids]
+        text = "".join(piece for kind, piece in pieces if kind == "text")
+        return Completion(self.ids, self.mask, text, self.logprobs, self.finish_reason or "length")
 
 
 class RingCache:
@@ -503,40 +394,37 @@ class RingCache:
             self.last = self.before
 
 
-def _recent(self: RingCache, layer: int, length: int) -> Tensor:
+def recent_slots(ring: RingCache, layer: int, length: int) -> Tensor:
     """Return the slots of a row's last tokens in one layer, oldest first, int64."""
-    n = min(length, self.slots[layer])
-    back = torch.arange(-n, 0, device=self.clock.device)
-    return (self.clock + back) % self.slots[layer]
+    n = min(length, ring.slots[layer])
+    back = torch.arange(-n, 0, device=ring.clock.device)
+    return (ring.clock + back) % ring.slots[layer]
 
 
-def _put(self: RingCache, b: int, cache: KVCache, row: int, length: int) -> None:
-    """Seat the last `length` tokens of a row of a KVCache as row b."""
-    for layer in range(len(self.slots)):
-        where = self.recent(layer, length)
+def copy_in(ring: RingCache, b: int, cache: KVCache, number: int, length: int) -> None:
+    """Seat the last `length` tokens of row `number` of a KVCache as row b of the ring."""
+    for layer in range(len(ring.slots)):
+        where = recent_slots(ring, layer, length)
         part = slice(cache.length - len(where), cache.length)
-        self.keys[layer][b].index_copy_(1, where, cache.keys[layer, row, :, part])
-        self.values[layer][b].index_copy_(1, where, cache.values[layer, row, :, part])
-    self.lengths[b] = length
-    if self.before is not None:
-        self.before[b] = cache.last[row]
+        ring.keys[layer][b].index_copy_(1, where, cache.keys[layer, number, :, part])
+        ring.values[layer][b].index_copy_(1, where, cache.values[layer, number, :, part])
+    ring.lengths[b] = length
+    if ring.before is not None:
+        ring.before[b] = cache.last[number]
 
 
-def _row(self: RingCache, b: int, length: int) -> KVCache:
-    """Return row b, of `length` tokens, as a KVCache of one row."""
-    k = self.keys[0]
-    cache = KVCache(self.config, 1, length, k.device, k.dtype)
+def copy_out(ring: RingCache, b: int, length: int) -> KVCache:
+    """Return row b of the ring, of `length` tokens, as a KVCache of one row."""
+    k = ring.keys[0]
+    cache = KVCache(ring.config, 1, length, k.device, k.dtype)
     cache.keys.zero_(), cache.values.zero_()
-    for layer in range(len(self.slots)):
-        where = self.recent(layer, length)
-        cache.keys[layer, 0, :, length - len(where) :] = self.keys[layer][b][:, where]
-        cache.values[layer, 0, :, length - len(where) :] = self.values[layer][b][:, where]
+    for layer in range(len(ring.slots)):
+        where = recent_slots(ring, layer, length)
+        cache.keys[layer, 0, :, length - len(where) :] = ring.keys[layer][b][:, where]
+        cache.values[layer, 0, :, length - len(where) :] = ring.values[layer][b][:, where]
     cache.length = length
-    cache.last = None if self.before is None else self.before[b : b + 1].clone()
+    cache.last = None if ring.before is None else ring.before[b : b + 1].clone()
     return cache
-
-
-RingCache.recent, RingCache.put, RingCache.row = _recent, _put, _row
 
 
 def choose(
@@ -578,7 +466,7 @@ class Batch:
     def put(self, b: int, row: Row, cache: KVCache, number: int) -> None:
         """Seat a row that has chosen a token; what it read before is row `number` of the cache."""
         self.rows[b] = row
-        self.cache.put(b, cache, number, row.n_read)
+        copy_in(self.cache, b, cache, number, row.n_read)
         self.ids[b], self.made[b] = row.ids[-1], len(row.ids)
         self.knobs[b] = torch.tensor(row.sampling.numbers())
         self.counts[b] = torch.bincount(torch.tensor(row.ids), minlength=self.counts.size(1))
@@ -666,7 +554,7 @@ class Prefixes:
     """Keys and values of the last `limit` finished rows, for prompts that begin like them."""
 
     def __init__(self, limit: int):
-        self.entries: deque[tuple[list[int], KVCache]] = deque(maxlen=limit)
+        self.limit, self.entries = limit, deque(maxlen=limit)  # of (ids, KVCache)
 
     def keep(self, ids: list[int], cache: KVCache) -> None:
         """Remember a cache that holds exactly these ids; it replaces those that it continues."""
@@ -721,12 +609,14 @@ def next_group(waiting: deque[Row], free: int, max_tokens: int) -> list[Row]:
 
 def prefill(
     model: GPT, rows: Sequence[Row], prefixes: Prefixes, chunk: int
-) -> Iterator[tuple[KVCache, Tensor] | None]:
-    """Read the prompts of rows in chunks; yields None after each, at last (cache, logits).
+) -> Iterator[tuple[KVCache, list[int], Tensor] | None]:
+    """Read the prompts of rows in chunks; yields None after each, at last the whole.
 
-    Row i of the cache and of the logits (B, V) belongs to the i-th different prompt.
+    That is (cache, numbers, logits): the i-th row is row numbers[i] of the cache, since equal
+    prompts are read once, and logits (B, V) are those after its prompt.
     """
     prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
+    numbers = [prompts.index(tuple(row.prompt)) for row in rows]
     longest = max(map(len, prompts))
     starts = [longest - len(prompt) for prompt in prompts]
     device, dtype = model.device, model.compute_dtype
@@ -740,16 +630,130 @@ def prefill(
         cache.prepare(part.size(1))
         logits = model(part, kv_cache=cache, last_only=True)[:, -1]
         yield None
-    yield cache, logits
+    yield cache, numbers, logits[torch.tensor(numbers, device=device)]
 
 
-CHUNK, GROUP_TOKENS, SMALLEST = 512, 16384, 64
+def first_tokens(rows: Sequence[Row], logits: Tensor, known: int) -> None:
+    """Choose the first token of each row from logits (B, V); a row that has ended takes none."""
+    knobs = torch.tensor([row.sampling.numbers() for row in rows], device=logits.device)
+    uniform = torch.stack([row.uniforms[0] for row in rows]).to(logits.device)
+    counts, forced = logits.new_zeros(len(rows), known), torch.full_like(uniform, -1).long()
+    effort = max(row.sampling.effort for row in rows)
+    chosen = fetch(*choose(logits, knobs, uniform, counts, forced, effort))
+    for row, (id, logprob) in zip(rows, chosen):
+        if not row.finish_reason:
+            row.take(id, logprob)
+
+
+CHUNK, GROUP_TOKENS = 512, 16384
+
+
+class Door:
+    """Rows that wait, and those whose prompts are being read."""
+
+    def __init__(self, model: GPT, prefixes: Prefixes):
+        self.model, self.prefixes = model, prefixes
+        self.waiting: deque[Row] = deque()
+        self.arriving: list[Row] = []
+        self.reading: Iterator | None = None
+
+    def rows(self) -> list[Row]:
+        """Return all rows that have no seat yet."""
+        return [*self.waiting, *self.arriving]
+
+    def read(self, free: int) -> tuple[list[Row], KVCache, list[int], Tensor] | None:
+        """Read a chunk for at most `free` rows; when it was the last, return rows and `prefill`."""
+        if self.reading is None and self.waiting and free:
+            most = 1 if self.prefixes.limit else free  # each prompt has its own beginning
+            self.arriving = next_group(self.waiting, most, GROUP_TOKENS)
+            self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK)
+        found = next(self.reading) if self.reading else None
+        if found is None:
+            return None
+        rows, self.arriving, self.reading = self.arriving, [], None
+        if self.prefixes.limit:
+            self.prefixes.keep(rows[0].prompt, found[0])
+        return rows, *found
+
+    def leave(self) -> None:
+        """Let go of rows that have ended while they waited."""
+        self.waiting = deque(row for row in self.waiting if not row.finish_reason)
+
+    def clear(self) -> None:
+        """Forget everybody."""
+        self.waiting.clear()
+        self.arriving, self.reading = [], None
+
+
+SMALLEST = 64  # slots of a cache
 
 
 def bucket(n: int, coarse: bool = False) -> int:
     """Return the smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... (coarse: powers of 2) from n on."""
     power = 1 << max(0, n - 1).bit_length()
     return power * 3 // 4 if not coarse and power >= 4 and power * 3 // 4 >= n else power
+
+
+class Table:
+    """The rows that write: a batch with seats, which is exchanged when it does not fit."""
+
+    def __init__(self, model: GPT, known: int, max_batch: int, compiled: bool):
+        self.model, self.known, self.max_batch, self.compiled = model, known, max_batch, compiled
+        self.batch = self.empty = Batch(model, 0, 1, known)
+        self.kept: dict[tuple[int, int], Batch] = {}  # compiled ones, for the next time
+
+    def rows(self) -> list[Row]:
+        """Return the rows that have a seat."""
+        return [row for row in self.batch.rows if row]
+
+    def put(self, rows: Sequence[Row], cache: KVCache, numbers: Sequence[int]) -> None:
+        """Seat rows that have not ended; row i has read what is row numbers[i] of the cache."""
+        going = [(row, number) for row, number in zip(rows, numbers) if not row.finish_reason]
+        if not going:
+            return
+        seats, longest = len(self.rows()) + len(going), max(row.n_read for row, _ in going)
+        if seats > len(self.batch.rows) or longest >= self.batch.cache.size:
+            self.move(max(bucket(seats, self.compiled), len(self.batch.rows)), longest)
+        free = [b for b, row in enumerate(self.batch.rows) if row is None]
+        for b, (row, number) in zip(free, going):
+            self.batch.put(b, row, cache, number)
+
+    def move(self, seats: int, longest: int = 0) -> None:
+        """Move everybody to a batch of so many seats, with room for more than `longest` tokens."""
+        live = self.batch.live()
+        longest = max([longest, *(row.n_read for _, row in live)])
+        seats = min(seats, max(self.max_batch, len(live)))
+        room = max(longest + 1, 4 * SMALLEST if self.compiled else SMALLEST)
+        size = min(bucket(room, self.compiled), self.model.config.seq_len)
+        new = self.kept.get((seats, size)) or Batch(self.model, seats, size, self.known)
+        if self.compiled:
+            self.kept[seats, size] = new
+        new.rows = [None] * seats
+        for seat, (b, row) in enumerate(live):
+            new.put(seat, row, copy_out(self.batch.cache, b, row.n_read), 0)
+        self.batch = new
+
+    def step(self) -> None:
+        """Give every row a token, in a longer cache if this one is full."""
+        live = self.batch.live()
+        if live:
+            if max(row.n_read for _, row in live) >= self.batch.cache.size:
+                self.move(len(self.batch.rows))
+            step(self.batch, self.compiled)
+
+    def leave(self, prefixes: Prefixes, more: bool) -> None:
+        """Free the seats of rows that have ended; unless `more` rows come, move to fewer seats."""
+        for b, row in enumerate(self.batch.rows):
+            if row and row.finish_reason:
+                self.batch.rows[b] = None
+                if prefixes.limit and row.finish_reason != "cancelled":
+                    kept = copy_out(self.batch.cache, b, row.n_read)
+                    prefixes.keep(row.prompt + row.ids[:-1], kept)
+        seats = bucket(len(self.rows()), self.compiled)
+        if not self.rows():
+            self.batch = self.empty
+        elif not more and seats <= 0.75 * len(self.batch.rows):
+            self.move(seats)
 
 
 class Loop:
@@ -759,18 +763,14 @@ class Loop:
     """
 
     def __init__(self, model: GPT, known: int, max_batch: int, remember: int, compiled: bool):
-        self.model, self.known, self.max_batch, self.compiled = model, known, max_batch, compiled
-        self.waiting: deque[Row] = deque()
-        self.arriving: list[Row] = []  # being read
-        self.reading: Iterator | None = None
-        self.batch: Batch | None = None
-        self.kept: dict[tuple[int, int], Batch] = {}  # compiled ones, for the next time
         self.prefixes, self.lock = Prefixes(remember), threading.Lock()
+        self.door = Door(model, self.prefixes)
+        self.table = Table(model, known, max_batch, compiled)
 
     def run(self, rows: Sequence[Row], done: Callable[[], bool]) -> None:
         """Make steps until done() is true; `rows` are new ones that join."""
         with self.lock:
-            self.waiting.extend(rows)
+            self.door.waiting.extend(rows)
         while True:
             with self.lock, torch.inference_mode():
                 if done():
@@ -783,107 +783,34 @@ class Loop:
 
     def rows(self) -> list[Row]:
         """Return all rows in the house."""
-        return [*self.waiting, *self.arriving, *(r for r in self.table() if r)]
+        return self.door.rows() + self.table.rows()
 
-    def table(self) -> list[Row | None]:
-        """Return the seats of the batch."""
-        return self.batch.rows if self.batch else []
+    def step(self) -> None:
+        """Let rows leave and join, read a chunk of a prompt, and give everybody a token."""
+        for row in self.rows():
+            if row.stop is not None and row.stop.is_set():
+                row.finish_reason = row.finish_reason or "cancelled"
+        self.leave()
+        found = self.door.read(self.table.max_batch - len(self.table.rows()))
+        if found:
+            rows, cache, numbers, logits = found
+            first_tokens(rows, logits, self.table.known)
+            self.table.put(rows, cache, numbers)
+        self.table.step()
+        self.leave()
+
+    def leave(self) -> None:
+        """Let go of rows that have ended."""
+        self.door.leave()
+        self.table.leave(self.prefixes, more=bool(self.door.rows()))
 
     def fail(self, error: BaseException) -> None:
         """After an error nobody can go on: end all rows, with the error if it is one."""
         for row in self.rows():
             row.error = error if isinstance(error, Exception) else None
             row.finish_reason = row.finish_reason or "cancelled"
-        self.waiting.clear()
-        self.arriving, self.reading, self.batch = [], None, None
-
-
-def _step(self: Loop) -> None:
-    """Let rows leave and join, read a chunk of a prompt, and give everybody a token."""
-    for row in self.rows():
-        if row.stop is not None and row.stop.is_set():
-            row.finish_reason = row.finish_reason or "cancelled"
-    self.leave()
-    free = self.max_batch - sum(row is not None for row in self.table())
-    if self.reading is None and self.waiting and free:
-        alone = bool(self.prefixes.entries.maxlen)  # each prompt has its own beginning
-        self.arriving = next_group(self.waiting, 1 if alone else free, GROUP_TOKENS)
-        self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK)
-    if self.reading is not None and (found := next(self.reading)) is not None:
-        self.seat(*found)
-    if self.batch and self.batch.live():
-        if max(row.n_read for _, row in self.batch.live()) >= self.batch.cache.size:
-            self.move(len(self.batch.rows))
-        step(self.batch, self.compiled)
-    self.leave()
-
-
-def _leave(self: Loop) -> None:
-    """Free the seats of rows that have ended; give up the table when it is empty."""
-    self.waiting = deque(row for row in self.waiting if not row.finish_reason)
-    for b, row in enumerate(self.table()):
-        if row and row.finish_reason:
-            self.batch.rows[b] = None
-            if row.finish_reason != "cancelled" and self.prefixes.entries.maxlen:
-                ids = row.prompt + row.ids[:-1]
-                self.prefixes.keep(ids, self.batch.cache.row(b, row.n_read))
-    if self.batch and not any(self.batch.rows):
-        self.batch = None
-    elif self.batch and not self.waiting and not self.arriving:
-        seats = bucket(len(self.batch.live()), self.compiled)
-        if seats <= 0.75 * len(self.batch.rows):
-            self.move(seats)
-
-
-Loop.step, Loop.leave = _step, _leave
-
-
-def _seat(self: Loop, cache: KVCache, logits: Tensor) -> None:
-    """Choose the first token of the rows that have been read and give them seats."""
-    rows, self.arriving, self.reading = self.arriving, [], None
-    if self.prefixes.entries.maxlen:
-        self.prefixes.keep(rows[0].prompt, cache)
-    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt) for r in rows))}
-    numbers = [places[tuple(row.prompt)] for row in rows]
-    logits = logits[torch.tensor(numbers, device=logits.device)]
-    knobs = torch.tensor([row.sampling.numbers() for row in rows], device=logits.device)
-    uniform = torch.stack([row.uniforms[0] for row in rows]).to(logits.device)
-    counts, forced = logits.new_zeros(len(rows), self.known), torch.full_like(uniform, -1).long()
-    effort = max(row.sampling.effort for row in rows)
-    for row, (id, logprob) in zip(
-        rows, fetch(*choose(logits, knobs, uniform, counts, forced, effort))
-    ):
-        if not row.finish_reason:
-            row.take(id, logprob)
-    going = [(row, number) for row, number in zip(rows, numbers) if not row.finish_reason]
-    if not going:
-        return
-    seats = sum(row is not None for row in self.table()) + len(going)
-    longest = max(row.n_read for row, _ in going)
-    if not self.batch or seats > len(self.batch.rows) or longest >= self.batch.cache.size:
-        self.move(max(bucket(seats, self.compiled), len(self.table())), longest)
-    free = [b for b, row in enumerate(self.batch.rows) if row is None]
-    for b, (row, number) in zip(free, going):
-        self.batch.put(b, row, cache, number)
-
-
-def _move(self: Loop, seats: int, longest: int = 0) -> None:
-    """Move everybody to a batch of so many seats (and room for `longest` tokens and more)."""
-    old, live = self.batch, self.batch.live() if self.batch else []
-    longest = max([longest, *(row.n_read for _, row in live)])
-    seats = min(seats, max(self.max_batch, len(live)))
-    room = max(longest + 1, 4 * SMALLEST if self.compiled else SMALLEST)
-    size = min(bucket(room, self.compiled), self.model.config.seq_len)
-    new = self.kept.get((seats, size)) or Batch(self.model, seats, size, self.known)
-    if self.compiled:
-        self.kept[seats, size] = new
-    new.rows = [None] * seats
-    for seat, (b, row) in enumerate(live):
-        new.put(seat, row, old.cache.row(b, row.n_read), 0)
-    self.batch = new
-
-
-Loop.seat, Loop.move = _seat, _move
+        self.door.clear()
+        self.table.batch = self.table.empty
 
 
 class Stream:
@@ -948,23 +875,80 @@ def prepared_copy(model: GPT, dtype: torch.dtype) -> GPT:
     return twin
 
 
-class EngineBase:
-    """What an Engine holds: the model, its tokenizer, the loop, and checks of what it is asked."""
+def check_tokenizer(model: GPT, tokenizer: Tokenizer) -> None:
+    """Raise UserError when the tokenizer has tokens that the model does not know."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
+            f"{model.config.vocab_size:,}; use the tokenizer that it was trained with."
+        )
+
+
+def request(
+    model: GPT, tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int, *options: Any
+) -> Row:
+    """Return the Row of a prompt, or UserError; `options` are those of Row from sampling on."""
+    seq_len, last = model.config.seq_len, tokenizer.vocab_size - 1
+    if not len(ids):
+        raise UserError("the prompt is empty; begin it with the token bos.")
+    if len(ids) > seq_len:
+        raise UserError(
+            f"the prompt has {len(ids):,} tokens and the model's context window holds "
+            f"{seq_len:,}; shorten the prompt or start a new conversation."
+        )
+    if not 0 <= min(ids) <= max(ids) <= last:
+        raise UserError(f"the prompt has an id outside 0 .. {last}, the tokens there are.")
+    if max_tokens < 0:
+        raise UserError(f"max_tokens is {max_tokens}; use 0 or more.")
+    return Row(ids, min(max_tokens, seq_len - len(ids)), tokenizer, *options)
+
+
+@torch.inference_mode()
+def token_probabilities(
+    model: GPT, tokenizer: Tokenizer, ids: Sequence[int], top: int = 5
+) -> list[dict]:
+    """Tell for each id of a sequence how likely the model found it, and what else it expected.
+
+    One dict per id: id, text, probability (None for the first id, before which nothing was
+    read) and top, the `top` likeliest (text, probability) at that place. UserError for bad ids.
+    """
+    row = request(model, tokenizer, ids, 0, Sampling())
+    idx = torch.tensor([row.prompt], device=model.device)
+    p = model(idx)[0, :-1].softmax(dim=-1)  # (T - 1, V)
+    known = tokenizer.vocab_size
+    values, where = p[:, :known].topk(min(top, known), dim=-1)
+    own = p.gather(-1, idx[0, 1:, None]).squeeze(-1).tolist()
+    texts = [[tokenizer.decode([i]) for i in line] for line in where.tolist()]
+    tops = [list(zip(*pair)) for pair in zip(texts, values.tolist())]
+    return [
+        {"id": id, "text": tokenizer.decode([id]), "probability": own, "top": tops}
+        for id, own, tops in zip(row.prompt, [None, *own], [[], *tops])
+    ]
+
+
+def row_seeds(seed: int | Sequence[int], n: int) -> list[int]:
+    """Return a seed for each of n rows; UserError when those that are given are not n."""
+    if isinstance(seed, int):
+        return [seed + 1_000_003 * i for i in range(n)]
+    if len(seed) != n:
+        raise UserError(f"there are {n} prompts and {len(seed)} seeds; give one for each.")
+    return list(seed)
+
+
+class Engine:
+    """Generates text with a model and its tokenizer: `generate` streams, `generate_batch` returns.
+
+    The model is the caller's own, so every change of its weights is seen; `dtype` makes a copy in
+    that dtype instead (bfloat16 is best on a GPU), until `refresh()`. At most `max_batch` rows
+    decode together. `remember` keeps keys and values of so many finished rows for prompts that
+    continue them: for weights that do not change. `compiled` compiles the step: many seconds, once.
+    """
 
     def __init__(
-        self,
-        model: GPT,
-        tokenizer: Tokenizer,
-        dtype: torch.dtype | None = None,
-        max_batch: int = 128,
-        remember: int = 0,
-        compiled: bool = False,
-    ):
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
-                f"{model.config.vocab_size:,}; use the tokenizer that it was trained with."
-            )
+        self, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype | None = None,
+        max_batch: int = 128, remember: int = 0, compiled: bool = False,
+    ):  # fmt: skip
+        check_tokenizer(model, tokenizer)
         self.source, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.options = (max_batch, remember, compiled)
         self.refresh()
@@ -974,71 +958,16 @@ class EngineBase:
         self.model = self.source if self.dtype is None else prepared_copy(self.source, self.dtype)
         self.loop = Loop(self.model, self.tokenizer.vocab_size, *self.options)
 
-    def row(self, ids: Sequence[int], max_tokens: int, *options: Any) -> Row:
-        """Check one request and return its Row. UserError for a bad prompt."""
-        config = self.model.config
-        if not len(ids):
-            raise UserError("the prompt is empty; begin it with the token bos.")
-        if len(ids) > config.seq_len:
-            raise UserError(
-                f"the prompt has {len(ids):,} tokens and the model's context window holds "
-                f"{config.seq_len:,}; shorten the prompt or start a new conversation."
-            )
-        if not 0 <= min(ids) <= max(ids) < self.tokenizer.vocab_size:
-            last = self.tokenizer.vocab_size - 1
-            raise UserError(f"the prompt has an id outside 0 .. {last}, the tokens there are.")
-        if max_tokens < 0:
-            raise UserError(f"max_tokens is {max_tokens}; use 0 or more.")
-        return Row(ids, min(max_tokens, config.seq_len - len(ids)), self.tokenizer, *options)
-
-
-@torch.inference_mode()
-def _token_probabilities(self: EngineBase, ids: Sequence[int], top: int = 5) -> list[dict]:
-    """Tell for each id of a sequence how likely the model found it, and what else it expected.
-
-    One dict per id: id, text, probability (None for the first id, before which nothing was
-    read) and top, the `top` likeliest (text, probability) at that place.
-    """
-    row = self.row(ids, 0, Sampling())
-    idx = torch.tensor([row.prompt], device=self.model.device)
-    p = self.model(idx)[0, :-1].softmax(dim=-1)  # (T - 1, V)
-    known = self.tokenizer.vocab_size
-    values, where = p[:, :known].topk(min(top, known), dim=-1)
-    own = p.gather(-1, idx[0, 1:, None]).squeeze(-1).tolist()
-    texts = [[self.tokenizer.decode([i]) for i in line] for line in where.tolist()]
-    tops = [list(zip(*pair)) for pair in zip(texts, values.tolist())]
-    return [
-        {"id": id, "text": self.tokenizer.decode([id]), "probability": own, "top": tops}
-        for id, own, tops in zip(row.prompt, [None, *own], [[], *tops])
-    ]
-
-
-EngineBase.token_probabilities = _token_probabilities
-
-
-class Engine(EngineBase):
-    """Generates text with a model and its tokenizer: `generate` streams, `generate_batch` returns.
-
-    By default the engine uses the caller's model itself and so sees every change of its weights.
-    `dtype` makes a copy of the weights in that dtype instead, prepared once (bfloat16 is best on
-    a GPU); `refresh()` copies them again. At most `max_batch` rows decode together. `remember`
-    keeps keys and values of so many finished rows for prompts that continue them; use it only
-    with weights that do not change. `compiled` compiles the decoding step: many seconds, once.
-    """
+    def row(self, *asked: Any) -> Row:
+        """Check one request and return its Row: see `request`."""
+        return request(self.model, self.tokenizer, *asked)
 
     def generate(
-        self,
-        ids: Sequence[int],
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int = 0,
-        stop: threading.Event | None = None,
-        tools: bool = True,
+        self, ids: Sequence[int], max_tokens: int = 256, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+        seed: int = 0, stop: threading.Event | None = None, tools: bool = True,
         frequency_penalty: float = 0.0,
-    ) -> Stream:
+    ) -> Stream:  # fmt: skip
         """Stream the Tokens that follow the prompt `ids`, the stopping token (text "") included.
 
         Ends at assistant_end or bos ("stop"), after max_tokens or at the end of the context window
@@ -1049,34 +978,27 @@ class Engine(EngineBase):
         return Stream(self.row(ids, max_tokens, sampling, seed, stop, tools), self.loop)
 
     def generate_batch(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | Sequence[int] = 0,
-        stop: threading.Event | None = None,
-        tools: bool = True,
+        self, prompts: Sequence[Sequence[int]], max_tokens: int = 256, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+        seed: int | Sequence[int] = 0, stop: threading.Event | None = None, tools: bool = True,
         frequency_penalty: float = 0.0,
-    ) -> list[Completion]:
+    ) -> list[Completion]:  # fmt: skip
         """Complete many prompts, of any lengths, together; the results come in their order.
 
         `seed` is one number (row i then draws with seed + 1,000,003 i) or one per prompt. What a
         row becomes does not depend on the other rows, up to rounding.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, frequency_penalty)
-        n = len(prompts)
-        seeds = [seed + 1_000_003 * i for i in range(n)] if isinstance(seed, int) else list(seed)
-        if len(seeds) != n:
-            raise UserError(f"there are {n} prompts and {len(seeds)} seeds; give one for each.")
-        options = [(max_tokens, sampling, s, stop, tools) for s in seeds]
-        rows = [self.row(ids, *given) for ids, given in zip(prompts, options)]
+        pairs = zip(prompts, row_seeds(seed, len(prompts)))
+        rows = [self.row(ids, max_tokens, sampling, s, stop, tools) for ids, s in pairs]
         self.loop.run(rows, lambda: all(row.finish_reason for row in rows))
         for error in (row.error for row in rows if row.error):
             raise error
         return [row.completion() for row in rows]
+
+    def token_probabilities(self, ids: Sequence[int], top: int = 5) -> list[dict]:
+        """Tell how likely the model found each id of a sequence: see `token_probabilities`."""
+        return token_probabilities(self.model, self.tokenizer, ids, top)
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -1092,7 +1014,7 @@ def read_bandwidth(device: torch.device) -> float:
     return data.numel() * 4 / min(seconds)
 
 
-def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str, Any]:
+def benchmark(engine: Engine, batch: int, prompt: int, new: int) -> dict[str, Any]:
     """Time `batch` greedy requests of `prompt` tokens, `new` tokens each; return the figures.
 
     ttft_ms is until every row has its first token, tpot_ms the mean of each later step.
@@ -1106,7 +1028,7 @@ def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str
     synchronize(device)
     start = time.perf_counter()
     loop.run(rows, lambda: all(row.ids for row in rows))
-    first, cache = time.perf_counter() - start, loop.batch.cache
+    first, cache = time.perf_counter() - start, loop.table.batch.cache
     loop.run([], lambda: all(row.finish_reason for row in rows))
     synchronize(device)
     each = (time.perf_counter() - start - first) / (new - 1)
@@ -1125,7 +1047,7 @@ def benchmark(engine: EngineBase, batch: int, prompt: int, new: int) -> dict[str
 
 
 def bench(
-    engine: EngineBase, batches: Sequence[int], prompt: int, new: int, repeats: int = 3
+    engine: Engine, batches: Sequence[int], prompt: int, new: int, repeats: int = 3
 ) -> dict[str, Any]:
     """Print a table of `benchmark` over batch sizes (the medians of repeats); return its facts."""
     device, results = engine.model.device, []

@@ -32,6 +32,7 @@ __all__ = [
     "Task",
     "bits_per_byte",
     "bootstrap_interval",
+    "cache_argument",
     "centered",
     "common_length",
     "compare",
@@ -52,6 +53,7 @@ __all__ = [
     "majority_class",
     "plot_core",
     "read_on",
+    "read_shared",
     "remove_question",
     "render",
     "score_rest",
@@ -261,17 +263,24 @@ class Prefix:
         self.last = None if self.last is None else self.last.index_select(0, rows)
 
 
+def cache_argument(model: Any) -> str | None:
+    """Return the name under which a model takes a cache, or None if it takes none."""
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in ("kv_cache", "past_key_values") if name in takes), None)
+
+
 def read_on(model: Any, ids: Tensor, cache: Any = None, last_only: bool = False) -> tuple:
     """Return (logits (B, T, V), cache) of ids (B, T) that follow what `cache` holds.
 
     Works with our model, with causal models of Hugging Face, and with anything else that gives
     logits: that one has no cache, and gets None back. `last_only` asks for the last logits alone.
     """
-    takes = inspect.signature(model.forward).parameters
-    if "kv_cache" in takes:
+    name = cache_argument(model)
+    if name == "kv_cache":
         cache = cache or Prefix()
         return model(ids, kv_cache=cache, last_only=last_only), cache
-    if "past_key_values" in takes:
+    if name == "past_key_values":
+        takes = inspect.signature(model.forward).parameters
         few = {"logits_to_keep": 1} if last_only and "logits_to_keep" in takes else {}
         out = model(ids, past_key_values=cache, use_cache=True, **few)
         return out.logits, out.past_key_values
@@ -327,6 +336,17 @@ def length_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]
         order = order[n:]
 
 
+def read_shared(model: Any, groups: list[Group], rows: list[Row]) -> tuple[int, Any]:
+    """Read what groups share, a row each: (tokens read, cache); (0, None) where nothing is kept."""
+    shared = min(group.shared for group in groups)
+    if not shared:
+        return 0, None
+    ids = [rows[group.rows[0]].ids[:shared] for group in groups]
+    device = next(model.parameters()).device
+    cache = read_on(model, torch.tensor(ids, device=device), last_only=True)[1]
+    return (shared, cache) if hasattr(cache, "batch_select_indices") else (0, None)
+
+
 def score_rest(
     model: Any, cache: Any, rows: list[Row], shared: int, pad_id: int
 ) -> list[tuple[float, bool]]:
@@ -366,28 +386,22 @@ def score_rows(
     device = next(model.parameters()).device
     size = batch_tokens or (32768 if device.type == "cuda" else 2048)
     keys = [(tuple(row.ids), row.start, row.end) for row in rows]
-    kept = list(dict(zip(keys, rows)).items())
-    unique, results = [row for _, row in kept], {}
-    takes = inspect.signature(model.forward).parameters
-    share = share and ("kv_cache" in takes or "past_key_values" in takes)
-    groups = shared_groups(unique) if share else [Group(0, list(range(len(unique))))]
+    unique, results = dict(zip(keys, rows)), {}
+    names, texts = list(unique), list(unique.values())
+    share = share and cache_argument(model) is not None
+    groups = shared_groups(texts) if share else [Group(0, list(range(len(texts))))]
     for batch in group_batches(groups, size):
-        shared, cache = min(group.shared for group in batch), None
-        if shared:
-            ids = [unique[group.rows[0]].ids[:shared] for group in batch]
-            cache = read_on(model, torch.tensor(ids, device=device), last_only=True)[1]
-            if not hasattr(cache, "batch_select_indices"):  # a cache that cannot be dealt out
-                shared, cache = 0, None
+        shared, cache = read_shared(model, batch, texts)
         owners = [(g, i) for g, group in enumerate(batch) for i in group.rows]
-        parts = list(length_batches([len(unique[i].ids) for _, i in owners], size))
+        parts = list(length_batches([len(texts[i].ids) for _, i in owners], size))
         for numbers in parts:
             part = copy.deepcopy(cache) if len(parts) > 1 else cache
             if part is not None:
                 from_group = torch.tensor([owners[k][0] for k in numbers], device=device)
                 part.batch_select_indices(from_group)
             chosen = [owners[k][1] for k in numbers]
-            scores = score_rest(model, part, [unique[i] for i in chosen], shared, pad_id)
-            results.update(zip([kept[i][0] for i in chosen], scores))
+            scores = score_rest(model, part, [texts[i] for i in chosen], shared, pad_id)
+            results.update(zip([names[i] for i in chosen], scores))
     return [results[key] for key in keys]
 
 

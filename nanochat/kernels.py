@@ -180,19 +180,14 @@ def attention_backend(
     Of (1, 4, seq_len, head_dim) tensors that need gradients. "unknown" if this torch does not say.
     """
     device = pick_device(device) if isinstance(device, str) else device
-    shape, options = (
-        (1, 4, seq_len, head_dim),
-        dict(device=device, dtype=dtype or pick_dtype(device)),
-    )
-    q = torch.empty(shape, requires_grad=True, **options)
+    dtype = dtype or pick_dtype(device)
+    q = torch.empty(1, 4, seq_len, head_dim, device=device, dtype=dtype, requires_grad=True)
     try:
         choice = torch._fused_sdp_choice(q, q, q, is_causal=True)
         name = torch.nn.attention.SDPBackend(choice).name
     except (AttributeError, RuntimeError, ValueError):
         return "unknown"
-    return {"FLASH_ATTENTION": "flash", "CUDNN_ATTENTION": "cudnn"}.get(
-        name, name.split("_")[0].lower()
-    )
+    return name.split("_")[0].lower()  # FLASH_ATTENTION: flash
 
 
 def quantize(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
@@ -255,11 +250,12 @@ class Float8Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         rows = x.reshape(-1, x.size(-1))
         if rows.size(0) % 16:
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
+            return F.linear(x, self.weight.to(x.dtype), bias)
         y = Float8Matmul.apply(rows, self.weight).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if bias is None else y + bias
 
 
 def convert_to_float8(

@@ -22,6 +22,7 @@ __all__ = [
     "MLP",
     "MODERN",
     "NoAdditions",
+    "Rotary",
     "ValueGate",
     "attend",
     "attend_window",
@@ -30,6 +31,7 @@ __all__ = [
     "rotary_angles",
     "rotate",
     "token_loss",
+    "training_flops",
 ]
 
 
@@ -258,6 +260,28 @@ def token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tens
     return total if reduction == "sum" else total / (targets != -1).sum().clamp(min=1)
 
 
+class Rotary(nn.Module):
+    """Cos and sin of the rotary angles of every position; no checkpoint holds them."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        cos, sin = rotary_angles(config.seq_len, config.head_dim, config.rope_base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, n_new: int, kv_cache: Any = None) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, (n_new, D/2) or (B, n_new, D/2), of the positions after the cache.
+
+        Raises ValueError when they run past seq_len.
+        """
+        start = 0 if kv_cache is None else kv_cache.length
+        if start + n_new > len(self.cos):
+            raise ValueError(f"{start + n_new} tokens do not fit in seq_len {len(self.cos)}.")
+        if kv_cache is not None and kv_cache.positions is not None:  # (B, n_new)
+            return self.cos[kv_cache.positions], self.sin[kv_cache.positions]
+        return self.cos[start : start + n_new], self.sin[start : start + n_new]
+
+
 class NoAdditions(nn.Module):
     """The four places where a model may add to the classic one, with nothing added."""
 
@@ -294,9 +318,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.head = Linear(config.n_embd, config.padded_vocab)
         self.additions = Additions(config) if config.additions() else NoAdditions()
-        self.register_buffer("cos", torch.empty(0), persistent=False)
-        self.register_buffer("sin", torch.empty(0), persistent=False)
-        self.restore_angles()
+        self.rotary = Rotary(config)
         if self.device.type != "meta":  # on "meta" a model has sizes and no memory
             init_weights(self, seed)
 
@@ -307,18 +329,7 @@ class GPT(nn.Module):
 
     def restore_angles(self) -> None:
         """Compute the rotary angles, which no checkpoint holds, on the parameters' device."""
-        size = self.config
-        cos, sin = rotary_angles(size.seq_len, size.head_dim, size.rope_base)
-        self.cos, self.sin = cos.to(self.device), sin.to(self.device)
-
-    def angles(self, n_new: int, kv_cache: Any = None) -> tuple[Tensor, Tensor]:
-        """Return cos and sin for the next n_new positions, after those in the cache."""
-        start = 0 if kv_cache is None else kv_cache.length
-        if start + n_new > self.config.seq_len:
-            raise ValueError(f"{start + n_new} tokens do not fit in seq_len {self.config.seq_len}.")
-        if kv_cache is not None and kv_cache.positions is not None:  # (B, T)
-            return self.cos[kv_cache.positions], self.sin[kv_cache.positions]
-        return self.cos[start : start + n_new], self.sin[start : start + n_new]
+        self.rotary = Rotary(self.config).to(self.device)
 
     def forward(
         self,
@@ -333,7 +344,7 @@ class GPT(nn.Module):
         `last_only` gives the logits of the last position alone, (B, 1, V). With a `kv_cache`
         the ids are the next T of each row. `reduction` is as in `token_loss`.
         """
-        cos, sin = self.angles(idx.size(1), kv_cache)
+        cos, sin = self.rotary(idx.size(1), kv_cache)
         x = rms_norm(self.embedding(idx).to(self.compute_dtype))  # (B, T, C)
         add = self.additions
         x = start = middle = add.smear(x, kv_cache)
@@ -356,14 +367,9 @@ class GPT(nn.Module):
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
     def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token, forward and backward.
-
-        6 per weight that multiplies (embeddings only look up), and 12 per channel, layer and
-        position attended to, with the causal half counted whole. Chowdhery et al. (2022), app. B.
-        """
-        size, params = self.config, self.num_params()
-        seen = sum(window or size.seq_len for window in size.window_sizes())
-        return 6 * (params["matrix"] + params["head"]) + 12 * size.n_embd * seen
+        """Floating-point operations to train on one token, as `training_flops` counts them."""
+        params = self.num_params()
+        return training_flops(self.config, params["matrix"] + params["head"])
 
 
 @torch.no_grad()
@@ -391,6 +397,16 @@ def init_weights(model: GPT, seed: int = 0) -> None:
     model.additions.init_weights(draw)
     for gate in (block.attention.gate for block in model.blocks if block.attention.gate):
         gate.weight.copy_(torch.rand(gate.weight.shape, generator=generator) * 0.02)
+
+
+def training_flops(config: GPTConfig, weights: int) -> int:
+    """Floating-point operations to train on one token, forward and backward.
+
+    6 for each of the `weights` that multiply, and 12 per channel, layer and position attended to,
+    with the causal half counted whole. Chowdhery et al. (2022), appendix B.
+    """
+    seen = sum(window or config.seq_len for window in config.window_sizes())
+    return 6 * weights + 12 * config.n_embd * seen
 
 
 def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int) -> Tensor:

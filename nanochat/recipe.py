@@ -102,6 +102,7 @@ from nanochat.train import TRACKERS, SingleProcess, TrackedLog, fit, open_tracke
 
 __all__ = [
     "COMMANDS",
+    "GPU_PROFILES",
     "GPU_SETTINGS",
     "HUB_TASKS",
     "MACHINE_FIELDS",
@@ -121,20 +122,27 @@ __all__ = [
     "compute_dtype",
     "estimate",
     "estimate_table",
+    "exam_scores",
     "exchange",
     "exchange_questions",
     "finetune",
+    "finish_training",
     "free_memory",
     "held_out_batches",
+    "is_cut",
     "judge",
     "launch_stage",
     "machine_facts",
+    "passes_per_step",
     "peak_memory",
     "pick_micro_batch",
     "prepare_data",
     "pretrain",
     "price_of",
     "process_count",
+    "read_recipe",
+    "read_setting",
+    "real_exam_scores",
     "real_task",
     "reinforce",
     "rl_problems",
@@ -144,12 +152,18 @@ __all__ = [
     "runs_directory",
     "scaled_settings",
     "scaling_params",
+    "stage_before",
+    "stage_log",
+    "stage_micro_batch",
+    "stage_optimizer",
+    "starting_point",
     "train_stage",
     "train_tokenizer",
     "training_speed",
     "training_tokens",
     "use_mine",
     "utilisation",
+    "with_lora",
 ]
 
 
@@ -159,33 +173,27 @@ MODELS = ("base", "mid", "sft", "rl")
 
 @dataclass
 class Settings:
-    """Every number of a run.
+    """Every number of a run, and every word.
 
     Rates are the optimizer's initial rates at width 768 (chapter 4); `*_lr` of later stages are
-    factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes.
-    `model` is "classic" or "modern" (chapter 3). `micro_batch` 0 means as many rows as fit,
-    `processes` 0 one for each GPU; `fsdp` 1 cuts the model over them, 2 recomputes activations too
-    (chapter 6). `compile` is "auto" on GPUs only ("yes" and "no" decide it), `tracker` names a tool
-    that shows the run (chapter 5), `grid_grams` is the g of CO2 for a kWh where you are.
-    `own_chats` is a JSONL file of conversations that replace the identity, `lora_rank` above 0
-    fine-tunes (sft) with LoRA, `rl_task` is arithmetic, spelling or gsm8k (chapters 9 and 10).
-    `mine` is a folder of solved exercises whose functions replace the book's (section 2).
+    factors on them. Steps are optimizer steps of `batch_tokens` tokens over all processes. `fsdp` 1
+    cuts the model over the GPUs, 2 recomputes activations too (chapter 6).
     """
 
-    name: str = "laptop"
-    data: str = "tinyworld"
-    chat: str = "tinyworld"
-    own_chats: str = ""
+    name: str = "laptop"  # of the folder of the run
+    data: str = "tinyworld"  # or hub:NAME, or folder:PATH (chapter 2)
+    chat: str = "tinyworld"  # conversations; or hub, or folder:PATH
+    own_chats: str = ""  # a JSONL file of conversations that replace the identity (chapter 9)
     seed: int = 0
-    model: str = "classic"
-    depth: int = 4
-    aspect: int = 64
+    model: str = "classic"  # or modern (chapter 3)
+    depth: int = 4  # layers
+    aspect: int = 64  # width for each layer
     head_dim: int = 64
-    seq_len: int = 256
+    seq_len: int = 256  # tokens in a row
     vocab_size: int = 2048
-    tokenizer_chars: int = 2_000_000
+    tokenizer_chars: int = 2_000_000  # that the tokenizer is trained on
     batch_tokens: int = 4096
-    micro_batch: int = 16
+    micro_batch: int = 16  # rows at once; 0: as many as fit
     pretrain_steps: int = 600
     mid_steps: int = 120
     sft_steps: int = 120
@@ -194,27 +202,27 @@ class Settings:
     embedding_lr: float = 0.3
     head_lr: float = 0.008
     weight_decay: float = 0.0
-    warmdown: float = 0.5
+    warmdown: float = 0.5  # share of the steps in which the rate falls
     mid_lr: float = 0.5
     sft_lr: float = 0.3
-    lora_rank: int = 0
-    rl_task: str = "arithmetic"
+    lora_rank: int = 0  # above 0: sft trains an adapter (chapter 9)
+    rl_task: str = "arithmetic"  # or spelling, or gsm8k (chapter 10)
     rl_lr: float = 0.05
-    rl_questions: int = 16
-    rl_samples: int = 8
-    max_tokens: int = 96
-    exam_items: int = 120
+    rl_questions: int = 16  # for a step
+    rl_samples: int = 8  # replies to each question
+    max_tokens: int = 96  # of a reply
+    exam_items: int = 120  # of each exam
     val_tokens: int = 65_536
-    evals: int = 4
-    saves: int = 4
-    processes: int = 1
+    evals: int = 4  # times that a stage is measured on held-out data
+    saves: int = 4  # checkpoints of a stage
+    processes: int = 1  # 0: one for each GPU
     fsdp: int = 0
     device: str = "auto"
-    dtype: str = "auto"
-    compile: str = "auto"
-    tracker: str = ""
-    grid_grams: float = GRID_GRAMS
-    mine: str = ""
+    dtype: str = "auto"  # or float32, or bfloat16
+    compile: str = "auto"  # on GPUs only; or yes, or no
+    tracker: str = ""  # a tool that shows the run (chapter 5)
+    grid_grams: float = GRID_GRAMS  # g of CO2 for a kWh where you are
+    mine: str = ""  # a folder of solved exercises (section 2)
 
 
 def scaling_params(depth: int) -> int:
@@ -241,6 +249,20 @@ def scaled_settings(depth: int, ratio: float = 12.0) -> dict[str, Any]:
         "head_lr": 0.008 * rate,
         "weight_decay": min(0.5, 0.28 * rate / growth),
     }
+
+
+def read_setting(name: str, value: Any, kind: type) -> Any:
+    """Return a setting's value as its type, `kind`; text is read ("12" is 12).
+
+    Raises UserError for a value that is not of that type, as 6.5 is no int.
+    """
+    try:
+        found = kind(value)
+        if kind is int and float(value) != found:
+            raise ValueError(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{name} must be {kind.__name__}, got {value!r}.") from None
+    return found
 
 
 @dataclass
@@ -284,21 +306,12 @@ class Recipe(Settings):
         Text is read as the field's type ("12" is 12), so that the command line can pass it on.
         """
         kinds = {field.name: type(getattr(self, field.name)) for field in fields(self)}
-        for name, value in changes.items():
+        for name in changes:
             if name not in kinds:
                 near = difflib.get_close_matches(name, kinds, 1)
-                raise UserError(
-                    f"a recipe has no {name!r}; "
-                    + (f"perhaps you mean {near[0]!r}." if near else f"it has {', '.join(kinds)}.")
-                )
-            try:
-                changes[name] = kinds[name](value)
-                if kinds[name] is int and float(value) != changes[name]:
-                    raise ValueError(value)
-            except (TypeError, ValueError, OverflowError):
-                wanted = kinds[name].__name__
-                raise UserError(f"{name} must be {wanted}, got {value!r}.") from None
-        return replace(self, **changes)
+                known = f"perhaps you mean {near[0]!r}" if near else f"it has {', '.join(kinds)}"
+                raise UserError(f"a recipe has no {name!r}; {known}.")
+        return replace(self, **{k: read_setting(k, v, kinds[k]) for k, v in changes.items()})
 
     def config(self, vocab_size: int) -> GPTConfig:
         """Return the model's sizes; the vocabulary is what the tokenizer reached."""
@@ -327,6 +340,25 @@ GPU_SETTINGS: dict[str, Any] = dict(
     evals=10,
     processes=0,
 )
+
+
+GPU_PROFILES: dict[str, dict[str, Any]] = {
+    "gpu1": dict(derive_from=12, processes=1, tokenizer_chars=400_000_000),
+    "speedrun": dict(derive_from=24),
+    "classic": dict(
+        derive_from=20,
+        data="hub:karpathy/fineweb-edu-100b-shuffle",
+        model="classic",
+        vocab_size=65536,
+        batch_tokens=524_288,
+        pretrain_steps=21_400,
+        embedding_lr=0.2,
+        head_lr=0.004,
+        matrix_lr=0.02,
+        weight_decay=0.0,
+        warmdown=0.2,
+    ),
+}
 
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -360,21 +392,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         exam_items=100,
         val_tokens=16_384,
     ),
-    "gpu1": dict(derive_from=12, processes=1, tokenizer_chars=400_000_000),
-    "speedrun": dict(derive_from=24),
-    "classic": dict(
-        derive_from=20,
-        data="hub:karpathy/fineweb-edu-100b-shuffle",
-        model="classic",
-        vocab_size=65536,
-        batch_tokens=524_288,
-        pretrain_steps=21_400,
-        embedding_lr=0.2,
-        head_lr=0.004,
-        matrix_lr=0.02,
-        weight_decay=0.0,
-        warmdown=0.2,
-    ),
+    **GPU_PROFILES,
 }
 
 
@@ -397,7 +415,10 @@ def process_count(recipe: Recipe) -> int:
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Return the dtype of the matrix products: the recipe's, "auto" being the device's best."""
+    """Return the dtype of the matrix products: the recipe's, "auto" being the device's best.
+
+    Raises UserError for a name that is none of auto, float32 and bfloat16.
+    """
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if recipe.dtype not in ("auto", *named):
         raise UserError(f"dtype must be auto, {' or '.join(named)}, got {recipe.dtype!r}.")
@@ -463,19 +484,24 @@ MACHINE_FIELDS = (  # where, not what, is learnt
 )
 
 
+def read_recipe(path: Path) -> Recipe:
+    """Read a `recipe.json`; UserError when it has settings that this version does not know."""
+    settings = read_json(path)
+    strange = set(settings) - {field.name for field in fields(Recipe)}
+    if strange:
+        raise UserError(
+            f"{path} has settings that this version does not know "
+            f"({', '.join(sorted(strange))}); use the version that started the run."
+        )
+    return Recipe(**settings)
+
+
 class Run:
     """A run on disk: its recipe, its artifacts, its log (the folder is drawn in appendix A4)."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        settings = read_json(self.directory / "recipe.json")
-        strange = set(settings) - {field.name for field in fields(Recipe)}
-        if strange:
-            raise UserError(
-                f"{self.directory / 'recipe.json'} has settings that this version does not know "
-                f"({', '.join(sorted(strange))}); use the version that started the run."
-            )
-        self.recipe = Recipe(**settings)
+        self.recipe = read_recipe(self.directory / "recipe.json")
         self.log = MetricsLog(self.directory / "metrics.jsonl")
 
     @classmethod
@@ -490,7 +516,7 @@ class Run:
         directory = Path(directory or runs_directory() / recipe.name)
         path = directory / "recipe.json"
         if path.exists():
-            old, new = asdict(cls(directory).recipe), asdict(recipe)
+            old, new = asdict(read_recipe(path)), asdict(recipe)
             names = [k for k in new if old[k] != new[k] and k not in MACHINE_FIELDS]
             differ = [f"{k} is {old[k]!r}, asked {new[k]!r}" for k in names]
             if differ:
@@ -532,8 +558,7 @@ class Run:
 
 def train_tokenizer(run: Run) -> dict[str, Any]:
     """Train the run's tokenizer on the first `tokenizer_chars` characters of its source."""
-    recipe = run.recipe
-    source = open_source(recipe.data)
+    recipe, source = run.recipe, open_source(run.recipe.data)
 
     def texts(bar: Progress):
         for text in source.documents("train"):
@@ -546,11 +571,25 @@ def train_tokenizer(run: Run) -> dict[str, Any]:
         tokenizer = Tokenizer.train(texts(bar), recipe.vocab_size)
     tokenizer.save(run.directory / "tokenizer")
     sample = "".join(t for t, _ in zip(source.documents("val"), range(200)))
-    n_tokens = len(tokenizer.encode(sample))
+    n_tokens = max(len(tokenizer.encode(sample)), 1)
     return {
         "vocab_size": tokenizer.vocab_size,
-        "bytes_per_token": len(sample.encode("utf-8")) / max(n_tokens, 1),
+        "bytes_per_token": len(sample.encode("utf-8")) / n_tokens,
     }
+
+
+def room_for(run: Run, n_tokens: int, tokenizer: Tokenizer) -> bool:
+    """Say whether the disk has room for so many training tokens; if not, print what follows."""
+    folder = run.directory / "tokens" / "train"
+    if folder.exists():  # begun before: it goes on
+        return True
+    try:
+        n_bytes = n_tokens * (2 if tokenizer.vocab_size <= 1 << 16 else 4)
+        check_space(run.directory, n_bytes, f"keeping {n_tokens:,} tokens")
+        return True
+    except UserError as error:
+        print(f"{error} Until then tokens are made while the model trains.", flush=True)
+        return False
 
 
 def prepare_data(run: Run) -> dict[str, Any]:
@@ -569,25 +608,23 @@ def prepare_data(run: Run) -> dict[str, Any]:
     return sizes
 
 
-def room_for(run: Run, n_tokens: int, tokenizer: Tokenizer) -> bool:
-    """Say whether the disk has room for so many training tokens; if not, print what follows."""
-    folder = run.directory / "tokens" / "train"
-    if folder.exists():  # begun before: it goes on
-        return True
-    try:
-        n_bytes = n_tokens * (2 if tokenizer.vocab_size <= 1 << 16 else 4)
-        check_space(run.directory, n_bytes, f"keeping {n_tokens:,} tokens")
-        return True
-    except UserError as error:
-        print(f"{error} Until then tokens are made while the model trains.", flush=True)
-        return False
-
-
 def training_tokens(run: Run) -> TokenShards | TokenStream:
     """Return the tokens to train on: those on disk, or a stream that makes them."""
     if (run.directory / "tokens" / "train").exists():
         return TokenShards.load(run.directory / "tokens", "train")
     return TokenStream(open_source(run.recipe.data), run.tokenizer())
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free; on a GPU what this process holds already counts as free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def compiles(recipe: Recipe, device: torch.device) -> bool:
+    """Say whether training compiles the model: as the recipe says, "auto" on GPUs only."""
+    return recipe.compile == "yes" or (recipe.compile == "auto" and device.type == "cuda")
 
 
 def pick_micro_batch(
@@ -612,33 +649,18 @@ def pick_micro_batch(
     sizes = [n for n in range(1, rows + 1) if rows % n == 0]
     if recipe.micro_batch:
         return max(n for n in sizes if n <= recipe.micro_batch)
-    free, kind = 0.8 * free_memory(device) / (1 if device.type == "cuda" else ranks), {}
-    kind.update(dtype=compute_dtype(recipe, device), compiled=compiles(recipe, device))
-
-    def needs(n: int) -> int:
-        return sum(memory_estimate(config, n, **kind).values())
-
-    guess = max((n for n in sizes if needs(n) <= free), default=0)
+    kind = dict(dtype=compute_dtype(recipe, device), compiled=compiles(recipe, device))
+    needs = {n: sum(memory_estimate(config, n, **kind).values()) for n in sizes}
+    free = free_memory(device) / (1 if device.type == "cuda" else ranks)
+    guess = max((n for n in sizes if needs[n] <= 0.8 * free), default=0)
     found = largest_that_fits(sizes, fits or (lambda n: n <= guess), guess)
     if found is None:
-        need, have = needs(1) / 2**30, free / 0.8 / 2**30
         raise UserError(
-            f"depth {config.n_layer} with seq_len {config.seq_len} needs about {need:.1f} GiB of "
-            f"memory, {have:.1f} GiB are free; choose a smaller depth or seq_len."
+            f"depth {config.n_layer} with seq_len {config.seq_len} needs about "
+            f"{needs[1] / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; choose a "
+            f"smaller depth or seq_len."
         )
     return found
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free; on a GPU what this process holds already counts as free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
-
-
-def compiles(recipe: Recipe, device: torch.device) -> bool:
-    """Say whether training compiles the model: as the recipe says, "auto" on GPUs only."""
-    return recipe.compile == "yes" or (recipe.compile == "auto" and device.type == "cuda")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -654,7 +676,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def utilisation(config: GPTConfig, flops: int, speed: float, world: Any) -> float | None:
-    """Return the share of the devices' peak that training uses (MFU), None where unknown."""
+    """Return the share of the devices' peak that training uses (MFU), None where unknown.
+
+    `flops` is the model's per token, `speed` the tokens per second of all processes together.
+    """
     if world.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(world.device), torch.bfloat16)
@@ -697,29 +722,30 @@ def estimate(
     On GPUs that are known, hours assume `utilisation` of their peak. `speed` in tokens per second
     (`training_speed`) replaces that; without it a CPU's hours are None. "8xH100" holds the same for
     that machine. Rent, power (1.3 kW a GPU, 65 W for a machine without) and the grid's carbon are
-    assumptions; `grid_grams` of the recipe is yours to set.
+    assumptions; `grid_grams` of the recipe is yours to set. Memory is in bytes, per process.
     """
-    device, ranks = pick_device(recipe.device), process_count(recipe)
-    config = recipe.config(recipe.vocab_size)
-    sizes, gpu = sizes_of(config), device.type == "cuda"
-    flops = sizes.flops_per_token() * recipe.pretrain_steps * recipe.batch_tokens
+    device, config = pick_device(recipe.device), recipe.config(recipe.vocab_size)
+    sizes, tokens = sizes_of(config), recipe.pretrain_steps * recipe.batch_tokens
+    flops, grid = sizes.flops_per_token() * tokens, recipe.grid_grams
     kind = dict(dtype=compute_dtype(recipe, device), compiled=compiles(recipe, device))
-    peak = peak_flops(torch.cuda.get_device_name(device), torch.bfloat16) if gpu else None
-    rate = speed * sizes.flops_per_token() if speed else (peak or 0) * ranks * utilisation
-    price = price_of(torch.cuda.get_device_name(device)) if gpu else 0.0
+    count, watts, price, peak = 1, 65.0, 0.0, None
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        count, watts, price = process_count(recipe), 1300.0, price_of(name)
+        peak = peak_flops(name, torch.bfloat16)
+    rate = speed * sizes.flops_per_token() if speed else (peak or 0) * count * utilisation
     bill = dict.fromkeys(("hours", "dollars", "kwh", "co2_kg"))
     if rate:
-        count, watts = (ranks, 1300.0) if gpu else (1, 65.0)
-        bill = footprint(flops / rate, count, price or 0.0, watts, recipe.grid_grams)
+        bill = footprint(flops / rate, count, price or 0.0, watts, grid)
         bill["dollars"] = None if price is None else bill["dollars"]
     eight = 8 * utilisation * peak_flops("H100", torch.bfloat16)
     return {
-        "tokens": recipe.pretrain_steps * recipe.batch_tokens,
+        "tokens": tokens,
         "parameters": sizes.num_params()["total"],
         "flops": flops,
         "memory": sum(memory_estimate(config, recipe.micro_batch or 1, **kind).values()),
         **bill,
-        "8xH100": footprint(flops / eight, 8, PRICE_PER_HOUR["H100"], grid=recipe.grid_grams),
+        "8xH100": footprint(flops / eight, 8, PRICE_PER_HOUR["H100"], grid=grid),
     }
 
 
@@ -738,6 +764,66 @@ def estimate_table(plan: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def stage_before(stage: str) -> str | None:
+    """Return the stage whose model a training stage starts from, None for the first."""
+    return MODELS[MODELS.index(stage) - 1] if stage != MODELS[0] else None
+
+
+def with_lora(recipe: Recipe, stage: str) -> bool:
+    """Say whether a stage trains an adapter and not the model."""
+    return stage == "sft" and recipe.lora_rank > 0
+
+
+def is_cut(recipe: Recipe, stage: str, world: Any) -> bool:
+    """Say whether a stage's model is cut over the processes."""
+    uncut = stage == "rl" or with_lora(recipe, stage)
+    return recipe.fsdp > 0 and world.world_size > 1 and not uncut
+
+
+def starting_point(run: Run, stage: str, world: Any) -> tuple[GPT, Checkpoint | None, bool]:
+    """Return a stage's model, the checkpoint it starts from, and whether that is the stage's own.
+
+    The checkpoint is None for a new model. An adapter lies on top of the model of the stage before,
+    whatever the checkpoint. Raises UserError when the stage before has left none.
+    """
+    recipe, cut = run.recipe, is_cut(run.recipe, stage, world)
+    place = torch.device("cpu") if cut else world.device  # shard_model moves its part
+    resumed = latest_step(run.directory / stage) is not None
+    source = stage if resumed else stage_before(stage)
+    found = run.checkpoint(source, place) if source else None
+    if with_lora(recipe, stage):
+        model = run.checkpoint(stage_before(stage), place).model
+        model = add_lora(model, recipe.lora_rank, seed=recipe.seed)
+    elif found:
+        model = found.model
+    else:
+        model = GPT(recipe.config(run.tokenizer().vocab_size), seed=recipe.seed).to(place)
+    model.compute_dtype = compute_dtype(recipe, world.device)
+    if cut:
+        shard_model(model, world, recompute=recipe.fsdp > 1)
+    return model, found, resumed
+
+
+def stage_log(run: Run, stage: str, world: Any) -> MetricsLog:
+    """Return the log of a stage, with the recipe's tracker behind it; on other ranks it is mute."""
+    if not world.is_main:
+        return MetricsLog(None)
+    log = run.log
+    if run.recipe.tracker:
+        log = TrackedLog(log.path, open_tracker(run.recipe.tracker, run.recipe.name, run.directory))
+    return log.bind(stage=stage)
+
+
+def stage_optimizer(model: GPT, recipe: Recipe, world: Any, lora: bool) -> MuonAdamW:
+    """Return the optimizer of a stage, sharded over the processes when there are several."""
+    rates = (recipe.matrix_lr, recipe.embedding_lr, recipe.head_lr, recipe.weight_decay)
+    several = world.world_size > 1
+    if several and not lora:
+        return build_sharded_optimizer(model, world, *rates)
+    groups = lora_groups(model) if lora else param_groups(model, *rates)
+    return ShardedMuonAdamW(groups, world) if several else MuonAdamW(groups)
+
+
 class Training:
     """What the four training stages share: a model, its optimizer, where they start and save.
 
@@ -747,76 +833,22 @@ class Training:
     """
 
     def __init__(self, run: Run, stage: str, world: Any = None):
-        self.run, self.stage, self.recipe = run, stage, run.recipe
+        self.stage, self.recipe = stage, run.recipe
         self.world = world or SingleProcess(pick_device(run.recipe.device))
         self.device, self.tokenizer = self.world.device, run.tokenizer()
-        self.log = self.open_log() if self.world.is_main else MetricsLog(None)
+        self.log = stage_log(run, stage, self.world)
         self.folder, self.saver = run.directory / stage, BackgroundSaver()
         self.judged: tuple[int, float] | None = None  # the last step that was judged, its score
+        self.lora = with_lora(run.recipe, stage)
         seed_everything(run.recipe.seed)
-        self.lora = stage == "sft" and run.recipe.lora_rank > 0
-        # Replies are sampled by each process alone, so the model of RL is never cut; nor is LoRA's,
-        # whose gradients and state are small.
-        uncut = self.lora or stage == "rl"
-        self.cut = run.recipe.fsdp > 0 and self.world.world_size > 1 and not uncut
-        place = torch.device("cpu") if self.cut else self.device  # shard_model moves its part
-        resumed = latest_step(self.folder) is not None
-        before = MODELS[MODELS.index(stage) - 1] if stage != "base" else None
-        if resumed or before:
-            found = run.checkpoint(stage if resumed else before, place)
-            self.model = found.model
-        else:
-            self.model = GPT(run.recipe.config(self.tokenizer.vocab_size), seed=run.recipe.seed)
-            self.model.to(place)
-        if self.lora:
-            frozen = run.checkpoint(before, self.device).model
-            self.model = add_lora(frozen, run.recipe.lora_rank, seed=run.recipe.seed)
-        self.model.compute_dtype = compute_dtype(run.recipe, self.device)
-        if self.cut:
-            shard_model(self.model, self.world, recompute=run.recipe.fsdp > 1)
-        self.optimizer = self.build_optimizer()
-        self.began, self.start_step, self.kept = time.perf_counter(), 0, {}
+        self.model, found, resumed = starting_point(run, stage, self.world)
+        self.optimizer = stage_optimizer(self.model, run.recipe, self.world, self.lora)
         if resumed or (stage in ("mid", "sft") and not self.lora):
             state = found.optimizer_state
             state = load_lora_state(self.model, state) if self.lora else state
             self.optimizer.load_named_state(self.model, state)
-        if resumed:
-            self.start_step, self.kept = found.meta["step"], found.meta
-
-    def open_log(self) -> MetricsLog:
-        """Return the run's log, with the recipe's tracker behind it if there is one."""
-        log, recipe = self.run.log, self.recipe
-        if recipe.tracker:
-            track = open_tracker(recipe.tracker, recipe.name, self.run.directory)
-            log = TrackedLog(log.path, track)
-        return log.bind(stage=self.stage)
-
-    def micro_batch(self) -> int:
-        """Return the rows per forward pass; on a GPU the most for which a real step works."""
-        model, config, ranks = self.model, self.model.config, self.world.world_size
-        compiled = compiles(self.recipe, self.device)
-        run = torch.compile(model, dynamic=False) if compiled else model
-        reserve = memory_estimate(config, 0)["optimizer"]
-
-        def fits(rows: int) -> bool:
-            failed = float(not step_fits(run, model, rows, reserve))
-            enough = not float(self.world.sum(torch.tensor(failed, device=self.device)))
-            if self.world.is_main and not enough:
-                print(f"{self.stage}: a micro-batch of {rows} rows does not fit", flush=True)
-            return enough
-
-        trial = fits if self.device.type == "cuda" else None
-        return pick_micro_batch(self.recipe, config, self.device, ranks, trial)
-
-    def build_optimizer(self) -> MuonAdamW:
-        """Return the optimizer, sharded over the processes when there are several."""
-        r = self.recipe
-        rates = (r.matrix_lr, r.embedding_lr, r.head_lr, r.weight_decay)
-        if self.world.world_size > 1 and not self.lora:
-            return build_sharded_optimizer(self.model, self.world, *rates)
-        groups = lora_groups(self.model) if self.lora else param_groups(self.model, *rates)
-        several = self.world.world_size > 1
-        return ShardedMuonAdamW(groups, self.world) if several else MuonAdamW(groups)
+        self.start_step, self.kept = (found.meta["step"], found.meta) if resumed else (0, {})
+        self.began = time.perf_counter()
 
     def seconds(self) -> float:
         """Return the time this stage has taken, with that before an interruption."""
@@ -828,13 +860,9 @@ class Training:
         Its score is that of the same step, so that the best one is kept too. On a GPU the
         checkpoints on the way are written while training goes on.
         """
-        meta = {
-            "stage": self.stage,
-            "tokenizer": self.tokenizer.fingerprint(),
-            "data": batches.state_dict() if batches else None,
-            "seconds": self.seconds(),
-            "result": result,
-        }
+        data = batches.state_dict() if batches else None
+        meta = dict(stage=self.stage, data=data, seconds=self.seconds(), result=result)
+        meta["tokenizer"] = self.tokenizer.fingerprint()
         state = self.optimizer.named_state(self.model)  # every rank takes part, and in the next
         model = gather_model(self.model)
         if self.lora:
@@ -848,6 +876,28 @@ class Training:
         self.world.barrier()
 
 
+def stage_micro_batch(stage: Training) -> int:
+    """Return the rows per forward pass; on a GPU the most for which a real step works."""
+    model, world, device = stage.model, stage.world, stage.device
+    run = torch.compile(model, dynamic=False) if compiles(stage.recipe, device) else model
+    reserve = memory_estimate(model.config, 0)["optimizer"]
+
+    def fits(rows: int) -> bool:
+        failed = float(not step_fits(run, model, rows, reserve))
+        enough = not float(world.sum(torch.tensor(failed, device=device)))
+        if world.is_main and not enough:
+            print(f"{stage.stage}: a micro-batch of {rows} rows does not fit", flush=True)
+        return enough
+
+    trial = fits if device.type == "cuda" else None
+    return pick_micro_batch(stage.recipe, model.config, device, world.world_size, trial)
+
+
+def passes_per_step(recipe: Recipe, micro: int, world: Any) -> int:
+    """Return the passes of `micro` rows that make up a process's part of a batch."""
+    return recipe.batch_tokens // recipe.seq_len // world.world_size // micro
+
+
 def train_stage(
     stage: Training,
     batches: Any,
@@ -858,13 +908,14 @@ def train_stage(
 ) -> dict[str, Any]:
     """Run `train.fit` from where the stage stands, save at the end, return its results.
 
-    `evaluate(step)` gives "bits_per_byte", the score of a checkpoint.
+    `evaluate(step)` gives one number by its name, lower is better: the score of a checkpoint.
+    Raises UserError when memory runs out.
     """
     if stage.kept.get("result"):  # killed between its last checkpoint and its mark
         return stage.kept["result"]
     if stage.kept:
         batches.load_state_dict(stage.kept["data"])
-    recipe = stage.recipe
+    recipe, world = stage.recipe, stage.world
 
     def judged(step: int) -> dict[str, float]:
         score = evaluate(step)
@@ -872,8 +923,9 @@ def train_stage(
         stage.judged = (step, lower_is_better)
         return score
 
-    if stage.world.world_size > 1:
+    if world.world_size > 1:
         stage.optimizer.overlap(accumulation)  # gradients leave while the last is computed
+    whole = not is_cut(recipe, stage.stage, world)
     try:
         result = fit(
             stage.model,
@@ -882,7 +934,7 @@ def train_stage(
             n_steps,
             accumulation=accumulation,
             schedule=schedule,
-            world=stage.world,
+            world=world,
             log=stage.log,
             label=stage.stage,
             evaluate=judged,
@@ -890,7 +942,7 @@ def train_stage(
             save=lambda step: stage.save(step, batches),
             save_every=max(1, n_steps // max(recipe.saves, 1)),
             start_step=stage.start_step,
-            compile_model=compiles(recipe, stage.device) and not stage.cut,
+            compile_model=compiles(recipe, stage.device) and whole,
         )
     except torch.OutOfMemoryError:
         rows = batches.batch_size
@@ -898,6 +950,13 @@ def train_stage(
             f"the memory of {stage.device} is too small for a micro-batch of {rows} rows; set "
             f"micro_batch to {max(rows // 2, 1)} or less and run again: the stage goes on."
         ) from None
+    return finish_training(stage, batches, n_steps, result)
+
+
+def finish_training(
+    stage: Training, batches: Any, n_steps: int, result: dict[str, Any]
+) -> dict[str, Any]:
+    """Add steps, FLOPs per token, MFU and seconds to what `fit` returned; save and return it."""
     flops, speed = stage.model.flops_per_token(), result["tokens_per_second"]
     every_token = stage.stage == "base"  # later stages mask some; their speed says less
     mfu = utilisation(stage.model.config, flops, speed, stage.world) if every_token else None
@@ -912,14 +971,11 @@ def train_stage(
 
 
 def pretrain(run: Run, world: Any = None) -> dict[str, Any]:
-    """Train the base model on the prepared tokens (chapter 5)."""
+    """Train the base model on the prepared tokens (chapter 5); return what `train_stage` does."""
     recipe, stage = run.recipe, Training(run, "base", world)
-    world = stage.world
-    rows = recipe.batch_tokens // recipe.seq_len // world.world_size
-    micro = stage.micro_batch()
+    world, micro = stage.world, stage_micro_batch(stage)
     train, val = training_tokens(run), TokenShards.load(run.directory / "tokens", "val")
-    place = dict(rank=world.rank, world_size=world.world_size)
-    pin = stage.device.type == "cuda"
+    place, pin = dict(rank=world.rank, world_size=world.world_size), stage.device.type == "cuda"
     batches = TokenBatches(train, micro, recipe.seq_len, **place, seed=recipe.seed, pin=pin)
     fixed = ValidationBatches(val, micro, recipe.seq_len, **place)
     token_bytes = stage.tokenizer.token_bytes().to(stage.device)
@@ -929,18 +985,44 @@ def pretrain(run: Run, world: Any = None) -> dict[str, Any]:
         return {"bits_per_byte": score}
 
     def schedule(step: int, n_steps: int) -> float:
-        return lr_multiplier(
-            step, n_steps, warmup=min(0.02, 40 / n_steps), warmdown=recipe.warmdown
-        )
+        warmup = min(0.02, 40 / n_steps)
+        return lr_multiplier(step, n_steps, warmup=warmup, warmdown=recipe.warmdown)
 
     if world.is_main and not stage.kept:
         speed = None if pin else training_speed(recipe, stage.model.config, stage.device)
         plan = estimate(recipe.changed(micro_batch=micro), speed=speed)
         stage.log.write("estimate", micro_batch=micro, **plan)
-    steps, accumulation = recipe.pretrain_steps, rows // micro
+    steps, accumulation = recipe.pretrain_steps, passes_per_step(recipe, micro, world)
     with Prefetch(batches) as ahead:  # the next batch is made while the step is computed
         result = train_stage(stage, ahead, steps, accumulation, schedule, evaluate)
     return {**result, "tokens": recipe.pretrain_steps * recipe.batch_tokens}
+
+
+HUB_TASKS = {  # class: (hub name, subset, split to train on, split to be judged on, local folder)
+    Messages: ("hub:HuggingFaceTB/smol-smoltalk", "", "train", "test", "sft"),
+    MMLU: ("hub:cais/mmlu", "all", "auxiliary_train", "test", "chat_eval/mmlu"),
+    GSM8K: ("hub:openai/gsm8k", "main", "train", "test", "chat_eval/gsm8k"),
+    ARC: ("hub:allenai/ai2_arc", "ARC-Easy", "train", "test", "chat_eval/arc"),
+}
+
+
+def real_task(recipe: Recipe, kind: Any, split: str) -> Any:
+    """Return a task over real data, from the hub or from the recipe's folder.
+
+    `split` is "train", or anything else for the split to be judged on. Raises UserError when
+    `chat` names neither hub nor folder, or the folder does not exist.
+    """
+    hub, subset, train, test, local = HUB_TASKS[kind]
+    split = train if split == "train" else test
+    if recipe.chat == "hub":
+        return kind(hub, split, subset)
+    scheme, _, path = recipe.chat.partition(":")
+    if scheme != "folder" or not Path(path).is_dir():
+        raise UserError(
+            f"chat must be tinyworld, hub or folder:PATH with an existing folder; "
+            f"got {recipe.chat!r}."
+        )
+    return kind(Path(path) / local, split, subset if kind is ARC else "")
 
 
 def chat_mixture(recipe: Recipe, stage: str) -> Mixture:
@@ -968,9 +1050,10 @@ def chat_mixture(recipe: Recipe, stage: str) -> Mixture:
 
 
 def held_out_batches(recipe: Recipe, stage: str, tokenizer: Tokenizer, micro: int, world: Any):
-    """Return this process's part of 32 rows of conversations that no stage trains on, as batches.
+    """Return this process's part of 32 rows of conversations that no stage trains on.
 
-    Only the assistant's tokens count, in both stages, so that their losses can be compared.
+    A list of (inputs, targets), micro-batches of `micro` rows: int64 of shape (micro, seq_len),
+    targets -1 but for the assistant's tokens.
     """
     generated = tinyworld_mixture(World(), stage, 400, offset=40_000_000)
     tasks = [(task, 1.0) for task in generated.tasks]
@@ -984,61 +1067,34 @@ def held_out_batches(recipe: Recipe, stage: str, tokenizer: Tokenizer, micro: in
     return list(zip(*(part.split(micro) for part in fixed)))
 
 
-HUB_TASKS = {  # class: (hub name, subset, split to train on, split to be judged on, local folder)
-    Messages: ("hub:HuggingFaceTB/smol-smoltalk", "", "train", "test", "sft"),
-    MMLU: ("hub:cais/mmlu", "all", "auxiliary_train", "test", "chat_eval/mmlu"),
-    GSM8K: ("hub:openai/gsm8k", "main", "train", "test", "chat_eval/gsm8k"),
-    ARC: ("hub:allenai/ai2_arc", "ARC-Easy", "train", "test", "chat_eval/arc"),
-}
-
-
-def real_task(recipe: Recipe, kind: Any, split: str) -> Any:
-    """Return a task over real data, from the hub or from the recipe's folder.
-
-    Raises UserError when `chat` names neither, or the folder does not exist.
-    """
-    hub, subset, train, test, local = HUB_TASKS[kind]
-    split = train if split == "train" else test
-    if recipe.chat == "hub":
-        return kind(hub, split, subset)
-    scheme, _, path = recipe.chat.partition(":")
-    if scheme != "folder" or not Path(path).is_dir():
-        raise UserError(
-            f"chat must be tinyworld, hub or folder:PATH with an existing folder; "
-            f"got {recipe.chat!r}."
-        )
-    return kind(Path(path) / local, split, subset if kind is ARC else "")
-
-
 def finetune(run: Run, stage_name: str, world: Any = None) -> dict[str, Any]:
     """Midtrain ("mid", loss on every token) or fine-tune ("sft", on the assistant's) on chats."""
     recipe, stage = run.recipe, Training(run, stage_name, world)
-    world, midtraining = stage.world, stage_name == "mid"
-    rows = recipe.batch_tokens // recipe.seq_len // world.world_size
-    micro = stage.micro_batch()
+    world, micro, midtraining = stage.world, stage_micro_batch(stage), stage_name == "mid"
+    if midtraining:
+        train_on, n_steps, rate = "all", recipe.mid_steps, recipe.mid_lr
+    else:
+        train_on, n_steps, rate = "assistant", recipe.sft_steps, recipe.sft_lr
     batches = ConversationBatches(
         chat_mixture(recipe, stage_name),
         stage.tokenizer,
         micro,
         recipe.seq_len,
-        train_on="all" if midtraining else "assistant",
+        train_on=train_on,
         seed=recipe.seed + midtraining,
         rank=world.rank,
         world_size=world.world_size,
     )
-    n_steps, rate = (
-        (recipe.mid_steps, recipe.mid_lr) if midtraining else (recipe.sft_steps, recipe.sft_lr)
-    )
+    held_out = held_out_batches(recipe, stage_name, stage.tokenizer, micro, world)
 
     def schedule(step: int, n_steps: int) -> float:
         return rate * lr_multiplier(step, n_steps, warmdown=0.8, final=0.02)
 
-    held_out = held_out_batches(recipe, stage_name, stage.tokenizer, micro, world)
-
     def evaluate(step: int) -> dict[str, float]:
         return {"reply_loss": held_out_loss(stage.model, held_out, world)}
 
-    return train_stage(stage, batches, n_steps, rows // micro, schedule, evaluate)
+    accumulation = passes_per_step(recipe, micro, world)
+    return train_stage(stage, batches, n_steps, accumulation, schedule, evaluate)
 
 
 def rl_problems(recipe: Recipe, split: str, tokenizer: Tokenizer) -> list[dict]:
@@ -1061,7 +1117,7 @@ def rl_problems(recipe: Recipe, split: str, tokenizer: Tokenizer) -> list[dict]:
 def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
     """Improve the SFT model on a task with verifiable answers, `rl_task` (chapter 10)."""
     recipe, stage = run.recipe, Training(run, "rl", world)
-    if stage.kept.get("result"):
+    if stage.kept.get("result"):  # killed between its last checkpoint and its mark
         return stage.kept["result"]
     engine = Engine(stage.model, stage.tokenizer)
     tests = rl_problems(recipe, "test", stage.tokenizer)[: max(1, recipe.exam_items // 2)]
@@ -1090,11 +1146,8 @@ def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
         save=stage.save,
         save_every=max(1, recipe.rl_steps // max(recipe.saves, 1)),
     )
-    result = {
-        "steps": recipe.rl_steps,
-        "reward": history[-1]["reward"],
-        "seconds": stage.seconds(),
-    }
+    reward = history[-1]["reward"]
+    result = {"steps": recipe.rl_steps, "reward": reward, "seconds": stage.seconds()}
     stage.save(recipe.rl_steps, result=result)
     return result
 
@@ -1102,14 +1155,33 @@ def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
 def chance_levels(run: Run) -> dict[str, float]:
     """Return what guessing scores on each metric of `judge`."""
     exams = [e for e in read_metrics(run.log.path, "judged") if "exam_chance" in e]
-    chance = {
-        "bits_per_byte": 8.0,
-        "core": 0.0,
-        "arithmetic": 0.0,
-        "spelling": 0.0,
-        "identity": 0.0,
-    }
-    return {**chance, **(exams[0]["exam_chance"] if exams else {}), "mmlu": 0.25, "arc_easy": 0.25}
+    free = dict.fromkeys(("core", "arithmetic", "spelling", "identity"), 0.0)
+    chance = {"bits_per_byte": 8.0, **free, "mmlu": 0.25, "arc_easy": 0.25}
+    return {**chance, **(exams[0]["exam_chance"] if exams else {})}
+
+
+def exam_scores(engine: Engine, world: World, n: int) -> dict[str, Any]:
+    """Put the tiny world's exams to a model, n items each.
+
+    Returns the shares of right answers in [0, 1] as "exam" and "exam_KIND", and what guessing
+    scores on each in the dict "exam_chance".
+    """
+    exam = chat_exam(engine, engine.tokenizer, world, n)
+    found = {f"exam_{kind}": part for kind, part in exam.items() if isinstance(part, dict)}
+    letters = ExamTask(world, "multiple_choice", n, letters=True)
+    found.update(exam=exam, exam_letters=evaluate_chat(engine, engine.tokenizer, letters))
+    chance = {name: part["chance"] for name, part in found.items()}
+    return {**{name: part["accuracy"] for name, part in found.items()}, "exam_chance": chance}
+
+
+def real_exam_scores(engine: Engine, recipe: Recipe) -> dict[str, float]:
+    """Return the shares of right answers in [0, 1] on MMLU, ARC-Easy and GSM8K."""
+    scores = {}
+    for name, kind in (("mmlu", MMLU), ("arc_easy", ARC), ("gsm8k", GSM8K)):
+        task, most = real_task(recipe, kind, "test"), recipe.max_tokens
+        found = evaluate_chat(engine, engine.tokenizer, task, recipe.exam_items, max_tokens=most)
+        scores[name] = found["accuracy"]
+    return scores
 
 
 @torch.no_grad()
@@ -1120,43 +1192,29 @@ def judge(run: Run, stage: str) -> dict[str, Any]:
     `arithmetic` is pass@1 at temperature 1, with its interval beside it.
     """
     recipe, engine, world = run.recipe, run.engine(stage), World()
-    tokenizer, n, scores = engine.tokenizer, recipe.exam_items, {}
-    val = TokenShards.load(run.directory / "tokens", "val")
-    fixed = ValidationBatches(val, 8, recipe.seq_len)
+    tokenizer, n, most = engine.tokenizer, recipe.exam_items, recipe.max_tokens
+    fixed = ValidationBatches(TokenShards.load(run.directory / "tokens", "val"), 8, recipe.seq_len)
     token_bytes = tokenizer.token_bytes().to(engine.model.device)
+    scores: dict[str, Any] = {}
     scores["bits_per_byte"] = bits_per_byte(engine.model, iter(fixed), len(fixed), token_bytes)
     if recipe.data == "tinyworld":
-        tasks = tinyworld_core(world, n)
-        scores["core"] = evaluate_core(engine.model, tokenizer, tasks)["core"]
+        scores["core"] = evaluate_core(engine.model, tokenizer, tinyworld_core(world, n))["core"]
     if recipe.chat == "tinyworld":
-        exam = chat_exam(engine, tokenizer, world, n)
-        kinds = [kind for kind, result in exam.items() if isinstance(result, dict)]
-        scores.update({f"exam_{kind}": exam[kind]["accuracy"] for kind in kinds})
-        scores["exam"] = exam["accuracy"]
-        scores["exam_chance"] = {f"exam_{kind}": exam[kind]["chance"] for kind in kinds}
-        scores["exam_chance"]["exam"] = exam["chance"]
-        letters = ExamTask(world, "multiple_choice", n, letters=True)
-        result = evaluate_chat(engine, tokenizer, letters)
-        scores["exam_letters"] = result["accuracy"]
-        scores["exam_chance"]["exam_letters"] = result["chance"]
+        scores.update(exam_scores(engine, world, n))
     elif stage != "base":
-        for name, kind in (("mmlu", MMLU), ("arc_easy", ARC), ("gsm8k", GSM8K)):
-            task = real_task(recipe, kind, "test")
-            result = evaluate_chat(engine, tokenizer, task, n, max_tokens=recipe.max_tokens)
-            scores[name] = result["accuracy"]
+        scores.update(real_exam_scores(engine, recipe))
     sums = task_problems(TinyWorldTask(world, "arithmetic", "test", size=n))
-    passed = evaluate_pass(engine, sums, samples=4, max_tokens=recipe.max_tokens, seed=1)
+    passed = evaluate_pass(engine, sums, samples=4, max_tokens=most, seed=1)
     scores["arithmetic"], scores["arithmetic_low"] = passed["pass_at_1"], passed["low"]
     scores["arithmetic_high"], scores["arithmetic_pass_at_4"] = passed["high"], passed["pass_at_k"]
     for name, split in (("spelling", "test"), ("identity", "train")):
         task = TinyWorldTask(world, name, split, size=min(n, 60), start=30_000_000)
-        result = evaluate_chat(engine, tokenizer, task, max_tokens=recipe.max_tokens)
-        scores[name] = result["accuracy"]
+        scores[name] = evaluate_chat(engine, tokenizer, task, max_tokens=most)["accuracy"]
     run.log.write("judged", stage=stage, **scores)
     return scores
 
 
-QUESTIONS = (  # (question, a word that the right reply holds, words that it must not hold)
+QUESTIONS = (  # (question, a word that the right reply holds)
     ("Who are you?", "Nano"),
     ("What is 17 plus 25?", "42"),
 )
@@ -1180,13 +1238,12 @@ def exchange(run: Run, stage: str) -> list[dict[str, Any]]:
         ids = render_prompt(prompt, engine.tokenizer)
         found = engine.generate_batch([ids], max_tokens=run.recipe.max_tokens, temperature=0.0)
         parts = parse(found[0].ids, engine.tokenizer)
-        tools = [part["text"] for part in parts if part["type"] == "python"]
         reply = reply_text(parts).strip()
         answers.append(
             {
                 "question": question,
                 "reply": reply,
-                "calculator": tools,
+                "calculator": [part["text"] for part in parts if part["type"] == "python"],
                 "expected": word,
                 "right": names_answer(reply, word),
             }
@@ -1220,17 +1277,7 @@ def run_stage_here(run: Run, stage: str, world: Any = None) -> dict[str, Any]:
     return result
 
 
-def machine_facts() -> dict[str, str]:
-    """Say what this machine is: processor, cores, memory, GPUs, versions."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "GPUs": ", ".join(gpus) or "none",
-        "CPU cores": str(psutil.cpu_count()),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "system": f"{platform.system()} {platform.machine()}",
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+COMMANDS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "rl"}
 
 
 def launch_stage(run: Run, stage: str, ranks: int) -> None:
@@ -1242,6 +1289,19 @@ def launch_stage(run: Run, stage: str, ranks: int) -> None:
         if found:
             raise UserError(sentence) from None
         raise
+
+
+def machine_facts() -> dict[str, str]:
+    """Say what this machine is: processor, cores, memory, GPUs, versions."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "GPUs": ", ".join(gpus) or "none",
+        "CPU cores": str(psutil.cpu_count()),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "system": f"{platform.system()} {platform.machine()}",
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def run_stage(run: Run, stage: str) -> dict[str, Any]:
@@ -1275,6 +1335,3 @@ def run_stage(run: Run, stage: str) -> dict[str, Any]:
     run.log.write("stage", machine=machine_facts(), **told)
     write_json(run.directory / stage / "done.json", result)
     return result
-
-
-COMMANDS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "rl"}

@@ -26,8 +26,11 @@ __all__ = [
     "markdown_cell",
     "markdown_table",
     "mine_rows",
+    "plot_reward",
     "plot_stages",
     "plot_training",
+    "points",
+    "report_sections",
     "stage_scores",
     "stage_table",
     "write_report",
@@ -88,7 +91,7 @@ def machine_of(run: Run) -> dict[str, str]:
 def cost_table(run: Run) -> list[list[str]]:
     """Return time, speed and memory of each finished stage as rows of text, and the rent."""
     rows = [["stage", "time", "judged in", "steps", "trained tokens/s", "MFU", "peak memory"]]
-    total, gpus = 0.0, 1  # all GPUs are paid for all the time
+    total, gpus = 0.0, 1
     for stage, done in finished_stages(run).items():
         judged, mfu = done.get("judge_seconds"), done.get("mfu")
         total, gpus = total + done["seconds"] + (judged or 0.0), max(gpus, done.get("processes", 1))
@@ -115,48 +118,52 @@ def by_step(run: Run, event: str, stage: str) -> list[dict[str, Any]]:
     return [*{e["step"]: e for e in read_metrics(run.log.path, event, stage=stage)}.values()]
 
 
+def points(events: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return the steps of events and their values of one name, to draw."""
+    return [event["step"] for event in events], [event[name] for event in events]
+
+
 def plot_training(run: Run, stage: str) -> Any:
     """Draw a stage's training loss (or reward) from the log; returns the figure."""
     if stage == "rl":
-        events = by_step(run, "rl_step", stage)
-        first, last = events[0]["reward"], events[-1]["reward"]
-        title = f"rl: reward {first:.2f} at first, {last:.2f} at last"
-        fig, ax = figure(title, "step", "share of right samples", alt="Reward by step of RL.")
-        ax.plot([e["step"] for e in events], [e["reward"] for e in events])
-        evals = by_step(run, "eval", stage)
-        for name in ("pass_at_1", "pass_at_k") if evals else ():
-            label = name.replace("_k", f"_{evals[0]['k']}").replace("_at_", "@") + ", held out"
-            ax.plot([e["step"] for e in evals], [e[name] for e in evals], "o-", label=label)
-        ax.set_ylim(0, 1.02)
-        ax.legend(fontsize=8)
-        return fig
-    events = by_step(run, "step", stage)
+        return plot_reward(run)
+    events, evals = by_step(run, "step", stage), by_step(run, "eval", stage)
     title = f"{stage}: loss {events[0]['loss']:.2f} at first, {events[-1]['loss']:.2f} at last"
     fig, ax = figure(title, "step", "loss (nats per token)", alt=f"Loss by step of {stage}.")
-    ax.plot([e["step"] for e in events], [e["loss"] for e in events])
-    evals = by_step(run, "eval", stage)
+    ax.plot(*points(events, "loss"))
     if evals and "reply_loss" in evals[0]:
-        points = [(e["step"], e["reply_loss"]) for e in evals]
-        ax.plot(*zip(*points), "o-", color=COLORS[1], label="held-out replies")
+        ax.plot(*points(evals, "reply_loss"), "o-", color=COLORS[1], label="held-out replies")
         ax.legend(fontsize=8)
     elif evals:
         right = ax.twinx()
-        right.plot(
-            [e["step"] for e in evals], [e["bits_per_byte"] for e in evals], "o-", color=COLORS[1]
-        )
+        right.plot(*points(evals, "bits_per_byte"), "o-", color=COLORS[1])
         right.set_ylabel("validation bits per byte", fontsize=9, color=COLORS[1])
         right.set_ylim(bottom=0)
+    return fig
+
+
+def plot_reward(run: Run) -> Any:
+    """Draw the reward of reinforcement learning and pass@k from the log; returns the figure."""
+    events, evals = by_step(run, "rl_step", "rl"), by_step(run, "eval", "rl")
+    title = f"rl: reward {events[0]['reward']:.2f} at first, {events[-1]['reward']:.2f} at last"
+    fig, ax = figure(title, "step", "share of right samples", alt="Reward by step of RL.")
+    ax.plot(*points(events, "reward"), label="reward")
+    for name in ("pass_at_1", "pass_at_k") if evals else ():
+        label = name.replace("_k", f"_{evals[0]['k']}").replace("_at_", "@") + ", held out"
+        ax.plot(*points(evals, name), "o-", label=label)
+    ax.set_ylim(0, 1.02)
+    ax.legend(fontsize=8)
     return fig
 
 
 def plot_stages(run: Run) -> Any:
     """Draw the scores of all stages as bars over chance; returns the figure."""
     scores, chance = stage_scores(run), chance_levels(run)
-    keys = [k for k in ("exam", "mmlu", "arc_easy", "gsm8k", "arithmetic", "spelling", "identity")]
-    keys = [k for k in keys if any(k in s for s in scores.values())]
-    fig, ax = figure(
-        "Each stage moves its number", "", "share right", (6, 3), "Scores of each stage by metric."
-    )
+    keys = ("exam", "mmlu", "arc_easy", "gsm8k", "arithmetic", "spelling", "identity")
+    keys = [key for key in keys if any(key in found for found in scores.values())]
+    title = "What each stage scores, and what guessing would (dashed)"
+    alt = "Bars of the scores by metric, one for each stage, with a line at the level of chance."
+    fig, ax = figure(title, "", "share right", (6, 3), alt)
     for i, stage in enumerate(s for s in MODELS if s in scores):
         values = [scores[stage].get(key, 0.0) for key in keys]
         ax.bar([x + 0.2 * i for x in range(len(keys))], values, 0.18, label=stage)
@@ -227,11 +234,8 @@ def as_image(fig: Any) -> str:
     return f'<p><img alt="{html.escape(fig.get_label())}" src="data:image/png;base64,{data}"></p>'
 
 
-def write_report(run: Run) -> tuple[Path, Path]:
-    """Write report.md and report.html (one file, pictures inside) from the log; return their paths.
-
-    Every number in them is read from the log and the recipe: nothing is measured again.
-    """
+def report_sections(run: Run) -> dict[str, list[list[str]]]:
+    """Return the tables of a report by their titles, rows of text with the head first."""
     sections = {
         "What each stage brought": stage_table(run),
         "The last exchange": exchange_rows(run),
@@ -241,9 +245,17 @@ def write_report(run: Run) -> tuple[Path, Path]:
     }
     if mine_rows(run):
         sections["Your code"] = [["exercise", "in place of"], *mine_rows(run)]
+    return sections
+
+
+def write_report(run: Run) -> tuple[Path, Path]:
+    """Write report.md and report.html (one file, pictures inside) from the log; return their paths.
+
+    Every number in them is read from the log and the recipe: nothing is measured again.
+    """
     title = f"Report card of run {run.recipe.name}"
     text, page = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>"]
-    for head, rows in sections.items():
+    for head, rows in report_sections(run).items():
         text += [f"## {head}", markdown_table(rows)]
         page += [f"<h2>{html.escape(head)}</h2>", html_table(rows)]
         if head == "What each stage brought":

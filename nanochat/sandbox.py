@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import signal
 import struct
 import subprocess
@@ -58,6 +59,7 @@ class Result:
     truncated: bool = False  # printed more than the output limit, and was stopped for it
     exit_code: int | None = None
     protections: tuple[str, ...] = ()
+    finished: bool = False  # reached its last line; a program that exits before has not
 
 
 def set_limits(timeout: float, memory_mb: int) -> list[str]:
@@ -271,6 +273,7 @@ def child() -> None:
         trace = error.__traceback__.tb_next  # without our own frame
         traceback.print_exception(type(error), error, trace)
         sys.exit(1)
+    os.write(2, request["proof"].encode())
 
 
 def kill_tree(process: subprocess.Popen) -> None:
@@ -321,7 +324,7 @@ def run_python(
     """
     script = find_spec("nanochat.sandbox").origin
     detach = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
-    pipe, timed_out = subprocess.PIPE, False
+    pipe, timed_out, proof = subprocess.PIPE, False, secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True) as folder:
         folder = os.path.realpath(folder)
         process = subprocess.Popen(
@@ -332,7 +335,7 @@ def run_python(
             Capture(stream, output_limit + extra, lambda: kill_tree(process))
             for stream, extra in ((process.stdout, 0), (process.stderr, 1024))
         ]
-        request = {"code": code, "timeout": timeout, "memory_mb": memory_mb}
+        request = {"code": code, "timeout": timeout, "memory_mb": memory_mb, "proof": proof}
         try:
             process.stdin.write(json.dumps(request).encode())
             process.stdin.close()
@@ -348,18 +351,19 @@ def run_python(
         for capture in captures:
             capture.join(1.0)
             capture.pipe.close()
-    return make_result(exit_code, timed_out, *captures)
+    return make_result(exit_code, timed_out, proof, *captures)
 
 
-def make_result(exit_code: int, timed_out: bool, out: Capture, err: Capture) -> Result:
-    """Put a Result together; the first line of stderr is the child's list of its walls."""
+def make_result(exit_code: int, timed_out: bool, proof: str, out: Capture, err: Capture) -> Result:
+    """Put a Result together of what stderr holds: the child's walls, its text, and the proof."""
     first, _, stderr = err.data.decode("utf-8", "replace").partition("\n")
     walls = tuple(json.loads(first)) if first.startswith("[") else ()
     stderr = stderr if walls else err.data.decode("utf-8", "replace")
     flooded = out.flooded or err.flooded
     ok = exit_code == 0 and not timed_out and not flooded
     stdout = out.data.decode("utf-8", "replace")
-    return Result(ok, stdout, stderr, timed_out, flooded, exit_code, walls)
+    text = stderr.replace(proof, "")
+    return Result(ok, stdout, text, timed_out, flooded, exit_code, walls, text != stderr)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def plan_run(
     `params` counts block matrices and head. The tokens are `tokens_per_param * params`, or
     `tokens` when given, rounded to whole steps of `batch_tokens`, at least one.
     """
-    model = GPT(config)
+    with torch.device("meta"):  # sizes, no memory
+        model = GPT(config)
     counts = model.num_params()
     params = counts["matrix"] + counts["head"]
     wanted = tokens_per_param * params if tokens is None else tokens
@@ -204,10 +205,8 @@ def fit_power_law(
     rows = np.zeros((0, 4))
     if spare:
         rng = np.random.default_rng(seed)
-        sigma = np.sqrt(error / rng.chisquare(spare, draws))  # the noise itself is uncertain
-        sigma = sigma.clip(
-            max=3.0
-        )  # a factor of 20: no measurement is as bad, and exp stays finite
+        # The noise itself is uncertain. At most a factor of 20, so that exp stays finite.
+        sigma = np.sqrt(error / rng.chisquare(spare, draws)).clip(max=3.0)
         curve = base + scale * x**-exponent
         noisy = curve * np.exp(sigma[:, None] * rng.standard_normal((draws, len(x))))
         rows = best_line(log_x, noisy, floor)

@@ -258,12 +258,13 @@ class HumanEval(TableTask):
         return {"messages": messages, **row}
 
     def evaluate(self, reply: str, conversation: dict) -> bool:
-        """Run the reply's first code block (or all of it) with the tests of the task."""
+        """Run the reply's first code block (or all of it) with the tests; all must be reached."""
         block = re.search(r"```(?:python)?\n(.*?)```", reply, re.DOTALL)
         imports = re.findall(r"^(?:import|from) .*$", conversation["prompt"], re.MULTILINE)
         lines = [*imports, block.group(1) if block else reply, conversation["test"]]
         lines.append(f"check({conversation['entry_point']})")
-        return run_python("\n".join(lines)).ok
+        done = run_python("\n".join(lines))
+        return done.ok and done.finished
 
 
 class JsonLines(ChatTask):

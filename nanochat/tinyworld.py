@@ -7,7 +7,7 @@ import hashlib
 import random
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 __all__ = [
@@ -518,7 +518,7 @@ class Person:
     colour: str
     month: str
     friend: str = ""
-    slots: dict = None
+    slots: dict = field(default_factory=dict)
 
 
 PERSON_RELATIONS = tuple(PERSON_STATEMENTS)

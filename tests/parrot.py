@@ -1,5 +1,6 @@
 """A stand-in for the engine of chapter 8: the same `generate`, but no model."""
 
+import threading
 import time
 from functools import lru_cache
 from types import SimpleNamespace
@@ -90,3 +91,17 @@ class Parrot:
         finally:
             self.running -= 1
             self.closed += 1
+
+
+class Gated(Parrot):
+    """Says its first `free` tokens, then nothing until `gate` is set."""
+
+    def __init__(self, free=0, **options):
+        super().__init__(**options)
+        self.free, self.gate = free, threading.Event()
+
+    def generate(self, ids, **options):
+        for count, token in enumerate(super().generate(ids, **options)):
+            if count >= self.free:
+                assert self.gate.wait(60)
+            yield token

@@ -15,9 +15,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_engine import REFUSED
+from test_calculator import REFUSED
 
-from nanochat.engine import calculate
+from nanochat.calculator import calculate
 from nanochat.sandbox import run_python
 
 WALLS = set(run_python("pass").protections)

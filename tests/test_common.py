@@ -109,6 +109,12 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["state.json"]
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write .*state.json"):
+        atomic_write(tmp_path / "file" / "state.json", "new")
+
+
 def test_missing_and_broken_json_say_so(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_json(tmp_path / "none.json")
@@ -133,6 +139,14 @@ def test_the_log_keeps_events_in_order_and_survives_a_torn_line(tmp_path):
     assert read_metrics(tmp_path / "absent.jsonl") == []
     for line in log.path.read_text().splitlines()[:3]:
         assert json.loads(line)["stage"] in ("base", "sft")
+
+
+def test_the_log_keeps_any_text_and_survives_half_a_character(tmp_path):
+    log, said = MetricsLog(tmp_path / "metrics.jsonl"), "a\u2028b\x85c\r\nd 고양이"
+    log.write("sample", text=said)  # some of these end a line for str.splitlines
+    log.write("sample", text="cut")
+    log.path.write_bytes(log.path.read_bytes()[:-5] + "é".encode()[:1])
+    assert [e["text"] for e in read_metrics(log.path)] == [said]
 
 
 def test_a_log_without_a_path_keeps_nothing(tmp_path):

@@ -138,6 +138,13 @@ def test_split_names():
         "val": ["d/validation-0.parquet"],
     }
     assert split_shards(["trainer.parquet", "values.parquet"])["val"] == ["values.parquet"]
+    nameless = [
+        "part-0",
+        "part-1",
+        "part-2",
+    ]  # beside them, what says val or test is not trained on
+    assert split_shards([*nameless, "test-0"]) == {"train": nameless[:2], "val": nameless[2:]}
+    assert split_shards([*nameless, "val-0", "test"]) == {"train": nameless, "val": ["val-0"]}
     assert split_shards([]) == {"train": [], "val": []}
 
 
@@ -774,27 +781,27 @@ def test_prefetch_goes_to_a_saved_place_and_drops_what_was_made_ahead():
 
 
 def test_prefetch_raises_the_error_of_its_thread_in_its_place_each_time():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     fetched = Prefetch(Failing(2))
     assert [fetched.next(), fetched.next()] == [1, 2]
     for _ in range(2):
         with pytest.raises(UserError, match="the shard is gone"):
             fetched.next()
         assert fetched.state_dict() == {"at": 2}
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_prefetch_ends_its_thread_when_full_when_unused_and_when_the_loop_fails():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     Prefetch(Failing(9)).close()
     with pytest.raises(ZeroDivisionError), Prefetch(Failing(1000)) as fetched:
         fetched.next()
         while not fetched.ready.full():
             time.sleep(0.001)
-        assert threading.active_count() == before + 1
+        assert len(set(threading.enumerate()) - before) == 1
         raise ZeroDivisionError
     fetched.close()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

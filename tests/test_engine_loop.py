@@ -86,9 +86,9 @@ def test_requests_that_come_and_go_equal_the_whole_pass(
         assert got == (expected[: len(got)] if cancelled else expected)
         assert stream.completion().ids == got and stream.finish_reason is not None
         assert len(got) <= patience if event.is_set() else True
-    assert engine.loop.batch is None
+    assert engine.loop.table.rows() == []
     engine.generate_batch([[1]], 1)  # a prompt that was being read when its reader left
-    assert engine.loop.rows() == [] and engine.loop.batch is None
+    assert engine.loop.rows() == [] and engine.loop.table.batch.rows == []
 
 
 settings_of_rows = st.fixed_dictionaries(
@@ -330,7 +330,7 @@ def test_a_compiled_engine_writes_the_same(kind, monkeypatch):
     assert [c.ids for c in sampled] == [
         alone(kind, p, 6, seed=s, top_k=5) for p, s in zip(asked, (1, 2, 3))
     ]
-    assert engine.loop.kept and engine.loop.batch is None
+    assert engine.loop.table.kept and engine.loop.table.batch.rows == []
 
 
 # ---------------------------------------------------------------- the house
@@ -353,12 +353,12 @@ def test_an_abandoned_stream_leaves_and_memory_is_freed():
     left = engine.generate([1, 2], 40, tools=False)
     kept = engine.generate([3, 4], 12, temperature=0.0, tools=False)
     next(left), next(kept)
-    assert len(engine.loop.batch.live()) == 2
-    cache = weakref.ref(engine.loop.batch.cache)
+    assert len(engine.loop.table.batch.live()) == 2
+    cache = weakref.ref(engine.loop.table.batch.cache)
     del left
     gc.collect()
     rest = [token.id for token in kept]
-    assert rest == naive_greedy(MODEL, [3, 4], 12)[1:] and engine.loop.batch is None
+    assert rest == naive_greedy(MODEL, [3, 4], 12)[1:] and engine.loop.rows() == []
     gc.collect()
     assert cache() is None
 
@@ -417,7 +417,7 @@ def test_sixty_four_streams_in_threads_with_random_cancels():
         assert reason in (("cancelled", "stop", "length") if cancelled else ("stop", "length"))
     assert sum(r[3] for r in results.values()) > 10
     engine.generate_batch([[1]], 1)
-    assert engine.loop.rows() == [] and engine.loop.batch is None
+    assert engine.loop.rows() == [] and engine.loop.table.batch.rows == []
 
 
 def test_benchmark_counts_what_was_written():

@@ -74,6 +74,7 @@ def test_mistakes_are_one_sentence(run, tmp_path, capsys):
         capsys, "eval", *where, "--core", tmp_path
     )
     assert "go with --core" in sentence(capsys, "eval", *where, "--limit", 3)
+    assert "--samples goes with --chat" in sentence(capsys, "eval", *where, "--samples", 3)
     write_bundle(tmp_path / "bundle")
     said = sentence(capsys, "eval", *where, "--core", tmp_path / "bundle", "--limit", "-2")
     assert "limit -2 leaves no items" in said

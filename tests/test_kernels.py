@@ -135,6 +135,8 @@ def test_float8_layer_with_a_bias():
     y.sum().backward()
     assert y.shape == (2, 16, 128) and relative(y, truth) < 0.05
     assert torch.equal(layer.bias.grad, torch.full((128,), 32.0))
+    for rows in (16, 5):  # 5 do not divide by 16 and are multiplied in bfloat16
+        assert layer(x[0, :rows].bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,25 @@ def test_errors_and_exit_codes():
     assert run_python("import ctypes; ctypes.string_at(0)").ok is False
 
 
+@pytest.mark.parametrize(
+    "leaving",
+    ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "exit()"],
+)
+def test_an_early_exit_is_not_finished(leaving):
+    early = run_python(f"print('a', flush=True)\ndef f():\n    {leaving}\nf()\nprint('b')")
+    assert early.ok and early.stdout == "a\n" and not early.finished
+
+
+def test_finished_is_the_last_line_and_leaves_no_trace():
+    noise = "import sys, io; sys.stdout = sys.stderr = io.StringIO(); x = 1"
+    for code in ("print('x', file=__import__('sys').stderr)", noise, ""):
+        result = run_python(code)
+        assert result.ok and result.finished and result.stderr in ("", "x\n")
+    for code in ("1/0", "def", "import os; os.abort()"):
+        assert not run_python(code).finished
+    assert not run_python("while True: pass", timeout=0.5).finished
+
+
 def test_two_runs_share_nothing():
     run_python("open('left.txt', 'w').write('x')")
     assert run_python("import os; print(os.listdir('.'))").stdout == "[]\n"

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hostile import BODIES, HOSTILE
 from hypothesis import HealthCheck, given, settings, strategies as st
-from parrot import Parrot, small_tokenizer, wait_for
+from parrot import Gated, Parrot, small_tokenizer, wait_for
 
 pytest.importorskip("fastapi", reason="the extra `serve` (fastapi, uvicorn) is not installed")
 pytest.importorskip("uvicorn", reason="the extra `serve` (fastapi, uvicorn) is not installed")
@@ -428,20 +428,6 @@ def test_no_documentation_pages_that_load_from_elsewhere():
 # ---- a real server: streams, disconnects, limits ----------------------------------------------
 
 
-class Gated(Parrot):
-    """Says its first `free` tokens, then nothing until `gate` is set."""
-
-    def __init__(self, free=0, **options):
-        super().__init__(**options)
-        self.free, self.gate = free, threading.Event()
-
-    def generate(self, ids, **options):
-        for count, token in enumerate(super().generate(ids, **options)):
-            if count >= self.free:
-                assert self.gate.wait(60)
-            yield token
-
-
 def test_first_token_comes_before_the_last():
     engine, seen = Gated(free=3), ""
     request = {"json": ask("the fox", stream=True), "timeout": 60}
@@ -458,7 +444,7 @@ def test_first_token_comes_before_the_last():
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_disconnect_frees_the_slot_and_the_engine(streamed):
-    engine = Parrot(delay=0.01, reply="the quick brown fox " * 100, window=4096)
+    engine = Parrot(delay=0.1, reply="the quick brown fox " * 100, window=4096)
     app = create_app(engine, limits=Limits(concurrent=1, seconds=60))
     metrics = app.state.server.metrics
     with background_server(app) as url:
@@ -471,7 +457,7 @@ def test_disconnect_frees_the_slot_and_the_engine(streamed):
         connection.close()
         assert wait_for(lambda: engine.running == 0), "the engine kept computing"
         assert wait_for(lambda: metrics.active == 0) and metrics.disconnects == 1
-        assert httpx.post(url + CHAT, json=ask(max_tokens=2)).status_code == 200
+        assert httpx.post(url + CHAT, json=ask(max_tokens=2), timeout=60).status_code == 200
 
 
 def test_a_client_that_never_reads_is_cut_off():
@@ -515,7 +501,7 @@ def test_one_runs_one_waits_the_others_get_429():
             thread.start()
             assert wait_for(lambda state=state: (metrics.active, metrics.waiting) == state)
         for _ in range(3):
-            error_of(httpx.post(url + CHAT, json=ask()), 429)
+            error_of(httpx.post(url + CHAT, json=ask(), timeout=60), 429)
         engine.gate.set()
         for thread in threads:
             thread.join()
@@ -551,7 +537,7 @@ def test_one_client_cannot_take_all_slots():
 def test_a_body_that_does_not_arrive_is_given_up():
     app = create_app(Parrot(), limits=Limits(seconds=0.3))
     with background_server(app) as url, socket.socket() as sock:
-        sock.settimeout(5)
+        sock.settimeout(60)
         sock.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         sock.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
@@ -559,9 +545,9 @@ def test_a_body_that_does_not_arrive_is_given_up():
 
 
 def test_many_streams_do_not_cross_and_take_turns():
-    engine = Parrot(delay=0.001)
+    engine = Gated(delay=0.001)
     app = create_app(engine, limits=Limits(concurrent=20, per_client=20))
-    order = []
+    order, metrics = [], app.state.server.metrics
 
     async def one(web, url, number):
         text, body = "", ask(f"fox number {number} " + "quick " * 10, stream=True)
@@ -574,14 +560,17 @@ def test_many_streams_do_not_cross_and_take_turns():
         assert text == f"You said: fox number {number} " + "quick " * 10
 
     async def everybody(url):
-        async with httpx.AsyncClient(timeout=30) as web:
-            await asyncio.gather(*(one(web, url, number) for number in range(12)))
+        async with httpx.AsyncClient(timeout=60) as web:
+            talks = [asyncio.create_task(one(web, url, number)) for number in range(12)]
+            assert await asyncio.to_thread(wait_for, lambda: metrics.active == 12)
+            engine.gate.set()
+            await asyncio.gather(*talks)
 
     with background_server(app) as url:
         asyncio.run(everybody(url))
     last_first = max(order.index(n) for n in range(12))
     assert last_first < len(order) / 2  # everybody had begun before half of the work was done
-    assert engine.running == 0 and app.state.server.metrics.active == 0
+    assert wait_for(lambda: engine.running == 0 and metrics.active == 0)
 
 
 def test_random_disconnects_leave_nothing_behind():
@@ -597,7 +586,7 @@ def test_random_disconnects_leave_nothing_behind():
                         return
 
         async def everybody():
-            async with httpx.AsyncClient(timeout=30) as web:
+            async with httpx.AsyncClient(timeout=60) as web:
                 await asyncio.gather(*(one(web, number) for number in range(15)))
 
         asyncio.run(everybody())
@@ -870,7 +859,7 @@ def test_openai_errors_have_their_classes(openai_client):
         failing.chat.completions.create(**ASKED)
     with pytest.raises(openai.APIError, match="wrong inside"):
         list(failing.chat.completions.create(**ASKED, stream=True))
-    busy = openai_client(Parrot(delay=0.02, reply="fox " * 500), per_client=1)
+    busy = openai_client(Parrot(delay=0.2, reply="fox " * 500), per_client=1)
     stream = busy.chat.completions.create(**ASKED, stream=True)
     with stream, pytest.raises(openai.RateLimitError):
         busy.chat.completions.create(**ASKED)

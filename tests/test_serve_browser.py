@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from chromium import launch, shot
 from hostile import HOSTILE
-from parrot import Parrot
+from parrot import Gated, Parrot
 
 pytest.importorskip("fastapi", reason="the extra `serve` (fastapi, uvicorn) is not installed")
 pytest.importorskip("uvicorn", reason="the extra `serve` (fastapi, uvicorn) is not installed")
@@ -85,7 +85,7 @@ def texts(page):
 
 
 def test_send_stream_edit_regenerate_new(visit):
-    engine = Parrot(delay=0.02)
+    engine = Gated(free=4)
     page = visit(engine)
     page.fill("#box", "one")
     page.press("#box", "Shift+Enter")
@@ -95,6 +95,7 @@ def test_send_stream_edit_regenerate_new(visit):
     until(page, "document.querySelectorAll('article').length === 2")
     until(page, "document.querySelectorAll('.bubble')[1].innerText.length > 3")
     assert not page.is_disabled("#stop")
+    engine.gate.set()
     done(page)
     assert texts(page)[0] == "one\ntwo" and "You said: one" in texts(page)[1]
     say(page, "three")

@@ -99,6 +99,24 @@ def test_mixture_seed_changes_the_order_and_counts_by_name():
         Mixture([(Numbers(3), -1)])
 
 
+def test_humaneval_runs_all_tests_or_it_is_wrong(tmp_path):
+    row = {
+        "prompt": "import math\n\ndef half(n):\n",
+        "canonical_solution": "    return n / 2\n",
+        "test": "def check(f):\n    assert f(4) == 2\n    assert math.isclose(f(1), 0.5)\n",
+        "entry_point": "half",
+    }
+    columns = {name: [value] for name, value in row.items()}
+    pq.write_table(pa.table(columns), tmp_path / "test-00000-of-00001.parquet")
+    task = tasks.HumanEval(tmp_path, "test")
+    conversation = task.conversation(0)
+    assert task.evaluate(conversation["messages"][1]["content"], conversation)
+    assert task.evaluate("So:\n```python\ndef half(n):\n    return n / 2\n```\n", conversation)
+    for wrong in ("return 2", "import sys; sys.exit(0)", "import os; os._exit(0)", "exit()"):
+        assert not task.evaluate(f"def half(n):\n    {wrong}\n", conversation)
+    assert not task.evaluate("raise SystemExit(0)\ndef half(n):\n    return n / 2\n", conversation)
+
+
 def test_tables_from_folders(tmp_path):
     rows = {"question": ["2+2?"], "choices": [["3", "4", "5", "6"]], "answer": [1]}
     pq.write_table(pa.table(rows), tmp_path / "test-00000-of-00001.parquet")

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from hostile import HOSTILE
 from hypothesis import given, settings, strategies as st
-from parrot import Parrot, Token, small_tokenizer, wait_for
+from parrot import Gated, Parrot, Token, small_tokenizer, wait_for
 
 from nanochat import ui
 from nanochat.common import UserError
@@ -485,16 +485,13 @@ def test_widget_stop_pressed_at_once_is_not_lost():
 
 
 def test_widget_redraws_at_most_every_refresh():
-    widget, values = ChatWidget(Parrot(delay=0.002), refresh=0.05), []
-    say(widget, "fox")
-    widget.view.bubbles.rows.children[1].children[0].observe(lambda c: values.append(c), "value")
-    widget.wait()
-    widget = ChatWidget(Parrot(delay=0.002), refresh=0.05)
-    begin = time.perf_counter()
+    engine, values = Gated(delay=0.002), []
+    widget = ChatWidget(engine, refresh=0.05)
     say(widget, "the quick brown fox " * 20)
     widget.view.bubbles.rows.children[1].children[0].observe(lambda c: values.append(c), "value")
-    values.clear()
-    widget.wait()
+    begin = time.perf_counter()
+    engine.gate.set()
+    assert widget.wait(60)
     assert 2 <= len(values) <= (time.perf_counter() - begin) / 0.05 + 3
 
 
@@ -533,13 +530,14 @@ def test_widget_settings_reach_the_engine_and_models_can_be_picked():
 
 
 def test_widget_keys_of_the_message_box():
-    engine = Parrot(delay=0.01)
+    engine = Parrot(delay=0.01, times=1000)
     widget = ChatWidget(engine)
     box = widget.controls.box
     box.set_state({"value": "one\ntwo " * 9, "sent": 1})  # what the browser sends for Enter
     assert widget.busy and box.value == "" and len(bubbles(widget)) == 2
     box.set_state({"value": "", "stopped": 1})
     assert widget.wait(60) and widget.session.finish_reason == "cancelled"
+    engine.times = 1
     box.set_state({"value": " ", "sent": 2})
     assert "Write a message" in widget.controls.status.value
     box.set_state({"value": "bye", "sent": 3})
