@@ -1,4 +1,4 @@
-"""Measure the server of chapter 11 with many streaming clients that hang up at random.
+"""Measure the server of appendix A5 with many streaming clients that hang up at random.
 
     python benchmarks/serve.py --clients 50 --seconds 60
 

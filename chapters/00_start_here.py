@@ -430,11 +430,12 @@ generalises better: run `make capstone` and ask that one.
 | writing token by token, tools | [8 Inference](08_inference.ipynb) | `engine`, `sandbox` |
 | SFT | [9 From text to chat](09_chat_finetuning.ipynb) | `chat`, `tasks`, `finetune` |
 | (not here) learning from results | [10 Reinforcement learning](10_reinforcement.ipynb) | `rl` |
-| (not here) a window to chat in | [11 Talking to it](11_chat_ui.ipynb) | `ui`, `serve` |
+| (not here) a window to chat in | [11 Talking to it](11_chat_ui.ipynb) | `ui` |
 | all stages, larger | [12 The capstone](12_capstone.ipynb) | |
 | (not here) predicting large runs | [A2 Scaling laws](A2_scaling_laws.ipynb) | `scaling` |
 | (not here) speed on GPUs | [A3 Fast kernels](A3_fast_kernels.ipynb) | `kernels` |
 | (not here) one command | [A4 The recipe of a run](A4_recipe.ipynb) | `recipe`, `report`, `cli` |
+| (not here) a web page and an endpoint | [A5 Serving it](A5_serving.ipynb) | `serve` |
 
 **How to read.** `make lab` opens JupyterLab on your own copy of the chapters, in the folder
 `work/`: change whatever you like, the originals stay. Each chapter starts with the finished

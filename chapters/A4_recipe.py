@@ -2701,7 +2701,8 @@ def do_capstone(args: argparse.Namespace) -> None:
 
 # %% [markdown]
 r"""
-Two commands talk (chapter 11). The web page offers all models of a run, the last one first.
+Two commands talk (chapter 11, appendix A5). The web page offers all models of a run, the last one
+first.
 """
 
 

@@ -2,16 +2,15 @@
 r"""
 # Exercises for chapter 11: talk to it
 
-Between a model and a reader stand a page, a wire and a door. Here you write the parts that decide
-whether they are safe: what becomes markup, how an answer travels in pieces, where it is cut, and
-who may come in. No server runs in this sheet. `check` says which properties your answer has, `hint`
-helps three times, `progress()` shows your points.
+Between a model and a reader stands a window. Here you write the parts that decide what it shows:
+how tokens become parts of an answer, which turns of a long talk the model still sees, what may
+become markup, and how often the window is drawn. No widget runs in this sheet. `check` says which
+properties your answer has, `hint` helps three times, `progress()` shows your points.
 """
 
 # %%
 #| given
 import html
-import json
 import re
 
 # %%
@@ -19,7 +18,365 @@ from book.graded import check, hint, progress
 
 # %% [markdown]
 r"""
-## 1. Links, and nothing but links
+## 1. From tokens to parts
+
+The engine yields tokens; a reader sees parts: text, a call of the calculator, its result. The
+borders are special tokens. Here tokens are texts, and five of them are special:
+
+```text
+<|python_start|> <|python_end|> <|output_start|> <|output_end|> <|assistant_end|>
+```
+
+Return the parts as pairs (kind, text), with the kinds `"text"`, `"python"` and `"output"`. Each of
+the first four tags ends the part before it and begins a new one: of kind `python` or `output` after
+a start, of kind `text` after an end. Tags are in no part. `<|assistant_end|>` ends the answer. A
+part without text is left out. A reply that was stopped may end inside a part; keep it.
+"""
+
+
+# %%
+#| exercise id=11-parts points=2 minutes=15 level=2 answer=parts
+def parts(tokens: list) -> list:
+    """Return the (kind, text) pairs of an answer.
+
+    Args:
+        tokens: texts, of which five are special.
+    """
+    # BEGIN SOLUTION
+    kinds = {"<|python_start|>": "python", "<|output_start|>": "output"}
+    out, kind, new = [], "text", True
+    for token in tokens:
+        if token == "<|assistant_end|>":
+            break
+        if token in kinds or token in ("<|python_end|>", "<|output_end|>"):
+            kind, new = kinds.get(token, "text"), True
+        elif new:
+            out.append((kind, token))
+            new = False
+        else:
+            out[-1] = (kind, out[-1][1] + token)
+    return out
+    # END SOLUTION
+
+
+# %%
+check("11-parts", parts)
+
+# %%
+#| checks 11-parts
+CALL, CALLED = "<|python_start|>", "<|python_end|>"
+RESULT, SHOWN, END = "<|output_start|>", "<|output_end|>", "<|assistant_end|>"
+
+
+def pairs(found):
+    return [tuple(pair) for pair in found]
+
+
+@says("neighbouring tokens of a kind are one part", "Add a token to the part that is open.")
+def _(parts):
+    assert pairs(parts(["It ", "is ", "so"])) == [("text", "It is so")]
+
+
+@says(
+    "a call and its result are parts of their own",
+    "Each start tag names the kind of what follows; each end tag leads back to text.",
+)
+def _(parts):
+    tokens = ["I add ", CALL, "12*3", CALLED, RESULT, "36", SHOWN, " so"]
+    expected = [("text", "I add "), ("python", "12*3"), ("output", "36"), ("text", " so")]
+    assert pairs(parts(tokens)) == expected
+
+
+@says("two calls in a row stay two", "A new part begins at the tag, also if the kind is the same.")
+def _(parts):
+    tokens = [CALL, "1", CALLED, CALL, "2", CALLED]
+    assert pairs(parts(tokens)) == [("python", "1"), ("python", "2")]
+
+
+@says("the answer ends at its last tag", "What follows <|assistant_end|> is not the answer.")
+def _(parts):
+    assert pairs(parts(["a", END, "b"])) == [("text", "a")]
+
+
+@says("a part that was cut off is kept", "A stopped reply may end before the closing tag.")
+def _(parts):
+    assert pairs(parts(["a", CALL, "12"])) == [("text", "a"), ("python", "12")]
+
+
+@says("a part without text is left out", "Make a part when its first token comes, not at the tag.")
+def _(parts):
+    assert pairs(parts([CALL, CALLED, "b"])) == [("text", "b")] and pairs(parts([])) == []
+
+
+# %%
+#| hints 11-parts
+hints = [
+    "Two things must be known at each token: the kind of the open part, and whether it has begun.",
+    "A tag sets the kind and says 'the next token begins a part'; any other token is text of it.",
+    "If a part is to begin: append (kind, token). If not: replace the last pair by a longer one.",
+]
+
+
+# %%
+#| wrong 11-parts: neighbouring tokens of a kind are one part
+def parts(tokens):
+    kinds = {"<|python_start|>": "python", "<|output_start|>": "output"}
+    out, kind = [], "text"
+    for token in tokens:
+        if token == "<|assistant_end|>":
+            break
+        if token in kinds or token in ("<|python_end|>", "<|output_end|>"):
+            kind = kinds.get(token, "text")
+        else:
+            out.append((kind, token))
+    return out
+
+
+# %%
+#| wrong 11-parts: a call and its result are parts of their own
+def parts(tokens):
+    out, kind, new = [], "text", True
+    for token in tokens:
+        if token == "<|assistant_end|>":
+            break
+        if token.startswith("<|"):
+            kind, new = "python" if token == "<|python_start|>" else "text", True
+        elif new:
+            out.append((kind, token))
+            new = False
+        else:
+            out[-1] = (kind, out[-1][1] + token)
+    return out
+
+
+# %%
+#| wrong 11-parts: two calls in a row stay two
+def parts(tokens):
+    kinds = {"<|python_start|>": "python", "<|output_start|>": "output"}
+    out, kind = [], "text"
+    for token in tokens:
+        if token == "<|assistant_end|>":
+            break
+        if token in kinds or token in ("<|python_end|>", "<|output_end|>"):
+            kind = kinds.get(token, "text")
+        elif out and out[-1][0] == kind:
+            out[-1] = (kind, out[-1][1] + token)
+        else:
+            out.append((kind, token))
+    return out
+
+
+# %%
+#| wrong 11-parts: the answer ends at its last tag
+def parts(tokens):
+    kinds = {"<|python_start|>": "python", "<|output_start|>": "output"}
+    out, kind, new = [], "text", True
+    for token in tokens:
+        if token == "<|assistant_end|>":
+            continue
+        if token in kinds or token in ("<|python_end|>", "<|output_end|>"):
+            kind, new = kinds.get(token, "text"), True
+        elif new:
+            out.append((kind, token))
+            new = False
+        else:
+            out[-1] = (kind, out[-1][1] + token)
+    return out
+
+
+# %%
+#| wrong 11-parts: a part that was cut off is kept
+def parts(tokens):
+    kinds = {"<|python_start|>": "python", "<|output_start|>": "output"}
+    out, kind, text = [], "text", ""
+    for token in [*tokens, "<|assistant_end|>"]:
+        if token in kinds or token in ("<|python_end|>", "<|output_end|>"):
+            out += [(kind, text)] if text else []
+            kind, text = kinds.get(token, "text"), ""
+        elif token == "<|assistant_end|>":
+            return out + ([(kind, text)] if text and kind == "text" else [])
+        else:
+            text += token
+
+
+# %%
+#| wrong 11-parts: a part without text is left out
+def parts(tokens):
+    kinds = {"<|python_start|>": "python", "<|output_start|>": "output"}
+    out, new = [], True
+    for token in tokens:
+        if token == "<|assistant_end|>":
+            break
+        if token in kinds:
+            out.append((kinds[token], ""))
+            new = False
+        elif token in ("<|python_end|>", "<|output_end|>"):
+            new = True
+        elif new:
+            out.append(("text", token))
+            new = False
+        else:
+            out[-1] = (out[-1][0], out[-1][1] + token)
+    return out
+
+
+# %%
+#| right 11-parts
+def parts(tokens):
+    kinds = {"<|python_start|>": "python", "<|python_end|>": "text"}
+    kinds.update({"<|output_start|>": "output", "<|output_end|>": "text"})
+    found = [("text", [])]
+    for token in tokens:
+        if token == "<|assistant_end|>":
+            break
+        if token in kinds:
+            found.append((kinds[token], []))
+        else:
+            found[-1][1].append(token)
+    return [(kind, "".join(texts)) for kind, texts in found if texts]
+
+
+# %% [markdown]
+r"""
+## 2. The oldest turn goes
+
+A model with a window of 2,048 tokens cannot read a talk of 3,000. Cutting in the middle of a
+message leaves half a sentence in front of the model; a talk that begins with an answer is a form
+that it has never seen. So whole turns go, the oldest first and as few as possible, what is left
+begins with a question, and the system message stays always: it says how to behave. And the answer
+needs room, too: `reserve` tokens stay free.
+
+`messages` are pairs (role, tokens), in order: perhaps one `"system"`, then `"user"` and
+`"assistant"` in turn, the last one `"user"`. Return the positions of the messages that are kept, or
+None if not even the last question fits. An error that says so is better than a silent cut.
+"""
+
+
+# %%
+#| exercise id=11-window points=2 minutes=15 level=2 answer=kept
+def kept(messages: list, window: int, reserve: int) -> list | None:
+    """Return the positions of the messages that go into the prompt, rising.
+
+    Args:
+        messages: (role, number of tokens) pairs.
+        window: tokens that prompt and answer may have together.
+        reserve: tokens kept free for the answer.
+    """
+    # BEGIN SOLUTION
+    system = [i for i, (role, _) in enumerate(messages) if role == "system"]
+    for start, (role, _) in enumerate(messages):
+        chosen = system + [*range(start, len(messages))]
+        if role == "user" and sum(messages[i][1] for i in chosen) + reserve <= window:
+            return chosen
+    return None
+    # END SOLUTION
+
+
+# %%
+check("11-window", kept)
+
+
+# %%
+#| checks 11-window
+def talk(*sizes, system=None):
+    roles = ["user", "assistant"] * len(sizes)
+    first = [("system", system)] if system else []
+    return [*first, *zip(roles, sizes)]
+
+
+@says("a talk that fits stays whole", "Up to and including the last token of the window.")
+def _(kept):
+    assert list(kept(talk(10, 10, 10), 30, 0)) == [0, 1, 2]
+    assert list(kept(talk(10, 10, 10, system=5), 35, 0)) == [0, 1, 2, 3]
+
+
+@says("as few old turns go as possible", "Drop from the front, and stop as soon as the rest fits.")
+def _(kept):
+    assert list(kept(talk(10, 10, 10, 10, 10), 30, 0)) == [2, 3, 4]
+    assert list(kept(talk(50, 10, 10, 10, 10), 35, 0)) == [2, 3, 4]
+
+
+@says("what is left begins with a question", "A question goes together with its answer.")
+def _(kept):
+    assert list(kept(talk(10, 10, 10), 25, 0)) == [2]
+    assert list(kept(talk(30, 5, 5, 5, 5), 24, 0)) == [2, 3, 4]
+
+
+@says("the system message stays", "It is always kept, and its tokens count.")
+def _(kept):
+    assert list(kept(talk(10, 10, 10, 10, 10, system=10), 40, 0)) == [0, 3, 4, 5]
+
+
+@says("the answer has its room", "Prompt and reserve together must fit into the window.")
+def _(kept):
+    assert list(kept(talk(10, 10, 10, 10, 10), 50, 20)) == [2, 3, 4]
+
+
+@says("a question that cannot fit is None", "Say so with None; do not send an empty prompt.")
+def _(kept):
+    assert kept(talk(10, 10, 40), 30, 0) is None and kept(talk(10, system=25), 30, 0) is None
+
+
+# %%
+#| hints 11-window
+hints = [
+    "Where may the kept part begin? List the places, oldest first, and take the first that fits.",
+    "The places are the positions of user messages; the system message is added to each.",
+    "For each start with role user: system + range(start, n); sum of tokens + reserve <= window.",
+]
+
+
+# %%
+#| wrong 11-window: what is left begins with a question
+def kept(messages, window, reserve):
+    system = [i for i, (role, _) in enumerate(messages) if role == "system"]
+    for start in range(len(system), len(messages)):
+        chosen = system + [*range(start, len(messages))]
+        if sum(messages[i][1] for i in chosen) + reserve <= window:
+            return chosen
+    return None
+
+
+# %%
+#| wrong 11-window: the answer has its room
+def kept(messages, window, reserve):
+    system = [i for i, (role, _) in enumerate(messages) if role == "system"]
+    for start, (role, _) in enumerate(messages):
+        chosen = system + [*range(start, len(messages))]
+        if role == "user" and sum(messages[i][1] for i in chosen) <= window:
+            return chosen
+    return None
+
+
+# %%
+#| wrong 11-window: a question that cannot fit is None
+def kept(messages, window, reserve):
+    system = [i for i, (role, _) in enumerate(messages) if role == "system"]
+    for start, (role, _) in enumerate(messages):
+        chosen = system + [*range(start, len(messages))]
+        if role == "user" and sum(messages[i][1] for i in chosen) + reserve <= window:
+            return chosen
+    return system
+
+
+# %%
+#| right 11-window
+def kept(messages, window, reserve):
+    room, best, system = window - reserve, None, []
+    if messages[0][0] == "system":
+        room, system = room - messages[0][1], [0]
+    for start in range(len(messages) - 1, len(system) - 1, -1):
+        room -= messages[start][1]
+        if room < 0:
+            break
+        if messages[start][0] == "user":
+            best = system + list(range(start, len(messages)))
+    return best
+
+
+# %% [markdown]
+r"""
+## 3. Links, and nothing but links
 
 The chat window of the chapter shows no links. Suppose readers want them. Text comes from a model,
 and a model writes what it has read: `<script>`, links that run code (`javascript:...`), images that
@@ -217,998 +574,145 @@ def link_html(text):
 
 # %% [markdown]
 r"""
-## 2. Write an event
+## 4. Not at every token
 
-An answer that streams is a row of server-sent events: a line `data: ` with JSON behind it, and an
-empty line. A token may hold a newline. Left as it is, it would end the event in the middle of the
-text; written as JSON it is the two characters `\n`, and the event stays one line. The last event of
-a stream is no JSON but the bare word `[DONE]`, so text is passed through as it is. This is the
-book's `event`.
+Each drawing sends the whole answer to the browser. Drawn at every token, an answer of n tokens
+sends about n²/2. So the window is drawn at the first piece, then again only when at least `gap`
+seconds have passed since the **last drawing**, and in any case at the last piece: otherwise the end
+of the answer is missing until the reader asks again.
+
+`times` are the moments, in seconds, at which the pieces of one answer came, rising. Return the
+positions of the pieces at which the window is drawn.
 """
 
 
 # %%
-#| exercise id=11-event points=1 minutes=6 level=1 answer=event replaces=serve.event
-def event(data) -> str:
-    """Write one server-sent event.
+#| exercise id=11-draws points=1 minutes=10 level=1 answer=drawn
+def drawn(times: list, gap: float) -> list:
+    """Return the positions in `times` at which the window is drawn, rising.
 
     Args:
-        data: a dict or list that is written as JSON, or a text that is written as it is.
+        times: when each piece came, in seconds.
+        gap: seconds between two drawings, at least; the last drawing may come sooner.
     """
     # BEGIN SOLUTION
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
-    return f"data: {text}\n\n"
+    out = []
+    for i, now in enumerate(times):
+        if not out or now - times[out[-1]] >= gap or i == len(times) - 1:
+            out.append(i)
+    return out
     # END SOLUTION
 
 
 # %%
-check("11-event", event)
+check("11-draws", drawn)
+
 
 # %%
-#| checks 11-event
-TOKEN = {"token": 'two\nlines and a "quote"', "id": 7}
-
-
-@says("one line and an empty line", "`data: `, the JSON, and two newlines; none in between.")
-def _(event):
-    found = event(TOKEN)
-    assert found.startswith("data: ") and found.endswith("\n\n") and found.count("\n") == 2
-
-
-@says("what it carries is JSON", "`str` of a dict is Python's spelling, with single quotes.")
-def _(event):
-    assert list(json.loads(event(TOKEN).strip()[5:]).items()) == list(TOKEN.items())
-
-
-@says("text is sent as it is", "[DONE] has no quotes around it: clients compare it as a word.")
-def _(event):
-    assert event("[DONE]").strip() == "data: [DONE]"
+#| checks 11-draws
+@says("the first piece shows at once", "Nothing has been drawn before it, however early it comes.")
+def _(drawn):
+    assert list(drawn([0.01, 0.02, 1.0], 0.05)) == [0, 2]
 
 
 @says(
-    "other alphabets stay readable",
-    r"By default json.dumps writes \u escapes, six bytes for one letter; the wire is UTF-8.",
+    "time counts from the last drawing",
+    "A fast stream never pauses; measured from the last piece it would wait for its end.",
 )
-def _(event):
-    assert "größer 大" in event({"token": "größer 大"})
+def _(drawn):
+    assert list(drawn([1.0, 1.02, 1.04, 1.06, 1.08, 2.0], 0.05)) == [0, 3, 5]
+
+
+@says("the last piece is drawn", "It is the whole answer; it may not wait for a piece after it.")
+def _(drawn):
+    assert list(drawn([1.0, 1.02, 1.04], 0.05)) == [0, 2]
+
+
+@says("an answer of one piece is drawn once", "Its first piece is also its last.")
+def _(drawn):
+    assert list(drawn([1.0], 0.05)) == [0]
+
+
+@says("no piece, no drawing", "An answer may be stopped before its first piece.")
+def _(drawn):
+    assert list(drawn([], 0.05)) == []
 
 
 # %%
-#| hints 11-event
+#| hints 11-draws
 hints = [
-    "Which of the two kinds of data is already a text?",
-    "json.dumps has an option that keeps letters outside ASCII as they are.",
-    'text, or `json.dumps(data, ensure_ascii=False)`; then `f"data: {text}\\n\\n"`.',
+    "Three reasons for a drawing: it is the first, enough time has passed, it is the last.",
+    "The time of the last drawing is `times[out[-1]]` if `out` holds the positions so far.",
+    "`if not out or now - times[out[-1]] >= gap or i == len(times) - 1: out.append(i)`",
 ]
 
 
 # %%
-#| wrong 11-event: what it carries is JSON
-def event(data):
-    return f"data: {data}\n\n"
+#| wrong 11-draws: the first piece shows at once
+def drawn(times, gap):
+    out, last = [], 0.0
+    for i, now in enumerate(times):
+        if now - last >= gap or i == len(times) - 1:
+            out.append(i)
+            last = now
+    return out
 
 
 # %%
-#| wrong 11-event: text is sent as it is
-def event(data):
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+#| wrong 11-draws: time counts from the last drawing
+def drawn(times, gap):
+    end = len(times) - 1
+    return [i for i, t in enumerate(times) if i in (0, end) or t - times[i - 1] >= gap]
 
 
 # %%
-#| wrong 11-event: other alphabets stay readable
-def event(data):
-    return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n"
+#| wrong 11-draws: the last piece is drawn
+def drawn(times, gap):
+    out = []
+    for i, now in enumerate(times):
+        if not out or now - times[out[-1]] >= gap:
+            out.append(i)
+    return out
 
 
 # %%
-#| wrong 11-event: one line and an empty line
-def event(data) -> str:
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
-    return f"data: {text}\n"
+#| wrong 11-draws: an answer of one piece is drawn once
+def drawn(times, gap):
+    out = [0] if times else []
+    for i in range(1, len(times) - 1):
+        if times[i] - times[out[-1]] >= gap:
+            out.append(i)
+    return [*out, len(times) - 1] if times else out
 
 
 # %%
-#| right 11-event
-def event(data):
-    if not isinstance(data, str):
-        data = json.dumps(data, ensure_ascii=False, sort_keys=False)
-    return "data: " + data + 2 * "\n"
-
-
-# %% [markdown]
-r"""
-## 3. Read a stream
-
-Now the other end. The network hands over text in chunks and keeps no promise about where it cuts:
-in the middle of an event, of a word, of `[DONE]`. A program that parses chunk by chunk works on the
-author's machine, where chunk and event happen to be the same, and loses tokens everywhere else.
-
-Return the JSON values of all events up to `[DONE]`. Lines end with `\n` or `\r\n`. Lines that do
-not begin with `data:` (comments such as `: keep-alive`, fields such as `event: x`) are skipped. If
-the connection breaks, the last line may be half a line without an end: drop it.
-"""
+#| wrong 11-draws: no piece, no drawing
+def drawn(times, gap):
+    out = [0]
+    for i in range(1, len(times)):
+        if times[i] - times[out[-1]] >= gap or i == len(times) - 1:
+            out.append(i)
+    return out
 
 
 # %%
-#| exercise id=11-stream points=3 minutes=20 level=2 answer=read_stream
-def read_stream(chunks: list) -> list:
-    """Return the JSON of every event in a stream that arrives as a list of texts."""
-    # BEGIN SOLUTION
-    found, rest = [], ""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split("\n")
-        for line in lines:
-            data = line.removeprefix("data:").strip()
-            if line.startswith("data:") and data == "[DONE]":
-                return found
-            if line.startswith("data:"):
-                found.append(json.loads(data))
-    return found
-    # END SOLUTION
-
-
-# %%
-check("11-stream", read_stream)
-
-# %%
-#| checks 11-stream
-VALUES = [{"token": "Hel"}, {"token": "lo\n"}, {"token": "data: [DONE]"}]
-
-
-def written(values, end="\n"):
-    return [f"data: {json.dumps(v, ensure_ascii=False)}{end}{end}" for v in values]
-
-
-@says(
-    "an event may be cut anywhere",
-    "Keep what follows the last line end, and put the next chunk behind it.",
-)
-def _(read_stream):
-    stream = "".join(written(VALUES)) + "data: [DONE]\n\n"
-    assert read_stream(list(stream)) == VALUES
-    for size in (7, 50, 1000):
-        assert read_stream([stream[i : i + size] for i in range(0, len(stream), size)]) == VALUES
-
-
-@says("nothing counts after [DONE]", "[DONE] ends the stream; the rest is not an answer.")
-def _(read_stream):
-    assert read_stream([*written(VALUES[:2]), "data: [DONE]\n\n", *written(VALUES)]) == VALUES[:2]
-
-
-@says("other lines are skipped", "Comments and fields such as event: and id: carry no data.")
-def _(read_stream):
-    first, second = written(VALUES[:2])
-    assert read_stream([": keep-alive\n\n", "event: x\n" + first, "id: 3\n" + second]) == VALUES[:2]
-
-
-@says(r"lines may end with \r\n", r"A \r is left at the end of the data: [DONE]\r is not [DONE].")
-def _(read_stream):
-    assert read_stream([*written(VALUES, "\r\n"), "data: [DONE]\r\n\r\n"]) == VALUES
-
-
-@says(
-    "half a line at the end is dropped",
-    "A broken connection leaves a line without an end. It is no event; it must not be an error.",
-)
-def _(read_stream):
-    assert read_stream([*written(VALUES[:1]), 'data: {"tok']) == VALUES[:1]
-
-
-@says(
-    "only a newline ends a line",
-    "str.splitlines also splits at U+2028 and others, which JSON may hold as they are.",
-)
-def _(read_stream):
-    values = [{"token": "a\u2028b\x85c"}]
-    assert read_stream(written(values)) == values
-
-
-# %%
-#| hints 11-stream
-hints = [
-    "What you cannot parse yet, you must keep. Which part of a chunk is that?",
-    r'`*lines, rest = (rest + chunk).split("\n")`: whole lines, and what may go on in the next.',
-    "For each whole line: skip it unless it begins with data:, strip, stop at [DONE], json.loads.",
-]
-
-
-# %%
-#| wrong 11-stream: an event may be cut anywhere
-def read_stream(chunks):
-    found = []
-    for chunk in chunks:
-        for line in chunk.split("\n"):
-            if line.startswith("data:"):
-                if line[5:].strip() == "[DONE]":
-                    return found
-                try:
-                    found.append(json.loads(line[5:]))
-                except ValueError:
-                    continue
-    return found
-
-
-# %%
-#| wrong 11-stream: nothing counts after [DONE]
-def read_stream(chunks):
-    lines = "".join(chunks).split("\n")[:-1]
-    data = [line[5:].strip() for line in lines if line.startswith("data:")]
-    return [json.loads(one) for one in data if one != "[DONE]"]
-
-
-# %%
-#| wrong 11-stream: only a newline ends a line
-def read_stream(chunks):
-    text, found = "".join(chunks), []
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        if line == "data: [DONE]":
-            break
-        if line.startswith("data:"):
-            try:
-                found.append(json.loads(line[5:]))
-            except ValueError:
-                continue
-    return found
-
-
-# %%
-#| wrong 11-stream: half a line at the end is dropped
-def read_stream(chunks):
-    found = []
-    for line in "".join(chunks).split("\n"):
-        if line.strip() == "data: [DONE]":
-            break
-        if line.startswith("data:"):
-            found.append(json.loads(line[5:]))
-    return found
-
-
-# %%
-#| wrong 11-stream: other lines are skipped
-def read_stream(chunks: list) -> list:
-    found, rest = [], ""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split("\n")
-        for line in lines:
-            data = line.removeprefix("data:").strip()
-            if line.startswith("data:") and data == "[DONE]":
-                return found
-            if data and not line.startswith(":"):
-                found.append(json.loads(data))
-    return found
-
-
-# %%
-#| wrong 11-stream: lines may end with \r\n
-def read_stream(chunks: list) -> list:
-    found, rest = [], ""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split("\n")
-        for line in lines:
-            data = line.removeprefix("data: ")
-            if line.startswith("data:") and data == "[DONE]":
-                return found
-            if line.startswith("data:"):
-                found.append(json.loads(data))
-    return found
-
-
-# %%
-#| right 11-stream
-def read_stream(chunks):
-    text, found = "".join(chunks), []
-    for data in re.findall(r"(?m)^data:[ ]?([^\n]*?)\r?\n", text):
-        if data == "[DONE]":
-            break
-        found.append(json.loads(data))
-    return found
-
-
-# %% [markdown]
-r"""
-## 4. Stop strings that come in halves
-
-A client may ask the answer to end before the string `"\nUser:"`. Tokens do not respect strings:
-the model may write `"\nUs"` and then `"er:"`. What is on the screen cannot be taken back, so an end
-that may be the **beginning** of a stop string is held back until we know. Holding back more than
-that makes the stream stutter.
-
-Return what is shown after each piece, and at last what is let go when the stream ends: a list of
-`len(pieces) + 1` texts. As soon as a stop string is complete, the text before it is shown and all
-later texts are empty. For the pieces `["Hi", "\nUs", "er: no"]` and the stop string `"\nUser:"`
-that is `["Hi", "", "", ""]`; for `["Hi", "\nUs", "ed"]` it is `["Hi", "", "\nUsed", ""]`.
-"""
-
-
-# %%
-#| exercise id=11-stop points=3 minutes=30 level=3 answer=shown
-def shown(pieces: list, stops: list) -> list:
-    """Return the text to show after each piece, then the text to show when the stream ends.
-
-    Args:
-        pieces: texts, as they come from the model.
-        stops: up to four texts at which the answer ends; they are not shown themselves.
-    """
-    # BEGIN SOLUTION
-    out, held, stopped = [], "", False
-    for piece in pieces:
-        text = held + ("" if stopped else piece)
-        places = [text.find(stop) for stop in stops if stop in text]
-        if places:
-            stopped, text = True, text[: min(places)]
-        keep = 0
-        for size in range(1, len(text) + 1):
-            if not stopped and any(stop.startswith(text[-size:]) for stop in stops):
-                keep = size
-        held = text[len(text) - keep :]
-        out.append(text[: len(text) - keep])
-    return [*out, held]
-    # END SOLUTION
-
-
-# %%
-check("11-stop", shown)
-
-
-# %%
-#| checks 11-stop
-def cut(text, stops):
-    """The whole answer, as it should be."""
-    return text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))]
-
-
-@says(
-    "nothing is lost when no stop string comes",
-    "What was held back is shown when it turns out to be harmless, at the latest at the end.",
-)
-def _(shown):
-    for stops in ([], ["STOP"], ["zebra", "ok!"]):
-        found = shown(["S", "T", "O", " is ok", ""], stops)
-        assert "".join(found) == "STO is ok" and len(found) == 6
-    assert "".join(shown(["a", "ok"], ["ok!"])) == "aok"
-
-
-@says("the answer ends before the stop string", "Neither the stop string nor what follows shows.")
-def _(shown):
-    assert "".join(shown(["one two", " STOP three", " four"], ["STOP"])) == "one two "
-    assert shown(["a SSTOP", "b"], ["STOP"]) == ["a S", "", ""]
-
-
-@says(
-    "a stop string may be cut into pieces",
-    "Search in what was held back and the new piece together; a single piece may hold one letter.",
-)
-def _(shown):
-    for text, stops in (("Hi\nUser: no", ["\nUser:"]), ("aabaabaac", ["aabaac"])):
-        for size in (1, 2, 3, 5):
-            pieces = [text[i : i + size] for i in range(0, len(text), size)]
-            assert "".join(shown(pieces, stops)) == cut(text, stops), pieces
-
-
-@says(
-    "the first place counts, not the first string",
-    "With several stop strings the answer ends at the leftmost of all their places.",
-)
-def _(shown):
-    assert "".join(shown(["x one y two"], ["two", "one"])) == "x "
-
-
-@says(
-    "only what may become a stop string waits",
-    "Hold back only an end of the text that begins a stop string, not a fixed number of letters.",
-)
-def _(shown):
-    pieces = ["Hello", " SO STRANGE", " a world"]
-    assert shown(pieces, ["STOP"]) == [*pieces, ""]
-
-
-# %%
-#| hints 11-stop
-hints = [
-    "Work on `text = held + piece`. There are two cases: a stop string is in it, or it is not.",
-    "If not: what is the longest end of text with which some stop string begins? Hold that.",
-    "Try all sizes: `any(stop.startswith(text[-size:]) for stop in stops)`; the largest counts.",
-]
-
-
-# %%
-#| wrong 11-stop: a stop string may be cut into pieces
-def shown(pieces, stops):
-    out, stopped = [], False
-    for piece in pieces:
-        places = [piece.find(stop) for stop in stops if stop in piece]
-        out.append("" if stopped else piece[: min(places, default=len(piece))])
-        stopped = stopped or bool(places)
-    return [*out, ""]
-
-
-# %%
-#| wrong 11-stop: only what may become a stop string waits
-def shown(pieces, stops):
-    out, text, done = [], "", 0
-    wait = max((len(stop) for stop in stops), default=1) - 1
-    for piece in pieces:
-        text += piece
-        places = [text.find(stop) for stop in stops if stop in text]
-        end = min(places) if places else max(done, len(text) - wait)
-        out.append(text[done:end])
-        done = max(done, end)
-        if places:
-            return out + [""] * (len(pieces) + 1 - len(out))
-    return [*out, text[done:]]
-
-
-# %%
-#| wrong 11-stop: the first place counts, not the first string
-def shown(pieces, stops):
-    out, held = [], ""
-    for piece in pieces:
-        text = held + piece
-        for stop in stops:
-            if stop in text:
-                out.append(text[: text.find(stop)])
-                return out + [""] * (len(pieces) + 1 - len(out))
-        ends = range(len(text) + 1)
-        keep = max(n for n in ends if not n or any(s.startswith(text[-n:]) for s in stops))
-        held = text[len(text) - keep :]
-        out.append(text[: len(text) - keep])
-    return [*out, held]
-
-
-# %%
-#| wrong 11-stop: nothing is lost when no stop string comes
-def shown(pieces, stops):
-    out, held = [], ""
-    for piece in pieces:
-        text = held + piece
-        places = [text.find(stop) for stop in stops if stop in text]
-        if places:
-            out.append(text[: min(places)])
-            return out + [""] * (len(pieces) + 1 - len(out))
-        ends = range(len(text) + 1)
-        keep = max(n for n in ends if not n or any(s.startswith(text[-n:]) for s in stops))
-        held = text[len(text) - keep :]
-        out.append(text[: len(text) - keep])
-    return [*out, ""]
-
-
-# %%
-#| right 11-stop
-def shown(pieces, stops):
-    out, text, done = [], "", 0
-    for piece in pieces:
-        text += piece
-        places = [text.find(stop) for stop in stops if stop in text]
-        if places:
-            out.append(text[done : min(places)])
-            return out + [""] * (len(pieces) + 1 - len(out))
-        starts = {stop[:n] for stop in stops for n in range(1, len(stop))}
-        end = min((i for i in range(done, len(text)) if text[i:] in starts), default=len(text))
-        out.append(text[done:end])
-        done = end
-    return [*out, text[done:]]
-
-
-# %% [markdown]
-r"""
-## 5. A bucket of tokens
-
-One client with a loop can keep the model busy for everybody. The common remedy is a **token
-bucket** for each client (these tokens have nothing to do with text). A bucket holds at most
-`burst` tokens and is full when the client is first seen. It gains `rate` tokens a second, also
-parts of one. A request takes one token and passes; with less than one token it is refused and takes
-nothing. So a person may click five times in a row, and a script still gets `rate` a second.
-
-Requests come in the order of time, as pairs (client, seconds). Say of each whether it passes.
-"""
-
-
-# %%
-#| exercise id=11-bucket points=2 minutes=20 level=2 answer=admit
-def admit(requests: list, rate: float, burst: int) -> list:
-    """Return for each request whether it passes.
-
-    Args:
-        requests: (client, time) pairs; client is a text, time in seconds, never falling.
-        rate: tokens that a bucket gains in a second.
-        burst: tokens that a bucket holds at most, and at first.
-    Returns:
-        a list of bool.
-    """
-    # BEGIN SOLUTION
-    buckets, passed = {}, []
-    for client, now in requests:
-        level, seen = buckets.get(client, (burst, now))
-        level = min(burst, level + (now - seen) * rate)
-        passed.append(level >= 1)
-        buckets[client] = (level - passed[-1], now)
-    return passed
-    # END SOLUTION
-
-
-# %%
-check("11-bucket", admit)
-
-
-# %%
-#| checks 11-bucket
-def one_client(*times):
-    return [("a", float(t)) for t in times]
-
-
-@says("a burst passes up to its size", "A new bucket is full: `burst` requests pass at once.")
-def _(admit):
-    assert admit(one_client(0, 0, 0, 0, 0), 0.5, 3) == [True, True, True, False, False]
-
-
-@says("tokens come back with time", "After 2 seconds at half a token a second there is one more.")
-def _(admit):
-    assert admit(one_client(0, 0, 2, 2), 0.5, 2) == [True, True, True, False]
-
-
-@says("a bucket never holds more than burst", "An hour of silence does not save up a thousand.")
-def _(admit):
-    found = admit(one_client(0, 3600, 3600, 3600), 0.5, 2)
-    assert found == [True, True, True, False]
-
-
-@says("clients do not share a bucket", "Keep level and time of each client by its name.")
-def _(admit):
-    assert admit([("a", 0.0), ("b", 0.0), ("a", 0.0)], 0.5, 1) == [True, True, False]
-
-
-@says(
-    "a refused request costs nothing",
-    "Whoever asks too early still passes when the token is there: keep the parts that have come.",
-)
-def _(admit):
-    found = admit(one_client(0, 1, 2, 3, 4), 0.5, 1)
-    assert found == [True, False, True, False, True]
-
-
-# %%
-#| hints 11-bucket
-hints = [
-    "Nothing has to run between two requests: how full is a bucket, given when it was last seen?",
-    "Keep (level, time) for each client; level grows by (now - time) * rate, up to burst.",
-    "Refill, compare with 1, take one only if it passed, and store the level and `now` either way.",
-]
-
-
-# %%
-#| wrong 11-bucket: a bucket never holds more than burst
-def admit(requests, rate, burst):
-    buckets, passed = {}, []
-    for client, now in requests:
-        level, seen = buckets.get(client, (burst, now))
-        level += (now - seen) * rate
-        passed.append(level >= 1)
-        buckets[client] = (level - passed[-1], now)
-    return passed
-
-
-# %%
-#| wrong 11-bucket: clients do not share a bucket
-def admit(requests, rate, burst):
-    level, seen, passed = burst, 0.0, []
-    for _, now in requests:
-        level, seen = min(burst, level + (now - seen) * rate), now
-        passed.append(level >= 1)
-        level -= passed[-1]
-    return passed
-
-
-# %%
-#| wrong 11-bucket: a refused request costs nothing
-def admit(requests, rate, burst):
-    buckets, passed = {}, []
-    for client, now in requests:
-        level, seen = buckets.get(client, (burst, now))
-        level = min(burst, level + (now - seen) * rate)
-        passed.append(level >= 1)
-        buckets[client] = (level - 1, now)
-    return passed
-
-
-# %%
-#| right 11-bucket
-def admit(requests, rate, burst):
-    full_at, passed = {}, []  # when each client's bucket will be full again
-    for client, now in requests:
-        start = max(now, full_at.get(client, now))
-        fine = (start - now) * rate <= burst - 1
-        if fine:
-            full_at[client] = start + 1 / rate
-        passed.append(fine)
-    return passed
-
-
-# %% [markdown]
-r"""
-## 6. An error that clients understand
-
-A program that speaks OpenAI's dialect looks at two things when it is refused: the HTTP status and
-the `type` in the body. On `rate_limit_error` it waits and tries again, on `invalid_request_error`
-it does not. The first version of a server's error answer:
-
-```python
-def error_body(status, message, param=None):
-    return {"error": message}
-```
-
-Clients crash on it, and on a day when something broke inside, `message` held the traceback, with
-the paths and settings of the machine. Mend it. The body is
-
-```text
-{"error": {"message": ..., "type": ..., "param": ..., "code": None}}
-```
-
-The type is `authentication_error` for 401, `rate_limit_error` for 429, `server_error` from 500 up,
-`invalid_request_error` otherwise. From 500 up the message is always
-`"Something went wrong inside the server."`, whatever was passed: the truth goes into the log.
-"""
-
-
-# %%
-#| exercise id=11-error points=1 minutes=8 level=1 answer=error_body
-def error_body(status: int, message: str, param: str | None = None) -> dict:
-    """Return the JSON body of an answer that is an error.
-
-    Args:
-        status: HTTP status, 400 to 599.
-        message: a sentence for the person at the other end.
-        param: the field of the request that is wrong, if it is one.
-    """
-    # BEGIN SOLUTION
-    kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    if status >= 500:
-        message = "Something went wrong inside the server."
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
-    # END SOLUTION
-
-
-# %%
-check("11-error", error_body)
-
-
-# %%
-#| checks 11-error
-@says("the body has the four fields", "One field error; in it message, type, param and code.")
-def _(error_body):
-    body = error_body(400, "x")
-    assert set(body) == {"error"} and body["error"]["code"] is None
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-
-
-@says("message and param are passed on", "The sentence says what is wrong, param says where.")
-def _(error_body):
-    error = error_body(400, "n must be 1.", "n")["error"]
-    assert (error["message"], error["param"]) == ("n must be 1.", "n")
-
-
-@says("the type follows from the status", "401 and 429 have types of their own; 5xx is the server.")
-def _(error_body):
-    kinds = {400: "invalid_request_error", 404: "invalid_request_error"}
-    kinds.update({401: "authentication_error", 429: "rate_limit_error"})
-    kinds.update({500: "server_error", 503: "server_error"})
-    assert {status: error_body(status, "x")["error"]["type"] for status in kinds} == kinds
-
-
-@says(
-    "a fault of the server tells nothing",
-    "From 500 up the message of the exception stays in the log: it may hold paths and secrets.",
-)
-def _(error_body):
-    for status in (500, 503):
-        error = error_body(status, "KeyError: '/home/ann/.token'")["error"]
-        assert error["message"] == "Something went wrong inside the server."
-
-
-# %%
-#| hints 11-error
-hints = [
-    "Two statuses have a type of their own. The rest are told apart by one comparison.",
-    "A small dict for 401 and 429, with `.get(status, the other two)`.",
-    "Replace message when status >= 500, then build the dict with code None.",
-]
-
-
-# %%
-#| wrong 11-error: a fault of the server tells nothing
-def error_body(status, message, param=None):
-    kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
-
-
-# %%
-#| wrong 11-error: the type follows from the status
-def error_body(status, message, param=None):
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    if status >= 500:
-        message = "Something went wrong inside the server."
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
-
-
-# %%
-#| wrong 11-error: the body has the four fields
-def error_body(status: int, message: str, param: str | None = None) -> dict:
-    kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    if status >= 500:
-        message = "Something went wrong inside the server."
-    return {"error": {"message": message, "type": kind, "param": param}}
-
-
-# %%
-#| wrong 11-error: message and param are passed on
-def error_body(status: int, message: str, param: str | None = None) -> dict:
-    kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    if status >= 500:
-        message = "Something went wrong inside the server."
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-# %%
-#| right 11-error
-def error_body(status, message, param=None):
-    error = dict(message=message, type="invalid_request_error", param=param, code=None)
-    if status == 401:
-        error["type"] = "authentication_error"
-    elif status == 429:
-        error["type"] = "rate_limit_error"
-    elif status // 100 == 5:
-        error.update(type="server_error", message="Something went wrong inside the server.")
-    return {"error": error}
-
-
-# %% [markdown]
-r"""
-## 7. Read the guard at the door
-
-From the chapter's guard, with the token that was set when the server started:
-
-```python
-given = headers.get(b"authorization", b"")
-if not hmac.compare_digest(given, b"Bearer " + self.token.encode()):
-    return ApiError(401, "A valid access token is required (Authorization: Bearer).")
-```
-
-and from `run_server`, the address that is printed:
-
-```text
-http://192.0.2.7:8000/#token=...
-```
-
-**compare.** Why `compare_digest` and not `==`?
-
-- (a) `==` on bytes may say equal for different tokens.
-- (b) `==` ends at the first difference, so its time tells how much of a guess is right.
-- (c) `compare_digest` hashes the token, so the server need not keep it.
-
-**hash.** Why does the token stand behind `#`?
-
-- (a) The browser keeps that part to itself: it is in no request, and so in no log on the way.
-- (b) The browser encrypts that part.
-- (c) A token behind `?` could not be read by the page's script.
-
-**host.** Without a token the guard answers only if the header `Host` is localhost, although the
-server listens on 127.0.0.1 alone. Against what?
-
-- (a) Against other machines of the network, which could connect otherwise.
-- (b) Against another program of the same machine.
-- (c) Against a page of a foreign name that is made to point to 127.0.0.1 and then asks your server.
-"""
-
-# %%
-#| exercise id=11-door points=1 minutes=8 level=2 answer=door
-# A dict: {"compare": letter, "hash": letter, "host": letter}
-# BEGIN SOLUTION
-door = {"compare": "b", "hash": "a", "host": "c"}
-# END SOLUTION
-
-# %%
-check("11-door", door)
-
-
-# %%
-#| checks 11-door
-@says(
-    "why compare_digest",
-    "Both give the same result and neither hashes. What can a stranger measure from outside?",
-)
-def _(door):
-    assert door["compare"].strip().lower() == "b"
-
-
-@says(
-    "why behind #",
-    "Nothing in an address is encrypted by itself. Which part does a browser not send at all?",
-)
-def _(door):
-    assert door["hash"].strip().lower() == "a"
-
-
-@says(
-    "why the Host is checked",
-    "Nobody outside can connect to 127.0.0.1. Who sits inside and runs what strangers wrote?",
-)
-def _(door):
-    assert door["host"].strip().lower() == "c"
-
-
-# %%
-#| hints 11-door
-hints = [
-    "For each answer ask: is what it says true at all? Several of them are not.",
-    "Think of a thousand guesses with a stopwatch; of the log of a proxy; of a page you visit.",
-    "The third is called DNS rebinding: the name is the stranger's, the address is yours.",
-]
-
-# %%
-#| wrong 11-door: why compare_digest
-door = {"compare": "c", "hash": "a", "host": "c"}
-
-# %%
-#| wrong 11-door: why behind #
-door = {"compare": "b", "hash": "b", "host": "c"}
-
-# %%
-#| wrong 11-door: why the Host is checked
-door = {"compare": "b", "hash": "a", "host": "a"}
-
-# %%
-#| right 11-door
-door = dict(host="c", hash="a", compare="b")
-
-# %% [markdown]
-r"""
-## 8. The oldest turn goes
-
-A model with a window of 2,048 tokens cannot read a talk of 3,000. Cutting in the middle of a
-message leaves half a sentence in front of the model; a talk that begins with an answer is a form
-that it has never seen. So whole turns go, the oldest first and as few as possible, what is left
-begins with a question, and the system message stays always: it says how to behave. And the answer
-needs room, too: `reserve` tokens stay free.
-
-`messages` are pairs (role, tokens), in order: perhaps one `"system"`, then `"user"` and
-`"assistant"` in turn, the last one `"user"`. Return the positions of the messages that are kept, or
-None if not even the last question fits. An error that says so is better than a silent cut.
-"""
-
-
-# %%
-#| exercise id=11-window points=2 minutes=15 level=2 answer=kept
-def kept(messages: list, window: int, reserve: int) -> list | None:
-    """Return the positions of the messages that go into the prompt, rising.
-
-    Args:
-        messages: (role, number of tokens) pairs.
-        window: tokens that prompt and answer may have together.
-        reserve: tokens kept free for the answer.
-    """
-    # BEGIN SOLUTION
-    system = [i for i, (role, _) in enumerate(messages) if role == "system"]
-    for start, (role, _) in enumerate(messages):
-        chosen = system + [*range(start, len(messages))]
-        if role == "user" and sum(messages[i][1] for i in chosen) + reserve <= window:
-            return chosen
-    return None
-    # END SOLUTION
-
-
-# %%
-check("11-window", kept)
-
-
-# %%
-#| checks 11-window
-def talk(*sizes, system=None):
-    roles = ["user", "assistant"] * len(sizes)
-    first = [("system", system)] if system else []
-    return [*first, *zip(roles, sizes)]
-
-
-@says("a talk that fits stays whole", "Up to and including the last token of the window.")
-def _(kept):
-    assert list(kept(talk(10, 10, 10), 30, 0)) == [0, 1, 2]
-    assert list(kept(talk(10, 10, 10, system=5), 35, 0)) == [0, 1, 2, 3]
-
-
-@says("as few old turns go as possible", "Drop from the front, and stop as soon as the rest fits.")
-def _(kept):
-    assert list(kept(talk(10, 10, 10, 10, 10), 30, 0)) == [2, 3, 4]
-    assert list(kept(talk(50, 10, 10, 10, 10), 35, 0)) == [2, 3, 4]
-
-
-@says("what is left begins with a question", "A question goes together with its answer.")
-def _(kept):
-    assert list(kept(talk(10, 10, 10), 25, 0)) == [2]
-    assert list(kept(talk(30, 5, 5, 5, 5), 24, 0)) == [2, 3, 4]
-
-
-@says("the system message stays", "It is always kept, and its tokens count.")
-def _(kept):
-    assert list(kept(talk(10, 10, 10, 10, 10, system=10), 40, 0)) == [0, 3, 4, 5]
-
-
-@says("the answer has its room", "Prompt and reserve together must fit into the window.")
-def _(kept):
-    assert list(kept(talk(10, 10, 10, 10, 10), 50, 20)) == [2, 3, 4]
-
-
-@says("a question that cannot fit is None", "Say so with None; do not send an empty prompt.")
-def _(kept):
-    assert kept(talk(10, 10, 40), 30, 0) is None and kept(talk(10, system=25), 30, 0) is None
-
-
-# %%
-#| hints 11-window
-hints = [
-    "Where may the kept part begin? List the places, oldest first, and take the first that fits.",
-    "The places are the positions of user messages; the system message is added to each.",
-    "For each start with role user: system + range(start, n); sum of tokens + reserve <= window.",
-]
-
-
-# %%
-#| wrong 11-window: what is left begins with a question
-def kept(messages, window, reserve):
-    system = [i for i, (role, _) in enumerate(messages) if role == "system"]
-    for start in range(len(system), len(messages)):
-        chosen = system + [*range(start, len(messages))]
-        if sum(messages[i][1] for i in chosen) + reserve <= window:
-            return chosen
-    return None
-
-
-# %%
-#| wrong 11-window: the answer has its room
-def kept(messages, window, reserve):
-    system = [i for i, (role, _) in enumerate(messages) if role == "system"]
-    for start, (role, _) in enumerate(messages):
-        chosen = system + [*range(start, len(messages))]
-        if role == "user" and sum(messages[i][1] for i in chosen) <= window:
-            return chosen
-    return None
-
-
-# %%
-#| wrong 11-window: a question that cannot fit is None
-def kept(messages, window, reserve):
-    system = [i for i, (role, _) in enumerate(messages) if role == "system"]
-    for start, (role, _) in enumerate(messages):
-        chosen = system + [*range(start, len(messages))]
-        if role == "user" and sum(messages[i][1] for i in chosen) + reserve <= window:
-            return chosen
-    return system
-
-
-# %%
-#| right 11-window
-def kept(messages, window, reserve):
-    room, best, system = window - reserve, None, []
-    if messages[0][0] == "system":
-        room, system = room - messages[0][1], [0]
-    for start in range(len(messages) - 1, len(system) - 1, -1):
-        room -= messages[start][1]
-        if room < 0:
-            break
-        if messages[start][0] == "user":
-            best = system + list(range(start, len(messages)))
-    return best
+#| right 11-draws
+def drawn(times, gap):
+    out, i = [], 0
+    while i < len(times):
+        out.append(i)
+        later = [j for j in range(i + 1, len(times)) if times[j] - times[i] >= gap]
+        i = min([*later, len(times) - 1 if i < len(times) - 1 else len(times)])
+    return out
 
 
 # %% [markdown]
 r"""
 ## Open question
 
-Two of your friends use your server at once, and their tokens are computed together. Would you
-rather answer one friend after the other, as a queue? Which of the two is better for the time to
-first token, for the time to the last, and for a friend with a long prompt? How would your answer
-change without batching (chapter 8), if each step served one friend only? (No marks.)
+Your widget has a Stop button, and the engine yields a token every two seconds, because the model is
+large. Stop now takes up to two seconds. Where else could the event be looked at? What would it cost
+to kill the thread instead, and what could be left behind half done? (No marks.)
 """
 
 # %%

@@ -25,7 +25,7 @@ tasks        chapters/09_chat_finetuning.py  From text to chat
 finetune     chapters/09_chat_finetuning.py  From text to chat
 rl           chapters/10_reinforcement.py  Reinforcement learning
 ui           chapters/11_chat_ui.py  Talking to it
-serve        chapters/11_chat_ui.py  Talking to it
+serve        chapters/A5_serving.py  Serving it
 scaling      chapters/A2_scaling_laws.py  Scaling laws
 recipe       chapters/A4_recipe.py  The recipe of a run
 report       chapters/A4_recipe.py  The recipe of a run

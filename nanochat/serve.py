@@ -1,6 +1,6 @@
 """The web page and the OpenAI-compatible endpoint.
 
-Exported from chapters/11_chat_ui.py (chapter 11, Talking to it); edit there, not here.
+Exported from chapters/A5_serving.py (chapter A5, Serving it); edit there, not here.
 """
 
 import asyncio
@@ -24,6 +24,8 @@ from typing import Any
 import torch
 
 from nanochat.common import UserError
+from nanochat.engine import KVCache
+from nanochat.model import GPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.ui import (
     ChatSettings,
@@ -50,11 +52,13 @@ __all__ = [
     "PAGE_JS_BUBBLE",
     "PAGE_JS_BUTTONS",
     "PAGE_JS_EVENTS",
+    "PAGE_JS_FILES",
     "PAGE_JS_FOLLOW",
     "PAGE_JS_START",
     "PAGE_JS_STREAM",
     "PAGE_JS_TALK",
     "PAGE_JS_TEXT",
+    "ReadAlong",
     "RemoteEngine",
     "Slots",
     "StopStrings",
@@ -67,7 +71,10 @@ __all__ = [
     "message_schema",
     "page",
     "parse_json",
+    "read_along",
+    "read_body",
     "read_events",
+    "read_logprobs",
     "read_messages",
     "read_prompt",
     "read_settings",
@@ -136,6 +143,7 @@ FIELDS = {
     "max_tokens": ("integer", 1, None),
     "max_completion_tokens": ("integer", 1, None),
     "seed": ("integer", -(2**63), 2**63 - 1),
+    "top_logprobs": ("integer", 0, 20),
     "n": ("integer", 1, 1),
     "stream": ("boolean", None, None),
     "stream_options": ("object", None, None),
@@ -236,6 +244,28 @@ def read_settings(values: dict[str, Any], limits: Limits) -> ChatSettings:
         max_tokens=length,
         seed=seed % 2**31,
     ).check()
+
+
+def read_logprobs(body: dict[str, Any], values: dict[str, Any], chat: bool) -> tuple[bool, int]:
+    """Whether log-probabilities are asked for, and how many of the likeliest at each place."""
+    asked, top = body.get("logprobs"), values.get("top_logprobs", 0)
+    if not chat:  # there `logprobs` is a number, and 0 asks for those of the tokens themselves
+        return isinstance(asked, int) and asked is not False, 0
+    if top and not asked:
+        raise ApiError(400, "top_logprobs needs logprobs: true.", "top_logprobs")
+    return bool(asked), top
+
+
+def read_prompt(body: dict[str, Any], limits: Limits) -> str:
+    """The prompt of a plain completion: one text, or a list with one text."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise ApiError(400, "prompt must be one text.", "prompt")
+    if len(prompt) > limits.characters:
+        raise ApiError(400, f"prompt may have {limits.characters} characters.", "prompt")
+    return prompt
 
 
 def read_stops(body: dict[str, Any]) -> list[str]:
@@ -379,17 +409,17 @@ class Job:
     id: str
     model: str
     kind: str  # "chat.completion" or "text_completion"
-    ids: list[int]
+    ids: list[int]  # of the prompt
     pieces: Iterator[Piece]
     stop: threading.Event
     stops: StopStrings
     release: Callable[[], None]
     engine: EngineThread
     metrics: Metrics
-    deadline: float
+    deadline: float  # on the clock of time.perf_counter
     note: str = ""
     logprobs: bool = False
-    usage: bool = False
+    usage: bool = False  # whether a stream ends with the number of tokens
     tokens: int = 0
     finished: bool = False
 
@@ -428,22 +458,58 @@ class Job:
         yield end
 
 
+class ReadAlong:
+    """Reads an answer after the engine, one token at a time, and tells what was likely there."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, ids: Sequence[int], room: int) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        size = len(ids) + room
+        self.cache = KVCache(model.config, 1, size, model.device, model.compute_dtype)
+        self._read(ids)
+
+    def _read(self, ids: Sequence[int]) -> None:
+        idx = torch.tensor([list(ids)], device=self.model.device)  # (1, T)
+        self.cache.prepare(len(ids))
+        self.logits = self.model(idx, kv_cache=self.cache, last_only=True)[0, -1].float()  # (V,)
+
+    def take(self, id: int, top: int) -> tuple[tuple[str, float], ...]:
+        """The `top` likeliest (text, logprob) at the place that the token `id` takes."""
+        logprobs = self.logits.log_softmax(dim=-1)[: self.tokenizer.vocab_size]
+        values, found = (x.tolist() for x in logprobs.topk(min(top, len(logprobs))))
+        if self.cache.length < self.cache.max_len:
+            self._read([id])
+        return tuple((self.tokenizer.decode([i]), value) for i, value in zip(found, values))
+
+
+def read_along(
+    pieces: Iterator[Piece], model: Any, tokenizer: Tokenizer, ids: list[int], room: int, top: int
+) -> Iterator[Piece]:
+    """The same pieces with `top` filled, at most `room`; as they are if `model` is no GPT."""
+    if not isinstance(model, GPT):
+        yield from pieces
+        return
+    reader = ReadAlong(model, tokenizer, ids, min(room, model.config.seq_len - len(ids)))
+    for piece in pieces:
+        yield replace(piece, top=reader.take(piece.id, top)) if piece.id >= 0 else piece
+
+
+def _logprob_row(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
 def _logprobs(job: Job, pieces: list[Piece]) -> dict[str, Any] | None:
     """Log probabilities in the shape of the endpoint, or None when nobody asked."""
     if not job.logprobs:
         return None
     real = [piece for piece in pieces if piece.id >= 0]
-    texts, values = [piece.text for piece in real], [piece.logprob for piece in real]
     if job.kind == "text_completion":
+        texts, values = [piece.text for piece in real], [piece.logprob for piece in real]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": None}
-    rows = zip(texts, values)
-    return {
-        "content": [
-            {"token": t, "logprob": v, "bytes": list(t.encode()), "top_logprobs": []}
-            for t, v in rows
-        ],
-        "refusal": None,
-    }
+    rows = []
+    for piece in real:
+        top = [_logprob_row(*pair) for pair in piece.top]
+        rows.append({**_logprob_row(piece.text, piece.logprob), "top_logprobs": top})
+    return {"content": rows, "refusal": None}
 
 
 def _frame(job: Job, chunk: bool, **more: Any) -> dict[str, Any]:
@@ -510,79 +576,24 @@ async def whole_answer(job: Job, gone: Callable[[], Any]) -> dict[str, Any]:
     return _frame(job, False, choices=[choice], usage=_usage(job))
 
 
-class ChatServer:
-    """Everything the web application needs, without the web framework."""
+async def read_body(request: Any, limits: Limits) -> dict[str, Any]:
+    """The JSON body of a request, read no further and no longer than the limits say."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "Send the body as application/json.")
 
-    def __init__(self, engines: Any, tokenizer: Tokenizer | None, limits: Limits) -> None:
-        self.engines, self.tokenizer, self.limits = name_engines(engines), tokenizer, limits
-        self.metrics, self.engine_thread = Metrics(), EngineThread()
-        self.slots = Slots(limits, self.metrics)
-
-    async def body(self, request: Any) -> dict[str, Any]:
-        """The JSON body of a request, read no further and no longer than the limits say."""
-        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError(415, "Send the body as application/json.")
-        try:
-            return parse_json(await asyncio.wait_for(self._read(request), self.limits.seconds))
-        except asyncio.TimeoutError:
-            raise ApiError(408, "The body did not arrive in time.") from None
-
-    async def _read(self, request: Any) -> bytes:
+    async def read() -> bytes:
         data = bytearray()
         async for block in request.stream():
             data += block
-            if len(data) > self.limits.body_bytes:
-                raise ApiError(413, f"The body may have {self.limits.body_bytes} bytes.")
+            if len(data) > limits.body_bytes:
+                raise ApiError(413, f"The body may have {limits.body_bytes} bytes.")
         return bytes(data)
 
-    def choose(self, values: dict[str, Any]) -> tuple[str, Any, Tokenizer]:
-        """The engine a request names; without a name, the first."""
-        name = values.get("model", next(iter(self.engines)))
-        if name not in self.engines:
-            known = ", ".join(self.engines)
-            raise ApiError(404, f"There is no model {name!r:.60}; there are: {known}.", "model")
-        engine = self.engines[name]
-        return name, engine, self.tokenizer or engine.tokenizer
-
-    async def admit(self, body: dict[str, Any], chat: bool, client: str) -> Job:
-        """Check a request, wait for a slot and prepare its job."""
-        deadline = time.perf_counter() + self.limits.seconds
-        values = check_fields(body, self.limits)
-        name, engine, tokenizer = self.choose(values)
-        settings, stops = read_settings(values, self.limits), StopStrings(read_stops(body))
-        source = read_messages(body, self.limits) if chat else read_prompt(body, self.limits)
-        release, stop = await self.slots.take(client), threading.Event()
-
-        def prepare() -> tuple[list[int], str, Iterator[Piece]]:
-            ids, note = make_prompt(engine, tokenizer, source, settings)
-            return ids, note, generate_pieces(engine, tokenizer, ids, settings, stop, tools=chat)
-
-        try:
-            ids, note, pieces = await self.engine_thread.call(prepare)
-        except BaseException:
-            release()
-            raise
-        self.metrics.prompt_tokens += len(ids)
-        kind, key = ("chat.completion", "chatcmpl-") if chat else ("text_completion", "cmpl-")
-        job = Job(key + secrets.token_hex(12), name, kind, ids, pieces, stop, stops, release,
-                  self.engine_thread, self.metrics, deadline, note)  # fmt: skip
-        asked = body.get("logprobs")
-        job.logprobs = bool(asked) if chat else isinstance(asked, int) and asked is not False
-        job.usage = bool((values.get("stream_options") or {}).get("include_usage"))
-        return job
-
-
-def read_prompt(body: dict[str, Any], limits: Limits) -> str:
-    """The prompt of a plain completion: one text, or a list with one text."""
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    if not isinstance(prompt, str):
-        raise ApiError(400, "prompt must be one text.", "prompt")
-    if len(prompt) > limits.characters:
-        raise ApiError(400, f"prompt may have {limits.characters} characters.", "prompt")
-    return prompt
+    try:
+        return parse_json(await asyncio.wait_for(read(), limits.seconds))
+    except asyncio.TimeoutError:
+        raise ApiError(408, "The body did not arrive in time.") from None
 
 
 def make_prompt(
@@ -601,6 +612,53 @@ def make_prompt(
             f"free for it. Shorten it."
         )
     return ids, ""
+
+
+class ChatServer:
+    """Everything the web application needs, without the web framework."""
+
+    def __init__(self, engines: Any, tokenizer: Tokenizer | None, limits: Limits) -> None:
+        self.engines, self.tokenizer, self.limits = name_engines(engines), tokenizer, limits
+        self.metrics, self.engine_thread = Metrics(), EngineThread()
+        self.slots = Slots(limits, self.metrics)
+
+    def choose(self, values: dict[str, Any]) -> tuple[str, Any, Tokenizer]:
+        """The engine a request names; without a name, the first."""
+        name = values.get("model", next(iter(self.engines)))
+        if name not in self.engines:
+            known = ", ".join(self.engines)
+            raise ApiError(404, f"There is no model {name!r:.60}; there are: {known}.", "model")
+        engine = self.engines[name]
+        return name, engine, self.tokenizer or engine.tokenizer
+
+    async def admit(self, body: dict[str, Any], chat: bool, client: str) -> Job:
+        """Check a request, wait for a slot and prepare its job."""
+        deadline = time.perf_counter() + self.limits.seconds
+        values = check_fields(body, self.limits)
+        name, engine, tokenizer = self.choose(values)
+        settings, stops = read_settings(values, self.limits), StopStrings(read_stops(body))
+        source = read_messages(body, self.limits) if chat else read_prompt(body, self.limits)
+        logprobs, top = read_logprobs(body, values, chat)
+        usage = bool((values.get("stream_options") or {}).get("include_usage"))
+        release, stop = await self.slots.take(client), threading.Event()
+
+        def prepare() -> tuple[list[int], str, Iterator[Piece]]:
+            ids, note = make_prompt(engine, tokenizer, source, settings)
+            pieces = generate_pieces(engine, tokenizer, ids, settings, stop, tools=chat)
+            if top:
+                length = settings.max_tokens
+                pieces = read_along(pieces, engine.model, tokenizer, ids, length, top)
+            return ids, note, pieces
+
+        try:
+            ids, note, pieces = await self.engine_thread.call(prepare)
+        except BaseException:
+            release()
+            raise
+        self.metrics.prompt_tokens += len(ids)
+        kind, key = ("chat.completion", "chatcmpl-") if chat else ("text_completion", "cmpl-")
+        owned = (pieces, stop, stops, release, self.engine_thread, self.metrics, deadline)
+        return Job(key + secrets.token_hex(12), name, kind, ids, *owned, note, logprobs, usage)
 
 
 PAGE_CSS = """
@@ -1002,13 +1060,7 @@ function send(event) {
 """
 
 
-PAGE_JS_START = r"""
-function grow() {
-  const box = $("box");
-  box.style.height = "auto";
-  box.style.height = Math.min(box.scrollHeight + 2, 144) + "px";
-}
-
+PAGE_JS_FILES = r"""
 function saveFile() {
   const data = { format: "nanochat conversation", version: 1, system: $("system").value,
     messages: state.messages.map(({ role, content }) => ({ role, content })) };
@@ -1037,6 +1089,15 @@ async function loadFile() {
 function keep() {
   const values = Object.fromEntries(FIELDS.map((name) => [name, $(name).value]));
   sessionStorage.setItem("nanochat", JSON.stringify({ messages: state.messages, values }));
+}
+"""
+
+
+PAGE_JS_START = r"""
+function grow() {
+  const box = $("box");
+  box.style.height = "auto";
+  box.style.height = Math.min(box.scrollHeight + 2, 144) + "px";
 }
 
 async function listModels() {
@@ -1108,9 +1169,15 @@ start();
 def page(nonce: str) -> str:
     """The web page as one file; only style and script that carry `nonce` are obeyed."""
     script = PAGE_JS_TEXT + PAGE_JS_BUBBLE + PAGE_JS_TALK + PAGE_JS_STREAM + PAGE_JS_FOLLOW
-    script += PAGE_JS_ACTIONS + PAGE_JS_BUTTONS + PAGE_JS_START + PAGE_JS_EVENTS
+    script += PAGE_JS_ACTIONS + PAGE_JS_BUTTONS + PAGE_JS_FILES + PAGE_JS_START + PAGE_JS_EVENTS
     text = PAGE_HTML.lstrip().replace("NONCE", nonce).replace("CSS", PAGE_CSS, 1)
     return text.replace("SCRIPT", script, 1)
+
+
+async def _send_json(send: Any, status: int, body: dict[str, Any]) -> None:
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
 
 
 class Guard:
@@ -1164,12 +1231,6 @@ class Guard:
         self.metrics.requests[key] = self.metrics.requests.get(key, 0) + 1
 
 
-async def _send_json(send: Any, status: int, body: dict[str, Any]) -> None:
-    headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
-
-
 def _need_serve_extra() -> None:
     try:
         import fastapi  # noqa: F401
@@ -1208,42 +1269,9 @@ def stream_response(job: Job) -> Any:
     return TokenStream(_safe_events(job), media_type="text/event-stream")
 
 
-def create_app(
-    engines: Any,
-    tokenizer: Tokenizer | None = None,
-    *,
-    token: str | None = None,
-    limits: Limits | None = None,
-    origins: Sequence[str] = (),
-) -> Any:
-    """A FastAPI application around one engine or a dict of them.
-
-    Without `token` it answers requests to localhost only. `limits` bounds what clients may use.
-    `origins` are the web sites whose pages may call it ("https://my.site"; none by default).
-    Raises UserError when the extra `serve` is not installed.
-    """
-    _need_serve_extra()
-    from fastapi import FastAPI, Request
-    from fastapi.middleware.cors import CORSMiddleware
-    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-    from starlette.exceptions import HTTPException
-
-    server = ChatServer(engines, tokenizer, limits or Limits())
-    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None)
-    app.state.server, app.state.token = server, token
-    app.add_middleware(Guard, token=token, metrics=server.metrics)
-    if origins:
-        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
-        app.add_middleware(CORSMiddleware, allow_origins=list(origins), **allowed)
-
-    def refuse(error: ApiError) -> Any:
-        return JSONResponse(error.body(), error.status)
-
-    app.exception_handler(ApiError)(lambda _, error: refuse(error))
-    app.exception_handler(UserError)(lambda _, error: refuse(ApiError(400, str(error))))
-    app.exception_handler(HTTPException)(
-        lambda _, error: refuse(ApiError(error.status_code, str(error.detail)))
-    )
+def _add_pages(app: Any, server: ChatServer) -> None:
+    """Add the chat page and the addresses that only tell something."""
+    from fastapi.responses import HTMLResponse, PlainTextResponse
 
     @app.get("/", response_class=HTMLResponse)
     async def front_page() -> Any:
@@ -1272,18 +1300,13 @@ def create_app(
     async def model(name: str) -> Any:
         return about(server.choose({"model": name})[0])
 
-    for path, chat in (("/v1/chat/completions", True), ("/v1/completions", False)):
-        _add_completions(app, server, path, chat, Request)
-    return app
 
-
-def _add_completions(
-    app: Any, server: ChatServer, path: str, chat: bool, request_type: Any
-) -> None:
+def _add_completions(app: Any, server: ChatServer, path: str, chat: bool) -> None:
     """Add one of the two endpoints that write text."""
+    from fastapi import Request
 
-    async def complete(request: Any) -> Any:
-        body = await server.body(request)
+    async def complete(request: Request) -> Any:
+        body = await read_body(request, server.limits)
         job = await server.admit(body, chat, request.client.host if request.client else "")
         if body.get("stream"):
             return stream_response(job)
@@ -1292,9 +1315,50 @@ def _add_completions(
         finally:
             job.close()
 
-    complete.__annotations__ = {"request": request_type}
     name = "chat_completions" if chat else "completions"
     app.post(path, openapi_extra=request_schema(chat, server.limits), name=name)(complete)
+
+
+def create_app(
+    engines: Any,
+    tokenizer: Tokenizer | None = None,
+    *,
+    token: str | None = None,
+    limits: Limits | None = None,
+    origins: Sequence[str] = (),
+) -> Any:
+    """A FastAPI application around one engine or a dict of them.
+
+    Without `token` it answers requests to localhost only. `limits` bounds what clients may use.
+    `origins` are the web sites whose pages may call it ("https://my.site"; none by default).
+    Raises UserError when the extra `serve` is not installed.
+    """
+    _need_serve_extra()
+    from fastapi import FastAPI
+    from fastapi.middleware.cors import CORSMiddleware
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+
+    server = ChatServer(engines, tokenizer, limits or Limits())
+    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None)
+    app.state.server, app.state.token = server, token
+    app.add_middleware(Guard, token=token, metrics=server.metrics)
+    if origins:
+        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), **allowed)
+
+    def refuse(error: ApiError) -> Any:
+        return JSONResponse(error.body(), error.status)
+
+    app.exception_handler(ApiError)(lambda _, error: refuse(error))
+    app.exception_handler(UserError)(lambda _, error: refuse(ApiError(400, str(error))))
+    app.exception_handler(HTTPException)(
+        lambda _, error: refuse(ApiError(error.status_code, str(error.detail)))
+    )
+    _add_pages(app, server)
+    _add_completions(app, server, "/v1/chat/completions", chat=True)
+    _add_completions(app, server, "/v1/completions", chat=False)
+    return app
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -1329,22 +1393,6 @@ def _uvicorn(app: Any) -> Any:
     )
 
 
-@contextmanager
-def background_server(app: Any, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """Serve an application in a thread inside a `with`; yields its address. Port 0: a free one."""
-    sock, server = _bind(host, port), _uvicorn(app)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-    thread.start()
-    try:
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
-        yield f"http://{host}:{sock.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        sock.close()
-
-
 def run_server(
     engines: Any,
     tokenizer: Tokenizer | None = None,
@@ -1369,6 +1417,22 @@ def run_server(
         print(f"nanochat is at {address} (Ctrl-C stops it)", flush=True)
         with suppress(KeyboardInterrupt):
             _uvicorn(app).run(sockets=[sock])
+
+
+@contextmanager
+def background_server(app: Any, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """Serve an application in a thread inside a `with`; yields its address. Port 0: a free one."""
+    sock, server = _bind(host, port), _uvicorn(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        yield f"http://{host}:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        sock.close()
 
 
 def chunk_pieces(chunk: Any) -> Iterator[Piece]:

@@ -25,18 +25,23 @@ from nanochat.common import UserError, read_json, write_json
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 __all__ = [
+    "Bubbles",
     "CHAT_CSS",
     "COMPOSER_CSS",
     "COMPOSER_JS",
     "ChatControls",
     "ChatSession",
     "ChatSettings",
+    "ChatView",
     "ChatWidget",
     "Composer",
     "MARKDOWN_TAGS",
     "Piece",
     "ReplyStats",
+    "ReplyThread",
     "add_piece",
+    "answer_text",
+    "arrange",
     "bubble_html",
     "check_messages",
     "comparison_html",
@@ -44,7 +49,9 @@ __all__ = [
     "fit_context",
     "generate_pieces",
     "last_answer",
+    "last_question",
     "load_session",
+    "make_button",
     "markdown_html",
     "name_engines",
     "plain_text",
@@ -64,6 +71,7 @@ class Piece:
     kind is "text", "python" or "python_output" (a token of such a part), "start" (the question is
     noted, nothing is generated yet), "note" (a remark by the session, not by the model) or "end"
     (`text` says why: "stop", "length" or "cancelled"). `opens` is true when a new part begins.
+    `top` holds the likeliest (text, logprob) at this place where somebody has asked for them.
     """
 
     kind: str
@@ -72,6 +80,7 @@ class Piece:
     logprob: float = 0.0
     forced: bool = False
     opens: bool = False
+    top: tuple[tuple[str, float], ...] = ()
 
 
 def read_pieces(tokens: Iterator[Any], tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -192,7 +201,7 @@ def stream_reply(
 ) -> Iterator[Piece]:
     """Stream the answer to a conversation; a note comes first when old turns did not fit.
 
-    An engine with a method `stream_messages` (a server, see below) renders the prompt itself.
+    An engine with a method `stream_messages` (an endpoint, appendix A5) renders the prompt itself.
     """
     if hasattr(engine, "stream_messages"):
         yield from engine.stream_messages(messages, settings, stop)
@@ -261,6 +270,14 @@ class ReplyStats:
         return f"{self.tokens} tokens · first after {self.first_seconds:.2f} s{speed}"
 
 
+def last_question(messages: list[dict[str, Any]]) -> tuple[int, str]:
+    """Index and text of the last question of a conversation; UserError if there is none."""
+    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not asked:
+        raise UserError("There is no question yet: write a message first.")
+    return asked[-1], messages[asked[-1]]["content"]
+
+
 class ChatSession:
     """A conversation with an engine. `send`, `edit` and `regenerate` yield `Piece` objects.
 
@@ -282,7 +299,8 @@ class ChatSession:
         self.pieces: list[Piece] = []  # of the latest reply
         self.compared: dict[str, list[dict[str, str]]] = {}  # parts by model, see `compare`
         self.compared_text = ""
-        self.stats, self.finish_reason, self.replies = ReplyStats(), "", 0
+        self.stats, self.replies = ReplyStats(), 0
+        self.note, self.finish_reason = "", ""  # the reason is "" while a reply is being written
         self._stop, self._busy = threading.Event(), threading.Lock()
 
     def send(self, text: str, **settings: Any) -> Iterator[Piece]:
@@ -297,8 +315,7 @@ class ChatSession:
 
     def regenerate(self, **settings: Any) -> Iterator[Piece]:
         """Ask the last question again; the seed moves on, so the answer may differ."""
-        i, text = self._last_question()
-        yield from self.edit(i, text, **settings)
+        yield from self.edit(*last_question(self.messages), **settings)
 
     def stop(self) -> None:
         """End the running reply before its next token; what has come stays."""
@@ -308,13 +325,7 @@ class ChatSession:
         """Forget the conversation; the seed starts over too."""
         self._refuse_busy()
         self.messages, self.pieces, self.replies, self.compared = [], [], 0, {}
-        self.stats, self.finish_reason = ReplyStats(), ""
-
-    def _last_question(self) -> tuple[int, str]:
-        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        if not asked:
-            raise UserError("There is no question yet: write a message first.")
-        return asked[-1], self.messages[asked[-1]]["content"]
+        self.stats, self.note, self.finish_reason = ReplyStats(), "", ""
 
     def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         system = [{"role": "system", "content": self.system}] if self.system.strip() else []
@@ -339,7 +350,7 @@ def _reply(
         asked = [*before, {"role": "user", "content": text}]
         backup, parts = self.messages, []
         self.messages = [*asked, {"role": "assistant", "content": parts}]
-        self.pieces, self.stats, self.finish_reason = [], ReplyStats(), "cancelled"
+        self.pieces, self.stats, self.note, self.finish_reason = [], ReplyStats(), "", ""
         self.replies, self.compared = self.replies + 1, {}
         prompt = self._with_system(asked)
         try:
@@ -347,7 +358,9 @@ def _reply(
             for piece in stream_reply(self.engine, self.tokenizer, prompt, settings, self._stop):
                 if piece.kind == "end":
                     self.finish_reason = piece.text
-                elif piece.kind != "note":
+                elif piece.kind == "note":
+                    self.note = piece.text
+                else:
                     self.stats.count()
                     self.pieces.append(piece)
                     add_piece(parts, piece)
@@ -355,15 +368,24 @@ def _reply(
         except Exception:
             self.messages, self.finish_reason = backup, "error"
             raise
+        finally:
+            self.finish_reason = self.finish_reason or "cancelled"
 
 
 ChatSession._reply = _reply
 
 
+def answer_text(content: Any) -> str:
+    """The text of an answer (a text, or parts) without what the calculator wrote."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
 def last_answer(session: ChatSession) -> str:
-    """The text of the last answer, without what the calculator wrote."""
-    parts = session.messages[-1]["content"] if session.messages else []
-    return "".join(part["text"] for part in parts if part["type"] == "text")
+    """The text of the last answer; "" when there is none."""
+    last = session.messages[-1] if session.messages else {"role": "user"}
+    return answer_text(last["content"]) if last["role"] == "assistant" else ""
 
 
 def _compare(
@@ -373,30 +395,33 @@ def _compare(
     settings = replace(self.settings, **settings).check()
     talk = self.messages
     if not text.strip():
-        i, text = self._last_question()
+        i, text = last_question(talk)
         talk = talk[:i]
     prompt = self._with_system([*talk, {"role": "user", "content": text}])
     self._refuse_busy()
     with self._busy:
         self._stop.clear()
         self.compared, self.compared_text = {name: [] for name in engines}, text
-        self.stats, self.finish_reason = ReplyStats(), "cancelled"
-        yield Piece("start")
+        self.stats, self.note, self.finish_reason = ReplyStats(), "", ""
         streams = {}
         for name, engine in engines.items():
             tokenizer = getattr(engine, "tokenizer", None) or self.tokenizer
             streams[name] = stream_reply(engine, tokenizer, prompt, settings, self._stop)
-        while streams:
-            for name in list(streams):
-                piece = next(streams[name], None)
-                if piece is None:
-                    del streams[name]
-                elif piece.kind in ("end", "note"):
-                    self.finish_reason = piece.text if piece.kind == "end" else self.finish_reason
-                else:
-                    self.stats.count()
-                    add_piece(self.compared[name], piece)
-                    yield piece
+        try:
+            yield Piece("start")
+            while streams:
+                for name in list(streams):
+                    piece = next(streams[name], None)
+                    if piece is None:
+                        del streams[name]
+                    elif piece.kind == "end":
+                        self.finish_reason = piece.text
+                    elif piece.kind != "note":
+                        self.stats.count()
+                        add_piece(self.compared[name], piece)
+                        yield piece
+        finally:
+            self.finish_reason = self.finish_reason or "cancelled"
 
 
 ChatSession.compare = _compare
@@ -430,7 +455,6 @@ def load_session(session: ChatSession, path: str | Path) -> None:
 
 MARKDOWN_TAGS = ("p", "br", "pre", "code", "strong", "em", "ul", "ol", "li")
 _INLINE = r"`([^`\n]+)`|\*\*([^*\n]+)\*\*|\*([^*\s][^*\n]*)\*"
-_ITEM = r"\s{0,8}(?:([-*+])|\d{1,9}[.)])\s+(.*)"
 
 
 def _inline_html(text: str) -> str:
@@ -442,6 +466,9 @@ def _inline_html(text: str) -> str:
         out.append(f"<{tag}>{html.escape(match[match.lastindex])}</{tag}>")
         at = match.end()
     return "".join(out) + html.escape(text[at:])
+
+
+_ITEM = r"\s{0,8}(?:([-*+])|\d{1,9}[.)])\s+(.*)"
 
 
 def _block_html(lines: list[str]) -> str:
@@ -559,6 +586,50 @@ def tokens_html(pieces: list[Piece]) -> str:
     return f'<div class="nc-turn nc-model" role="article"><p>{"".join(out)}</p></div>'
 
 
+class ReplyThread:
+    """Pulls the pieces of a reply in a thread of its own.
+
+    `draw()` is called at most every `refresh` seconds, and `done(failure)` once at the end, with a
+    sentence, or "" if all went well.
+    """
+
+    def __init__(
+        self, draw: Callable[[], None], done: Callable[[str], None], refresh: float
+    ) -> None:
+        self.draw, self.done, self.refresh = draw, done, refresh
+        self.thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """True while a reply is being written."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the reply is complete; False when `timeout` seconds pass first."""
+        if self.thread is not None:
+            self.thread.join(timeout)
+        return not self.busy
+
+    def start(self, pieces: Iterator[Piece]) -> None:
+        """Begin to pull; returns at once."""
+        self.thread = threading.Thread(target=self._run, args=(pieces,), daemon=True)
+        self.thread.start()
+
+    def _run(self, pieces: Iterator[Piece]) -> None:
+        drawn, failure = 0.0, ""
+        try:
+            for _ in pieces:
+                if time.perf_counter() - drawn >= self.refresh:
+                    self.draw()
+                    drawn = time.perf_counter()
+        except UserError as error:
+            failure = str(error)
+        except Exception as error:
+            failure = f"The engine failed: {type(error).__name__}: {error}"
+        finally:
+            self.done(failure)
+
+
 COMPOSER_JS = """
 export default { render({ model, el }) {
   const box = document.createElement("textarea"), log = document.createElement("div");
@@ -621,66 +692,165 @@ class Composer(anywidget.AnyWidget):
     said = traitlets.Unicode().tag(sync=True)
 
 
+def make_button(text: str, help: str, **options: Any) -> ipywidgets.Button:
+    """A button as wide as its text, with a tooltip."""
+    layout = {"width": "auto", "flex": "0 0 auto"}
+    return ipywidgets.Button(description=text, tooltip=help, layout=layout, **options)
+
+
+class Bubbles:
+    """The talk as it is seen: one row for each message, and the columns of a comparison.
+
+    `edit(i)` is called when the button beside question `i` is clicked.
+    """
+
+    def __init__(self, edit: Callable[[int], None]) -> None:
+        rigid = {"flex": "0 0 auto", "width": "100%"}  # or the scrolling box would squeeze its rows
+        self.rows, self.columns = ipywidgets.VBox(layout=rigid), ipywidgets.HTML(layout=rigid)
+        scroll = {"max_height": "480px", "overflow": "auto", "flex_flow": "column-reverse"}
+        inside = ipywidgets.VBox([self.rows, self.columns], layout=rigid)
+        self.view, self.edit = ipywidgets.Box([inside], layout=scroll), edit
+
+    def draw(self, session: ChatSession, shade: bool) -> None:
+        """Make the rows agree with the session."""
+        messages, rows = session.messages, list(self.rows.children)
+        rows += [self._row(i) for i in range(len(rows), len(messages))]
+        for row, message in zip(rows, messages[:-1]):
+            row.children[0].value = bubble_html(message)  # nothing is sent if it is the same
+        self.rows.children = rows[: len(messages)]
+        self.draw_last(session, shade)
+
+    def draw_last(self, session: ChatSession, shade: bool) -> None:
+        """Draw what grows: the last bubble (its tokens, if `shade`), and a comparison."""
+        if session.messages:
+            last = session.messages[-1]
+            shaded = shade and session.pieces
+            value = tokens_html(session.pieces) if shaded else bubble_html(last)
+            self.rows.children[-1].children[0].value = value
+        text, answers = session.compared_text, session.compared
+        self.columns.value = comparison_html(text, answers) if answers else ""
+
+    def _row(self, i: int) -> ipywidgets.HBox:
+        row = [ipywidgets.HTML(layout={"flex": "1 1 auto", "min_width": "0"})]
+        if i % 2 == 0:
+            row.append(make_button("Edit", "Edit this question and ask again"))
+            row[1].on_click(lambda _: self.edit(i))
+        return ipywidgets.HBox(row, layout={"flex": "0 0 auto", "align_items": "center"})
+
+
 class ChatControls:
-    """The visible parts of a ChatWidget; it only builds them, `ChatWidget` gives them life."""
+    """The buttons and fields of a ChatWidget; it only holds them, `ChatWidget` gives them life."""
 
     def __init__(self, names: list[str], settings: ChatSettings, system: str) -> None:
-        wide = {"layout": {"width": "95%"}, "style": {"description_width": "90px"}}
-        make = ipywidgets
         self.box = Composer()
         self.box.add_class("nc-composer")
-        self.send = self._button("Send", "Send the message (Enter)", button_style="primary")
-        self.stop = self._button("Stop", "Stop the reply", disabled=True)
-        self.again = self._button("Regenerate", "Answer the last question again")
-        self.compare = self._button("Compare", "Ask all models the message, or the last question")
-        self.clear = self._button("Clear", "Forget the conversation")
-        self.more = make.ToggleButton(description="Settings", layout={"width": "auto"})
-        self.model = make.Dropdown(options=names, description="Model", **wide)
-        self.system = make.Text(value=system, description="System", **wide)
-        warmth, top_p = settings.temperature, settings.top_p or 1.0  # sliders have no spoken name
-        self.temperature = make.BoundedFloatText(
-            warmth, min=0, max=2, step=0.1, description="Temperature", **wide
-        )
-        top_k, length = settings.top_k or 0, settings.max_tokens
-        self.top_k = make.BoundedIntText(top_k, min=0, max=1000, description="Top-k", **wide)
-        self.top_k.tooltip = "0 keeps all tokens"
-        self.top_p = make.BoundedFloatText(
-            top_p, min=0.05, max=1, step=0.05, description="Top-p", **wide
-        )
-        self.max_tokens = make.BoundedIntText(
-            length, min=1, max=4096, description="Max tokens", **wide
-        )
-        self.seed = make.BoundedIntText(settings.seed, min=0, max=2**31, description="Seed", **wide)
-        self.shade = make.Checkbox(description="Show token probabilities", indent=False)
-        self.file = make.Text("conversation.json", description="File", **wide)
-        self.save = self._button("Save", "Write the conversation to the file")
-        self.load = self._button("Load", "Read a conversation from the file")
-        rigid = {"flex": "0 0 auto", "width": "100%"}  # or the scrolling box would squeeze its rows
-        self.status, self.rows = make.HTML(), make.VBox(layout=rigid)
-        self.columns = make.HTML(layout=rigid)  # a comparison of models
-        self.view = self._arrange()
+        self.send = make_button("Send", "Send the message (Enter)", button_style="primary")
+        self.stop = make_button("Stop", "Stop the reply", disabled=True)
+        self.again = make_button("Regenerate", "Answer the last question again")
+        self.compare = make_button("Compare", "Ask all models the message, or the last question")
+        self.clear = make_button("Clear", "Forget the conversation")
+        self.save = make_button("Save", "Write the conversation to the file")
+        self.load = make_button("Load", "Read a conversation from the file")
+        wide = {"layout": {"width": "95%"}, "style": {"description_width": "90px"}}
+        text, whole = ipywidgets.Text, ipywidgets.BoundedIntText
+        real = ipywidgets.BoundedFloatText  # sliders have no spoken name
+        self.model = ipywidgets.Dropdown(options=names, description="Model", **wide)
+        self.system = text(description="System", **wide)
+        self.temperature = real(min=0, max=2, step=0.1, description="Temperature", **wide)
+        self.top_k = whole(min=0, max=1000, description="Top-k", tooltip="0: all", **wide)
+        self.top_p = real(min=0.05, max=1, step=0.05, description="Top-p", **wide)
+        self.max_tokens = whole(min=1, max=4096, description="Max tokens", **wide)
+        self.seed = whole(min=0, max=2**31, description="Seed", **wide)
+        self.shade = ipywidgets.Checkbox(description="Show token probabilities", indent=False)
+        self.file = text("conversation.json", description="File", **wide)
+        self.status = ipywidgets.HTML()
+        self.show(settings, system)
 
-    def _button(self, text: str, help: str, **options: Any) -> ipywidgets.Button:
-        return ipywidgets.Button(
-            description=text, tooltip=help, layout={"width": "auto", "flex": "0 0 auto"}, **options
-        )
+    def show(self, settings: ChatSettings, system: str) -> None:
+        """Fill the fields."""
+        self.system.value, self.temperature.value = system, settings.temperature
+        self.top_k.value, self.top_p.value = settings.top_k or 0, settings.top_p or 1.0
+        self.max_tokens.value, self.seed.value = settings.max_tokens, settings.seed
 
-    def _arrange(self) -> ipywidgets.VBox:
-        row, column = ipywidgets.HBox, ipywidgets.VBox
-        scroll = {"max_height": "480px", "overflow": "auto", "flex_flow": "column-reverse"}
-        options = [self.system, self.temperature, self.top_k, self.top_p, self.max_tokens]
-        options += [self.seed, self.shade, self.file, row([self.save, self.load])]
-        settings = column(options, layout={"display": "none"})
-        show = {True: "flex", False: "none"}
-        self.more.observe(lambda c: settings.layout.set_trait("display", show[c.new]), "value")
-        style = ipywidgets.HTML(f"<style>{CHAT_CSS}</style>")
-        several = len(self.model.options) > 1
-        rows = column([self.rows, self.columns], layout={"flex": "0 0 auto", "width": "100%"})
-        talk = ipywidgets.Box([rows], layout=scroll)
-        buttons = [self.send, self.stop, self.again, self.clear]
-        buttons += [*([self.compare] if several else []), self.more]
-        parts = [style, *([self.model] if several else []), talk, self.status, self.box]
-        return column([*parts, row(buttons), settings])
+    def settings(self) -> ChatSettings:
+        """What the fields say."""
+        top_k, top_p = self.top_k.value or None, self.top_p.value if self.top_p.value < 1 else None
+        length, seed = self.max_tokens.value, self.seed.value
+        return ChatSettings(self.temperature.value, top_k, top_p, length, seed)
+
+    def set_busy(self, busy: bool) -> None:
+        """While a reply is being written only Stop can be clicked."""
+        self.stop.disabled = not busy
+        for one in (self.send, self.again, self.compare, self.clear, self.save, self.load):
+            one.disabled = busy
+
+
+def arrange(controls: ChatControls, talk: ipywidgets.Widget) -> ipywidgets.VBox:
+    """The whole widget: model, talk, status, message box, buttons, and settings on demand."""
+    c, row, column = controls, ipywidgets.HBox, ipywidgets.VBox
+    fields = [c.system, c.temperature, c.top_k, c.top_p, c.max_tokens, c.seed, c.shade, c.file]
+    settings = column([*fields, row([c.save, c.load])], layout={"display": "none"})
+    more = ipywidgets.ToggleButton(description="Settings", layout={"width": "auto"})
+    show = {True: "flex", False: "none"}
+    more.observe(lambda change: settings.layout.set_trait("display", show[change.new]), "value")
+    several = len(c.model.options) > 1
+    buttons = [c.send, c.stop, c.again, c.clear, *([c.compare] if several else []), more]
+    style = ipywidgets.HTML(f"<style>{CHAT_CSS}</style>")
+    parts = [style, *([c.model] if several else []), talk, c.status, c.box]
+    return column([*parts, row(buttons), settings])
+
+
+class ChatView:
+    """A session on the screen: bubbles, a status line, and the thread of the running reply."""
+
+    def __init__(
+        self,
+        session: ChatSession,
+        controls: ChatControls,
+        edit: Callable[[int], None],
+        refresh: float,
+    ) -> None:
+        self.session, self.controls, self.bubbles = session, controls, Bubbles(edit)
+        self.whole = arrange(controls, self.bubbles.view)
+        self.reply = ReplyThread(self._draw_last, self._done, refresh)
+        self.note, self.failure = "", ""
+        self.editing: int | None = None  # the question that Send will replace
+
+    def run(self, pieces: Iterator[Piece]) -> None:
+        """Note the question here, at once; leave the computing to a thread."""
+        next(pieces)
+        self.note = ""
+        self.draw()
+        self.controls.set_busy(True)
+        self.reply.start(pieces)
+
+    def _done(self, failure: str) -> None:
+        self.failure = failure
+        self.draw()
+        self.controls.set_busy(False)
+        answers = [f"{name}: {answer_text(c)}" for name, c in self.session.compared.items()]
+        self.controls.box.said = failure or "\n".join(answers) or last_answer(self.session)
+
+    def draw(self) -> None:
+        """Make bubbles and status agree with the session."""
+        self.bubbles.draw(self.session, self.controls.shade.value)
+        self.draw_status()
+
+    def _draw_last(self) -> None:
+        self.bubbles.draw_last(self.session, self.controls.shade.value)
+        self.draw_status()
+
+    def draw_status(self) -> None:
+        """The line below the talk: what failed, what is being edited, or how fast it went."""
+        session = self.session
+        editing = "editing an earlier question" if self.editing is not None else ""
+        speed = str(session.stats) if session.stats.tokens else ""
+        ends = {"cancelled": "stopped", "length": "cut at the length limit"}
+        end = ends.get(session.finish_reason, "")
+        words = [self.failure or editing, self.note or session.note, speed, end]
+        line = html.escape(" · ".join(word for word in words if word))
+        kind = "alert" if self.failure else "status"
+        self.controls.status.value = f'<div role="{kind}" aria-live="polite">{line}</div>'
 
 
 def name_engines(engines: Any) -> dict[str, Any]:
@@ -691,160 +861,7 @@ def name_engines(engines: Any) -> dict[str, Any]:
     return named
 
 
-class _ChatActions:
-    """What the buttons of a ChatWidget do; mixed into it below."""
-
-    def send(self) -> None:
-        """Send what stands in the box; after Edit it replaces that question."""
-        text, i = self.controls.box.value, self.editing
-        self._apply()
-        if self.busy or not text.strip():
-            raise UserError("Write a message first." if not self.busy else "Wait, or press Stop.")
-        self._start(self.session.send(text) if i is None else self.session.edit(i, text))
-        self.editing, self.controls.box.value = None, ""
-
-    def regenerate(self) -> None:
-        """Answer the last question again with the next seed."""
-        self._apply()
-        self._start(self.session.regenerate())
-
-    def compare(self) -> None:
-        """Ask all models what stands in the box, or the last question, side by side."""
-        self._apply()
-        self._start(self.session.compare(self.engines, self.controls.box.value))
-
-    def edit(self, i: int) -> None:
-        """Put question `i` into the box; Send then replaces it and all that followed."""
-        self.editing, self.controls.box.value = i, self.session.messages[i]["content"]
-        self._draw_status()
-
-    def clear(self) -> None:
-        """Forget the conversation."""
-        self.session.clear()
-        self.editing, self._note = None, ""
-        self.draw()
-
-    def save(self) -> None:
-        """Write the conversation to the file named in the settings."""
-        self._apply()
-        save_session(self.session, self.controls.file.value)
-        self._note = "Saved."
-
-    def load(self) -> None:
-        """Read a conversation from the file named in the settings."""
-        load_session(self.session, self.controls.file.value)
-        c, settings = self.controls, self.session.settings
-        c.system.value, c.temperature.value = self.session.system, settings.temperature
-        c.top_k.value, c.top_p.value = settings.top_k or 0, settings.top_p or 1.0
-        c.max_tokens.value, c.seed.value = settings.max_tokens, settings.seed
-        self.editing, self._note = None, "Loaded."
-        self.draw()
-
-    def _apply(self) -> None:
-        """Read model, system prompt and settings from the controls."""
-        if self.busy:
-            raise UserError("A reply is still being written: press Stop or wait for its end.")
-        c, engine = self.controls, self.engines[self.controls.model.value]
-        self.session.engine, self.session.tokenizer = engine, self.tokenizer or engine.tokenizer
-        self.session.system = c.system.value
-        top_p = c.top_p.value if c.top_p.value < 1 else None
-        self.session.settings = ChatSettings(
-            c.temperature.value, c.top_k.value or None, top_p, c.max_tokens.value, c.seed.value
-        )
-
-
-class _ChatDrawing:
-    """The thread and the status line of a ChatWidget; mixed into it below."""
-
-    @property
-    def busy(self) -> bool:
-        """True while a reply is being written."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the running reply is complete; False when `timeout` seconds pass first."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-        return not self.busy
-
-    def _start(self, pieces: Iterator[Piece]) -> None:
-        """Note the question here, at once; leave the computing to a thread."""
-        next(pieces)  # the piece "start": bad input fails here, and an early Stop is not lost
-        self._note, self._running = "", True
-        self.draw()
-        self._set_busy(True)
-        self._thread = threading.Thread(target=self._stream, args=(pieces,), daemon=True)
-        self._thread.start()
-
-    def _stream(self, pieces: Iterator[Piece]) -> None:
-        """The worker: let the session grow and redraw the last bubble every `refresh` seconds."""
-        drawn = 0.0
-        try:
-            for piece in pieces:
-                if piece.kind == "note":
-                    self._note = piece.text
-                elif time.perf_counter() - drawn >= self.refresh:
-                    self._draw_last()
-                    drawn = time.perf_counter()
-        except UserError as error:
-            self._failure = str(error)
-        except Exception as error:  # shown in the widget: a thread has no cell to fail in
-            self._failure = f"The engine failed: {type(error).__name__}: {error}"
-        finally:
-            self._running = False
-            self.draw()
-            self._set_busy(False)
-            self.controls.box.said = self._failure or last_answer(self.session)
-
-    def _set_busy(self, busy: bool) -> None:
-        c = self.controls
-        c.stop.disabled = not busy
-        for button in (c.send, c.again, c.compare, c.clear, c.save, c.load):
-            button.disabled = busy
-
-    def _draw_status(self) -> None:
-        """The line below the talk: what failed, what is being edited, or how fast it went."""
-        text = str(self.session.stats) if self.session.stats.tokens else ""
-        ends = {"cancelled": "stopped", "length": "cut at the length limit"}
-        why = "" if self._running else ends.get(self.session.finish_reason, "")
-        editing = "editing an earlier question" if self.editing is not None else ""
-        words = [self._failure or editing, self._note, text, why]
-        line = html.escape(" · ".join(word for word in words if word))
-        kind = "alert" if self._failure else "status"
-        self.controls.status.value = f'<div role="{kind}" aria-live="polite">{line}</div>'
-
-
-class _ChatBubbles:
-    """The rows of bubbles of a ChatWidget; mixed into it below."""
-
-    def draw(self) -> None:
-        """Make the bubbles agree with the session; rows that have not changed are kept."""
-        rows, messages = list(self.controls.rows.children), self.session.messages
-        for i in range(len(rows), len(messages)):
-            bubble = ipywidgets.HTML(layout={"flex": "1 1 auto", "min_width": "0"})
-            row = [bubble]
-            if i % 2 == 0:
-                row.append(self.controls._button("Edit", "Edit this question and ask again"))
-                row[1].on_click(lambda _, i=i: self._try(lambda: self.edit(i)))
-            rows.append(ipywidgets.HBox(row, layout={"flex": "0 0 auto", "align_items": "center"}))
-        for row, message in zip(rows, messages[:-1]):
-            row.children[0].value = bubble_html(message)  # nothing is sent if it is the same
-        self.controls.rows.children = rows[: len(messages)]
-        self._draw_last()
-
-    def _draw_last(self) -> None:
-        if self.session.messages:
-            shade = self.controls.shade.value and self.session.pieces
-            message = self.session.messages[-1]
-            value = tokens_html(self.session.pieces) if shade else bubble_html(message)
-            self.controls.rows.children[-1].children[0].value = value
-        compared = self.session.compared
-        columns = comparison_html(self.session.compared_text, compared) if compared else ""
-        self.controls.columns.value = columns
-        self._draw_status()
-
-
-class ChatWidget(_ChatActions, _ChatDrawing, _ChatBubbles):
+class ChatWidget:
     """A chat in a notebook cell, around one engine or several (`{"base": ..., "sft": ...}`).
 
     Put it last in a cell, or `display(widget)`. The session is `widget.session`; `wait()` waits for
@@ -860,19 +877,24 @@ class ChatWidget(_ChatActions, _ChatDrawing, _ChatBubbles):
         settings: ChatSettings | None = None,
         refresh: float = 0.05,
     ) -> None:
-        self.engines, self.tokenizer, self.refresh = name_engines(engines), tokenizer, refresh
+        self.engines, self.tokenizer = name_engines(engines), tokenizer
         first = next(iter(self.engines.values()))
         settings = (settings or ChatSettings()).check()
         self.session = ChatSession(first, tokenizer or first.tokenizer, system, settings)
         self.controls = ChatControls(list(self.engines), settings, system)
-        self.editing: int | None = None
-        self._thread: threading.Thread | None = None
-        self._note, self._failure, self._running = "", "", False
+        self.view = ChatView(
+            self.session, self.controls, lambda i: self._try(lambda: self.edit(i)), refresh
+        )
+        self.draw, self.wait = self.view.draw, self.view.reply.wait
         self._connect()
         self.draw()
 
+    @property
+    def busy(self) -> bool:
+        """True while a reply is being written."""
+        return self.view.reply.busy
+
     def _connect(self) -> None:
-        """Tie every control to its action; an error a user can mend becomes a line of text."""
         c = self.controls
         pairs = [(c.send, self.send), (c.stop, self.session.stop), (c.again, self.regenerate)]
         pairs += [(c.clear, self.clear), (c.save, self.save), (c.load, self.load)]
@@ -883,22 +905,111 @@ class ChatWidget(_ChatActions, _ChatDrawing, _ChatBubbles):
         c.shade.observe(lambda _: self.draw(), "value")
 
     def _try(self, action: Callable[[], None]) -> None:
+        self.view.failure = ""
         try:
-            self._failure = ""
             action()
         except UserError as error:
-            self._failure = str(error)
-        self._draw_status()
+            self.view.failure = str(error)
+        self.view.draw_status()
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        display(self.controls.view)
+        display(self.view.whole)
+
+
+def _apply(self: ChatWidget) -> None:
+    """Read model, system prompt and settings from the controls."""
+    if self.busy:
+        raise UserError("A reply is still being written: press Stop or wait for its end.")
+    engine = self.engines[self.controls.model.value]
+    self.session.engine, self.session.tokenizer = engine, self.tokenizer or engine.tokenizer
+    self.session.system = self.controls.system.value
+    self.session.settings = self.controls.settings()
+
+
+def _on_send(self: ChatWidget) -> None:
+    """Send what stands in the box; after Edit it replaces that question."""
+    self._apply()
+    text, i = self.controls.box.value, self.view.editing
+    if not text.strip():
+        raise UserError("Write a message first.")
+    self.view.run(self.session.send(text) if i is None else self.session.edit(i, text))
+    self.view.editing, self.controls.box.value = None, ""
+
+
+def _on_regenerate(self: ChatWidget) -> None:
+    """Answer the last question again with the next seed."""
+    self._apply()
+    self.view.run(self.session.regenerate())
+
+
+def _on_compare(self: ChatWidget) -> None:
+    """Ask all models what stands in the box, or the last question, side by side."""
+    self._apply()
+    self.view.run(self.session.compare(self.engines, self.controls.box.value))
+
+
+ChatWidget._apply, ChatWidget.send = _apply, _on_send
+ChatWidget.regenerate, ChatWidget.compare = _on_regenerate, _on_compare
+
+
+def _on_edit(self: ChatWidget, i: int) -> None:
+    """Put question `i` into the box; Send then replaces it and all that followed."""
+    self.view.editing, self.controls.box.value = i, self.session.messages[i]["content"]
+    self.view.draw_status()
+
+
+def _on_clear(self: ChatWidget) -> None:
+    """Forget the conversation."""
+    self.session.clear()
+    self.view.editing, self.view.note = None, ""
+    self.draw()
+
+
+def _on_save(self: ChatWidget) -> None:
+    """Write the conversation to the file named in the settings."""
+    self._apply()
+    save_session(self.session, self.controls.file.value)
+    self.view.note = "Saved."
+
+
+def _on_load(self: ChatWidget) -> None:
+    """Read a conversation from the file named in the settings."""
+    load_session(self.session, self.controls.file.value)
+    self.controls.show(self.session.settings, self.session.system)
+    self.view.editing, self.view.note = None, "Loaded."
+    self.draw()
+
+
+ChatWidget.edit, ChatWidget.clear = _on_edit, _on_clear
+ChatWidget.save, ChatWidget.load = _on_save, _on_load
 
 
 def plain_text(text: str) -> str:
     """Text without control characters (but with newlines and tabs): safe to print."""
     return "".join(c for c in text if c in "\n\t" or c.isprintable() or c.isspace() and c > "\x85")
+
+
+_KNOBS = {
+    "temperature": ("temperature", float),
+    "topk": ("top_k", int),
+    "topp": ("top_p", float),
+    "max": ("max_tokens", int),
+    "seed": ("seed", int),
+}
+
+
+def _change_setting(session: ChatSession, word: str, text: str) -> str:
+    """Set the knob behind `/word`; top-k 0 and top-p 1 mean "off". UserError for a bad value."""
+    name, kind = _KNOBS[word]
+    try:
+        value = kind(text)
+    except ValueError:
+        raise UserError(f"{name} needs a number; found {text!r:.40}.") from None
+    off = (name, value) in (("top_k", 0), ("top_p", 1.0))
+    session.settings = replace(session.settings, **{name: None if off else value}).check()
+    return f"{name} is {value} now."
 
 
 class _Commands:
@@ -908,11 +1019,14 @@ class _Commands:
         self.session, self.engines = session, engines
 
     def run(self, line: str) -> str:
-        name, _, argument = line[1:].partition(" ")
-        action = getattr(self, f"do_{name.lower()}", None)
+        word, _, argument = line[1:].partition(" ")
+        word, argument = word.lower(), argument.strip()
+        if word in _KNOBS:
+            return _change_setting(self.session, word, argument)
+        action = getattr(self, f"do_{word}", None)
         if action is None:
-            raise UserError(f"There is no command /{name}; /help lists them.")
-        return action(argument.strip())
+            raise UserError(f"There is no command /{word}; /help lists them.")
+        return action(argument)
 
     def do_help(self, _: str) -> str:
         return (
@@ -932,7 +1046,8 @@ class _Commands:
         if name:
             if name not in self.engines:
                 raise UserError(f"There is no model {name!r}; found {', '.join(self.engines)}.")
-            self.session.engine = self.engines[name]
+            engine = self.session.engine = self.engines[name]
+            self.session.tokenizer = getattr(engine, "tokenizer", None) or self.session.tokenizer
         mine = [n for n, engine in self.engines.items() if engine is self.session.engine]
         return f"Model {mine[0]} of {', '.join(self.engines)}."
 
@@ -945,23 +1060,9 @@ class _Commands:
         return f"Loaded {len(self.session.messages)} messages."
 
 
-def _change_setting(self: _Commands, argument: str, name: str, kind: type) -> str:
-    """Read one setting; top-k 0 and top-p 1 mean "off"."""
-    try:
-        value = kind(argument)
-    except ValueError:
-        raise UserError(f"{name} needs a number; found {argument!r:.40}.") from None
-    off = (name, value) in (("top_k", 0), ("top_p", 1.0))
-    changed = replace(self.session.settings, **{name: None if off else value})
-    self.session.settings = changed.check()
-    return f"{name} is {value} now."
-
-
-_Commands.do_temperature = lambda self, text: _change_setting(self, text, "temperature", float)
-_Commands.do_topk = lambda self, text: _change_setting(self, text, "top_k", int)
-_Commands.do_topp = lambda self, text: _change_setting(self, text, "top_p", float)
-_Commands.do_max = lambda self, text: _change_setting(self, text, "max_tokens", int)
-_Commands.do_seed = lambda self, text: _change_setting(self, text, "seed", int)
+def _write_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _print_reply(pieces: Iterator[Piece], write: Callable[[str], Any]) -> None:
@@ -991,14 +1092,13 @@ def terminal_chat(
     system: str = "",
     settings: ChatSettings | None = None,
     read: Callable[[str], str] = input,
-    write: Callable[[str], Any] | None = None,
+    write: Callable[[str], Any] = _write_now,
 ) -> str:
     """Chat in a terminal until /quit, Ctrl-D, or Ctrl-C at the prompt.
 
     With `prompt`, answer that one question and return. Returns the last answer's text.
     """
     engines = name_engines(engines)
-    write = write or _write_now
     engine = next(iter(engines.values()))
     session = ChatSession(engine, tokenizer or engine.tokenizer, system, settings)
     commands = _Commands(session, engines)
@@ -1025,8 +1125,3 @@ def terminal_chat(
             write("\n")
             break
     return last_answer(session)
-
-
-def _write_now(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from hostile import BODIES, HOSTILE
 from hypothesis import HealthCheck, given, settings, strategies as st
 from parrot import Gated, Parrot, small_tokenizer, wait_for
@@ -24,7 +25,10 @@ httpx = pytest.importorskip("httpx")
 
 from fastapi.testclient import TestClient  # noqa: E402
 
+from nanochat.chat import render_prompt  # noqa: E402
 from nanochat.common import UserError  # noqa: E402
+from nanochat.engine import Engine  # noqa: E402
+from nanochat.model import GPT, GPTConfig  # noqa: E402
 from nanochat.serve import (  # noqa: E402
     Limits,
     RemoteEngine,
@@ -288,7 +292,7 @@ names = [
     "seed",
     "n",
 ]
-names += ["stream", "stream_options", "stop", "logprobs", "messages", "prompt"]
+names += ["stream", "stream_options", "stop", "logprobs", "top_logprobs", "messages", "prompt"]
 SHARED = {}
 
 
@@ -790,6 +794,50 @@ def test_openai_stop_and_logprobs(openai_client):
     whole = web.chat.completions.create(**ASKED, logprobs=True, top_logprobs=2)
     rows = whole.choices[0].logprobs.content
     assert "".join(row.token for row in rows) == "the quick brown fox"
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_openai_top_logprobs_are_the_models_own(openai_client, windows):
+    more = dict(windows="SL", smear=True, value_embeddings=True) if windows else {}
+    tokenizer = small_tokenizer()
+    config = GPTConfig(tokenizer.vocab_size + 7, 64, 2, n_head=2, n_kv_head=2, n_embd=32, **more)
+    model = GPT(config).eval()
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    web = openai_client(Engine(model, tokenizer))
+    asked = {**ASKED, "temperature": 0, "max_tokens": 12, "logprobs": True}
+    whole = web.chat.completions.create(**asked, top_logprobs=3)
+    rows = whole.choices[0].logprobs.content
+    stream = web.chat.completions.create(**asked, top_logprobs=3, stream=True)
+    chunks = [chunk.choices[0].logprobs for chunk in stream]
+    streamed = [row for chunk in chunks if chunk for row in chunk.content]
+    assert rows == streamed and len(rows) > 1
+    prompt = render_prompt({"messages": ASKED["messages"]}, tokenizer)
+    answer = [t.id for t in Engine(model, tokenizer).generate(prompt, 12, temperature=0)]
+    logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+    expected = logits.detach().log_softmax(-1)[:, : tokenizer.vocab_size].topk(3)
+    for row, values, ids in zip(rows, *expected):
+        assert [top.token for top in row.top_logprobs] == [tokenizer.decode([i]) for i in ids]
+        assert [top.logprob for top in row.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
+        assert all(top.bytes == list(top.token.encode()) for top in row.top_logprobs)
+    all_twenty = web.chat.completions.create(**asked, top_logprobs=20).choices[0].logprobs.content
+    assert [row.top_logprobs[:3] for row in all_twenty] == [row.top_logprobs for row in rows]
+    assert {len(row.top_logprobs) for row in all_twenty} == {20}
+    plain = web.chat.completions.create(**asked, top_logprobs=0).choices[0].logprobs.content
+    assert [row.logprob for row in plain] == [row.logprob for row in rows]
+    assert not any(row.top_logprobs for row in plain)
+
+
+def test_top_logprobs_have_a_range_and_need_logprobs():
+    web = client()
+    for bad in ({"top_logprobs": 21}, {"top_logprobs": -1}, {"top_logprobs": True}):
+        assert error_of(web.post(CHAT, json=ask(logprobs=True, **bad)), 400)["param"] == (
+            "top_logprobs"
+        )
+    assert "logprobs: true" in error_of(web.post(CHAT, json=ask(top_logprobs=2)), 400)["message"]
+    rows = web.post(CHAT, json=ask(logprobs=True, top_logprobs=2)).json()["choices"][0]["logprobs"]
+    assert all(row["top_logprobs"] == [] for row in rows["content"])  # a parrot has no model
 
 
 def test_openai_errors_have_their_classes(openai_client):

@@ -12,6 +12,7 @@ from parrot import Gated, Parrot, Token, small_tokenizer, wait_for
 
 from nanochat import ui
 from nanochat.common import UserError
+from nanochat.tokenizer import Tokenizer
 from nanochat.ui import (
     MARKDOWN_TAGS,
     ChatSession,
@@ -452,14 +453,14 @@ def say(widget, text):
 
 
 def bubbles(widget):
-    return [row.children[0].value for row in widget.controls.rows.children]
+    return [row.children[0].value for row in widget.view.bubbles.rows.children]
 
 
 def test_widget_sends_and_shows_the_reply():
     widget = ChatWidget(Parrot())
     say(widget, "Hello <b>there</b>")
     assert "Hello &lt;b&gt;there" in bubbles(widget)[0]  # at once, before any token
-    assert widget.wait(5)
+    assert widget.wait(60)
     assert "You said: Hello &lt;b&gt;there" in bubbles(widget)[1]
     assert "tokens" in widget.controls.status.value and widget.controls.box.value == ""
     assert widget.controls.stop.disabled and not widget.controls.send.disabled
@@ -487,7 +488,7 @@ def test_widget_redraws_at_most_every_refresh():
     engine, values = Gated(delay=0.002), []
     widget = ChatWidget(engine, refresh=0.05)
     say(widget, "the quick brown fox " * 20)
-    widget.controls.rows.children[1].children[0].observe(lambda c: values.append(c), "value")
+    widget.view.bubbles.rows.children[1].children[0].observe(lambda c: values.append(c), "value")
     begin = time.perf_counter()
     engine.gate.set()
     assert widget.wait(60)
@@ -500,7 +501,7 @@ def test_widget_edit_regenerate_clear():
     for text in ("one", "two"):
         say(widget, text)
         widget.wait()
-    widget.controls.rows.children[0].children[1].click()  # Edit beside the first question
+    widget.view.bubbles.rows.children[0].children[1].click()  # Edit beside the first question
     assert widget.controls.box.value == "one" and "editing" in widget.controls.status.value
     say(widget, "ONE")
     widget.wait()
@@ -550,12 +551,13 @@ def test_widget_compares_models_side_by_side():
     widget.wait()
     widget.controls.compare.click()
     widget.wait()
-    shown = widget.controls.columns.value
+    shown = widget.view.bubbles.columns.value
     assert "base &lt;b&gt;</b>" in shown and "I am base" in shown and "used the calculator" in shown
+    assert widget.controls.box.said == "base <b>: I am base\nsft: It is 36."
     assert len(bubbles(widget)) == 2
     say(widget, "next")
     widget.wait()
-    assert widget.controls.columns.value == "" and len(bubbles(widget)) == 4
+    assert widget.view.bubbles.columns.value == "" and len(bubbles(widget)) == 4
 
 
 def test_widget_folds_tool_calls_and_shades_tokens():
@@ -658,6 +660,23 @@ def test_terminal_commands(tmp_path):
     for words in ("needs a number", "top_k must be", "no command /nonsense", "no model 'gpt9'"):
         assert words in out
     assert "does not exist" in out
+
+
+def test_terminal_changes_the_tokenizer_with_the_model():
+    other = Parrot(reply="the quick brown fox")
+    other.tokenizer = Tokenizer.train(["the quick brown fox and the hen"] * 4, 280)
+    answer, _ = talk({"base": Parrot(), "sft": other}, ["/model sft", "who?"])
+    assert answer == "the quick brown fox"
+    assert "who?" in other.tokenizer.decode(other.calls[0]["ids"])
+
+
+@pytest.mark.parametrize("end, heard", [([], ""), (["the hen"], "the hen")])
+def test_terminal_ends_after_loading_plain_text(tmp_path, end, heard):
+    talked = [{"role": "user", "content": "who?"}]
+    talked += [{"role": "assistant", "content": text} for text in end]
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"format": "nanochat conversation", "messages": talked}))
+    assert talk(Parrot(), [f"/load {path}", "/quit"])[0] == heard
 
 
 def test_terminal_ctrl_c_stops_the_reply_only():
