@@ -3,6 +3,7 @@
 import base64
 import json
 import zlib
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -21,6 +22,7 @@ from book.printing import (
 )
 from book.running import execute, run
 
+ROOT = Path(__file__).parent.parent
 CIRCLE = "chapters/00_circle.ipynb"
 
 
@@ -175,3 +177,9 @@ plt.show()"""
     assert not done.failure
     shown = normalise(executed.cells[-1].outputs, {})
     assert [o["metadata"] for o in shown] == [{"image/png": {"alt": "an empty square"}}, {}]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "chapters").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_every_picture_of_the_book_has_alt_text(path):
+    shown = [o for cell in outputs(path) for o in cell if "image/png" in o.get("data", {})]
+    assert shown and all(o["metadata"]["image/png"]["alt"] for o in shown)
