@@ -1783,9 +1783,11 @@ for stage, train_on in (("Midtraining", "all"), ("Fine-tuning", "assistant")):
 
 # %%
 batches = ConversationBatches(mixture, tokenizer, batch_size, seq_len, "assistant", seed=seed)
+n_rows = 0
 while batches.epoch == 0:
-    batches.next()
+    n_rows += len(batches.next()[0])
 print(f"packed: {batches.padding / batches.tokens:.1%} padding, {batches.stream.truncated} cut")
+print(f"an epoch: {n_rows} rows, {estimate_rows(mixture, tokenizer, seq_len)} by the estimate")
 
 # %%
 #| test
