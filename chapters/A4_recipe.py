@@ -447,8 +447,8 @@ PROFILES: dict[str, dict[str, Any]] = {
 # %% [markdown]
 r"""
 Runs on GPUs train the modern model. `laptop` stays with the classic one, the one that the chapters
-build first. The modern one gets further in the same time: up to a tenth fewer bits per byte, and nine
-sums of ten right after fine-tuning, before reinforcement learning has begun
+build first. The modern one gets further in the same time: up to a tenth fewer bits per byte, and
+nine sums of ten right after fine-tuning, before reinforcement learning has begun
 (`benchmarks/RESULTS.md`). On a laptop we want to see every stage at work; `model=modern` asks for
 the better model.
 """
