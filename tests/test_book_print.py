@@ -3,11 +3,10 @@
 import base64
 import json
 import zlib
-from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import write_sample
+from conftest import ROOT, write_sample
 
 from book.contents import content_files
 from book.manuscript import BookError, load_book, read_cells
@@ -22,7 +21,6 @@ from book.printing import (
 )
 from book.running import execute, run
 
-ROOT = Path(__file__).parent.parent
 CIRCLE = "chapters/00_circle.ipynb"
 
 

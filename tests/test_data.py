@@ -138,11 +138,7 @@ def test_split_names():
         "val": ["d/validation-0.parquet"],
     }
     assert split_shards(["trainer.parquet", "values.parquet"])["val"] == ["values.parquet"]
-    nameless = [
-        "part-0",
-        "part-1",
-        "part-2",
-    ]  # beside them, what says val or test is not trained on
+    nameless = ["part-0", "part-1", "part-2"]  # what says val or test is not trained on
     assert split_shards([*nameless, "test-0"]) == {"train": nameless[:2], "val": nameless[2:]}
     assert split_shards([*nameless, "val-0", "test"]) == {"train": nameless, "val": ["val-0"]}
     assert split_shards([]) == {"train": [], "val": []}
