@@ -715,20 +715,20 @@ class ToolCalls:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        self.start, self.end = map(tokenizer.special, ("python_start", "python_end"))
         self.expression: list[int] | None = None  # ids since python_start; None outside of a call
 
     def push(self, id: int) -> list[int]:
         """Take one id; return the ids to force next: none unless it closes a call with a value."""
-        special = self.tokenizer.special
-        if id == special("python_start"):
+        if id == self.start:
             self.expression = []
         elif self.expression is None:
             return []
-        elif id == special("python_end"):
+        elif id == self.end:
             value = calculate(self.tokenizer.decode(self.expression))
             self.expression = None
             if value is not None:
-                output = self.tokenizer.encode(value)
+                output, special = self.tokenizer.encode(value), self.tokenizer.special
                 return [special("output_start"), *output, special("output_end")]
         else:
             self.expression.append(id)
@@ -971,9 +971,9 @@ class RingCache:
 # %% [markdown]
 r"""
 Two more moves. Rows come in together, from a `KVCache`, where their prompts were read, or from
-another ring. A shorter row brings along what stood before it, which its length hides. And a row goes
-out into a `KVCache`, to be kept. A ring that has forgotten old tokens leaves zeros there; no window
-reaches them.
+another ring. A shorter row brings along what stood before it, which its length hides. And a row
+goes out into a `KVCache`, to be kept. A ring that has forgotten old tokens leaves zeros there; no
+window reaches them.
 """
 
 
@@ -1087,6 +1087,51 @@ def choose(
     return ids, chosen - logits.logsumexp(dim=-1)
 
 
+# %% [markdown]
+r"""
+What a step has chosen must come to Python. It travels in a slot of memory that a GPU can write to
+(*pinned*), with a flag (an *event*) that goes up when it is there. Ids and log-probabilities go
+together, as float64, which holds both exactly. There are two slots; why, we shall see.
+"""
+
+
+# %%
+#| export engine
+class Post:
+    """Carries what steps have chosen from the device to Python; two steps may be under way."""
+
+    def __init__(self, n_rows: int, device: torch.device):
+        gpu = device.type == "cuda"
+        kind = dict(dtype=torch.float64, pin_memory=gpu)
+        self.device, self.sent = device, deque()
+        slots = [torch.zeros(2, n_rows, **kind) for _ in range(2)]
+        self.free = deque((slot, torch.cuda.Event() if gpu else None) for slot in slots)
+
+    def send(self, results: Tensor, live: list[tuple[int, Row]]) -> None:
+        """Send for the results (2, B) of a step of these seats and rows, and do not wait."""
+        slot, event = self.free.popleft()
+        slot.copy_(results, non_blocking=True)
+        if event:
+            event.record(torch.cuda.current_stream(self.device))
+        self.sent.append((live, slot, event))
+
+    def receive(self) -> None:
+        """Wait for the oldest results, and let each row that has not ended take its token."""
+        live, slot, event = self.sent.popleft()
+        if event:
+            event.synchronize()
+        ids, logprobs = slot.tolist()
+        self.free.append((slot, event))
+        for b, row in live:
+            if not row.finish_reason:
+                row.take(int(ids[b]), logprobs[b])
+
+    def clear(self) -> None:
+        """Let go of what is under way."""
+        self.free.extend(sent[1:] for sent in self.sent)
+        self.sent.clear()
+
+
 # %%
 #| export engine
 class Batch:
@@ -1191,18 +1236,18 @@ print(f"{counter.count} operations for {n_layer} layers")
 
 # %% [markdown]
 r"""
-On a GPU Python only *asks*: it puts an operation into a queue, which takes some five microseconds,
-and goes on. A model of 24 layers is asked for about a thousand operations a step, so five
-milliseconds pass in Python, while the GPU needs half of one for the work.
+On a GPU Python only *asks*: it puts an operation into a queue, which takes some microseconds, and
+goes on. A step of 24 layers is about a thousand operations, so several milliseconds pass in Python,
+while the GPU could do the work in half of one.
 
 Our step always does the same operations on the same memory. So CUDA can **record** them, while
 Python asks for them once, and **replay** the whole queue at a single request. Such a recording is a
 *CUDA graph*. The conditions are those that `advance` keeps: no result may be looked at, nothing may
 come from Python, and what goes in and out has a fixed place.
 
-Before it is recorded a step is rehearsed once, on another stream, because first calls load kernels and take
-memory. The rehearsal must leave no trace. The small tensors are put back, and what was written into
-the cache lies in the slot that the real step writes next.
+Before it is recorded a step is rehearsed once, on another stream, because first calls load programs
+and take memory. The rehearsal must leave no trace. The small tensors are put back, and what was
+written into the cache lies in the slot that the real step writes next.
 """
 
 
@@ -1243,9 +1288,9 @@ def record(batch: Batch, effort: int) -> Callable[[], None]:
 
 # %% [markdown]
 r"""
-This takes a tenth of a second. A compiler (`torch.compile`) would also merge small operations into few.
-We tried it: on a CPU, 3.04 ms a step in place of 3.20, after 33 seconds of compiling
-(`benchmarks/RESULTS.md`). It is not worth the wait, nor a second way of doing the same.
+Recording takes little more than the step itself. A compiler (`torch.compile`) would also merge
+small operations into few. We tried it: on a CPU a step took 3.04 ms in place of 3.20, after 33
+seconds of compiling (`benchmarks/RESULTS.md`). We leave it out.
 
 ### One step late
 
@@ -1290,48 +1335,7 @@ What if the token of step $n$ ended its row? Then step $n + 1$ has read that las
 one too many, which nobody takes. The last token's key and value are right, and a chat that goes on
 needs them anyway. What if step $n$ opened a tool call? Nothing happens before the call is *closed*,
 which is a step later at the earliest; so rows inside a call wait for each token.
-
-Results travel in two slots of memory that the GPU can write to (*pinned*), with a flag (an event)
-that it raises when they are there. Ids and log-probabilities go together, as float64, which holds
-both exactly.
 """
-
-
-# %%
-#| export engine
-class Post:
-    """Carries what steps have chosen from the device to Python; two steps may be under way."""
-
-    def __init__(self, n_rows: int, device: torch.device):
-        gpu = device.type == "cuda"
-        kind = dict(dtype=torch.float64, pin_memory=gpu)
-        self.device, self.sent = device, deque()
-        slots = [torch.zeros(2, n_rows, **kind) for _ in range(2)]
-        self.free = deque((slot, torch.cuda.Event() if gpu else None) for slot in slots)
-
-    def send(self, results: Tensor, live: list[tuple[int, Row]]) -> None:
-        """Send for the results (2, B) of a step of these seats and rows, and do not wait."""
-        slot, event = self.free.popleft()
-        slot.copy_(results, non_blocking=True)
-        if event:
-            event.record(torch.cuda.current_stream(self.device))
-        self.sent.append((live, slot, event))
-
-    def receive(self) -> None:
-        """Wait for the oldest results, and let each row that has not ended take its token."""
-        live, slot, event = self.sent.popleft()
-        if event:
-            event.synchronize()
-        ids, logprobs = slot.tolist()
-        self.free.append((slot, event))
-        for b, row in live:
-            if not row.finish_reason:
-                row.take(int(ids[b]), logprobs[b])
-
-    def clear(self) -> None:
-        """Let go of what is under way."""
-        self.free.extend(sent[1:] for sent in self.sent)
-        self.sent.clear()
 
 
 # %%
@@ -1560,8 +1564,8 @@ class Door:
 r"""
 Then the table. Who has finished frees a seat. When the table is too small, or far too large,
 everybody moves to another one. Sizes come from a short list, 1, 2, 3, 4, 6, 8, 12, 16, ..., so that
-moves are rare. Where every size costs a recording the list is shorter still, and tables are kept for
-the next time, the last used ones: all that are kept hold no more tokens than one full table.
+moves are rare. Where every size costs a recording the list is shorter still, and the tables used
+last are kept for the next time, as many as hold no more tokens than one full table.
 """
 
 
@@ -1633,7 +1637,7 @@ class Table(Seats):
         self.batch.put(free[: len(rows)], rows, cache, numbers)
 
     def step(self, late: bool) -> None:
-        """Begin a step where we may, and give every row a token: with `late`, of the step before."""
+        """Begin a step if we may, and give every row a token: with `late`, of the step before."""
         batch, live, waiting = self.batch, self.batch.live(), len(self.batch.post.sent)
         slots = batch.cache.size
         if live and not waiting and max(row.n_read for _, row in live) >= slots:

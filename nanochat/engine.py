@@ -469,6 +469,41 @@ def choose(
     return ids, chosen - logits.logsumexp(dim=-1)
 
 
+class Post:
+    """Carries what steps have chosen from the device to Python; two steps may be under way."""
+
+    def __init__(self, n_rows: int, device: torch.device):
+        gpu = device.type == "cuda"
+        kind = dict(dtype=torch.float64, pin_memory=gpu)
+        self.device, self.sent = device, deque()
+        slots = [torch.zeros(2, n_rows, **kind) for _ in range(2)]
+        self.free = deque((slot, torch.cuda.Event() if gpu else None) for slot in slots)
+
+    def send(self, results: Tensor, live: list[tuple[int, Row]]) -> None:
+        """Send for the results (2, B) of a step of these seats and rows, and do not wait."""
+        slot, event = self.free.popleft()
+        slot.copy_(results, non_blocking=True)
+        if event:
+            event.record(torch.cuda.current_stream(self.device))
+        self.sent.append((live, slot, event))
+
+    def receive(self) -> None:
+        """Wait for the oldest results, and let each row that has not ended take its token."""
+        live, slot, event = self.sent.popleft()
+        if event:
+            event.synchronize()
+        ids, logprobs = slot.tolist()
+        self.free.append((slot, event))
+        for b, row in live:
+            if not row.finish_reason:
+                row.take(int(ids[b]), logprobs[b])
+
+    def clear(self) -> None:
+        """Let go of what is under way."""
+        self.free.extend(sent[1:] for sent in self.sent)
+        self.sent.clear()
+
+
 class Batch:
     """What the device holds of rows that decode together. Seats without a row are None."""
 
@@ -565,41 +600,6 @@ def record(batch: Batch, effort: int) -> Callable[[], None]:
             graph.capture_end()
     now.wait_stream(side)
     return graph.replay
-
-
-class Post:
-    """Carries what steps have chosen from the device to Python; two steps may be under way."""
-
-    def __init__(self, n_rows: int, device: torch.device):
-        gpu = device.type == "cuda"
-        kind = dict(dtype=torch.float64, pin_memory=gpu)
-        self.device, self.sent = device, deque()
-        slots = [torch.zeros(2, n_rows, **kind) for _ in range(2)]
-        self.free = deque((slot, torch.cuda.Event() if gpu else None) for slot in slots)
-
-    def send(self, results: Tensor, live: list[tuple[int, Row]]) -> None:
-        """Send for the results (2, B) of a step of these seats and rows, and do not wait."""
-        slot, event = self.free.popleft()
-        slot.copy_(results, non_blocking=True)
-        if event:
-            event.record(torch.cuda.current_stream(self.device))
-        self.sent.append((live, slot, event))
-
-    def receive(self) -> None:
-        """Wait for the oldest results, and let each row that has not ended take its token."""
-        live, slot, event = self.sent.popleft()
-        if event:
-            event.synchronize()
-        ids, logprobs = slot.tolist()
-        self.free.append((slot, event))
-        for b, row in live:
-            if not row.finish_reason:
-                row.take(int(ids[b]), logprobs[b])
-
-    def clear(self) -> None:
-        """Let go of what is under way."""
-        self.free.extend(sent[1:] for sent in self.sent)
-        self.sent.clear()
 
 
 def runs_on(row: Row, slots: int) -> bool:
@@ -840,7 +840,7 @@ class Table(Seats):
         self.batch.put(free[: len(rows)], rows, cache, numbers)
 
     def step(self, late: bool) -> None:
-        """Begin a step where we may, and give every row a token: with `late`, of the step before."""
+        """Begin a step if we may, and give every row a token: with `late`, of the step before."""
         batch, live, waiting = self.batch, self.batch.live(), len(self.batch.post.sent)
         slots = batch.cache.size
         if live and not waiting and max(row.n_read for _, row in live) >= slots:

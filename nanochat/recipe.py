@@ -66,7 +66,7 @@ from nanochat.distributed import (
     launch,
     shard_model,
 )
-from nanochat.engine import Engine
+from nanochat.engine import Engine, prepared_copy
 from nanochat.evaluation import bits_per_byte, evaluate_core, tinyworld_core
 from nanochat.finetune import (
     ConversationBatches,
@@ -550,8 +550,13 @@ class Run:
         """Load a stage's model, ready to chat; it may `remember` prompts (chapter 8)."""
         use_mine(self.recipe)
         device = pick_device(self.recipe.device)
-        model = self.checkpoint(stage, device).model.eval()
-        model.compute_dtype = compute_dtype(self.recipe, device)
+        model, dtype = (
+            self.checkpoint(stage, device).model.eval(),
+            compute_dtype(self.recipe, device),
+        )
+        model.compute_dtype = dtype
+        if device.type == "cuda":  # weights of half the bytes, as a rule
+            model = prepared_copy(model, dtype)
         return Engine(model, self.tokenizer(), remember=remember)
 
 
@@ -1118,10 +1123,12 @@ def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
     recipe, stage = run.recipe, Training(run, "rl", world)
     if stage.kept.get("result"):  # killed between its last checkpoint and its mark
         return stage.kept["result"]
-    engine = Engine(stage.model, stage.tokenizer)
+    copied = compute_dtype(recipe, stage.device) if stage.device.type == "cuda" else None
+    engine = Engine(stage.model, stage.tokenizer, copied)
     tests = rl_problems(recipe, "test", stage.tokenizer)[: max(1, recipe.exam_items // 2)]
 
     def evaluate(step: int) -> dict[str, float]:
+        engine.refresh()
         options = dict(samples=8, max_tokens=recipe.max_tokens, world=stage.world)
         return evaluate_pass(engine, tests, **options)
 

@@ -345,7 +345,7 @@ def test_a_rehearsal_leaves_no_trace(kind):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Steps that are rehearsed and "recorded" as on a GPU; returns (rows, slots, effort) of each."""
+    """Steps are rehearsed and "recorded" as on a GPU: a list of their (rows, slots, effort)."""
     recordings = []
 
     def record(batch, effort):
@@ -360,7 +360,7 @@ def recorded(monkeypatch):
 @KINDS
 def test_an_engine_that_records_writes_the_same(kind, recorded):
     engine = Engine(MODELS[kind], TOKENIZER, max_batch=4, graph=True, late=True)
-    asked = [[1, 2, 3], [4] * 7, [5, 6]]
+    asked, count = [[1, 2, 3], [4] * 7, [5, 6]], 0
     for number in range(3):  # from the second time on the batches are used again
         done = engine.generate_batch(asked, 12, temperature=0.0, tools=False)
         for prompt, completion in zip(asked, done):
