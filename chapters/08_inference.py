@@ -1141,6 +1141,7 @@ class Batch:
         device, dtype, seq_len = model.device, model.compute_dtype, model.config.seq_len
         self.model, self.rows = model, [None] * n_rows
         self.cache = RingCache(model.config, n_rows, size, device, dtype)
+        self.decode: Callable[[Tensor], Tensor] | None = None  # does all that the model does
         self.ids = torch.zeros(n_rows, dtype=torch.int64, device=device)  # chosen, not yet read
         self.made = torch.zeros_like(self.ids)  # tokens chosen so far
         self.forced, self.forcing = torch.full_like(self.ids, -1), False
@@ -1171,8 +1172,11 @@ class Batch:
 
     def advance(self, effort: int) -> None:
         """Read one token of every row and choose the next, without a word to Python."""
-        self.cache.prepare()
-        logits = self.model(self.ids[:, None], kv_cache=self.cache, last_only=True)[:, -1]
+        if self.decode:
+            logits = self.decode(self.ids)  # (B, V)
+        else:
+            self.cache.prepare()
+            logits = self.model(self.ids[:, None], kv_cache=self.cache, last_only=True)[:, -1]
         place = self.made.clamp(max=self.uniforms.size(1) - 1)[:, None]
         uniform = self.uniforms.gather(1, place).squeeze(1)
         ids, logprobs = choose(logits, self.knobs, uniform, self.counts, self.forced, effort)
@@ -1277,6 +1281,7 @@ def record(batch: Batch, effort: int) -> Callable[[], None]:
     side.wait_stream(now)
     with torch.cuda.stream(side):
         rehearse(batch, effort)
+        torch.cuda.empty_cache()  # what is free may be needed, and cannot be had while recording
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             batch.advance(effort)  # recorded, not run
@@ -1637,7 +1642,7 @@ class Table(Seats):
         self.batch.put(free[: len(rows)], rows, cache, numbers)
 
     def step(self, late: bool) -> None:
-        """Begin a step if we may, and give every row a token: with `late`, of the step before."""
+        """Begin a step if we may, and give every row a token: with `late` the last."""
         batch, live, waiting = self.batch, self.batch.live(), len(self.batch.post.sent)
         slots = batch.cache.size
         if live and not waiting and max(row.n_read for _, row in live) >= slots:

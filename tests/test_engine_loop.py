@@ -21,6 +21,7 @@ from test_engine import (
     random_model,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import nanochat.engine as engine_module
 from nanochat.common import UserError
@@ -38,6 +39,7 @@ from nanochat.engine import (
     rehearse,
     row_probabilities,
 )
+from nanochat.model import GPT, GPTConfig
 
 MODEL = MODELS["classic"]
 KINDS = pytest.mark.parametrize("kind", MODELS)
@@ -330,6 +332,43 @@ def test_a_step_asks_nothing_and_moves_nothing(kind, effort):
     assert any(len(ids) > 6 for ids in expected)
     for id, ids in zip(batch.ids.tolist(), expected):
         assert len(ids) <= 6 or id == ids[6]
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses tensors of the CPU among those of the device "meta"."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        found = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        assert {x.device.type for x in found} <= {"meta"}, func
+        return out
+
+
+@pytest.mark.parametrize("effort", [0, 1, 2])
+@pytest.mark.parametrize("make", [GPTConfig.classic, GPTConfig.modern])
+def test_a_step_brings_nothing_from_the_host(make, effort):
+    with torch.device("meta"):
+        model = GPT(make(2, V, 2048))
+    batch = Batch(model, 3, 1024, V)
+    with torch.inference_mode(), OneDevice():
+        batch.advance(effort)
+
+
+@KINDS
+def test_a_decoder_takes_the_place_of_the_model(kind):
+    batch, expected = seated(kind)
+    with torch.inference_mode():
+        model, batch.model = batch.model, None
+
+        def decode(ids):
+            batch.cache.prepare()
+            return model(ids[:, None], kv_cache=batch.cache)[:, 0]
+
+        batch.decode = decode
+        rehearse(batch, 0)
+        batch.advance(0)
+    for id, ids in zip(batch.ids.tolist(), expected):
+        assert len(ids) < 2 or id == ids[1]
 
 
 @KINDS
