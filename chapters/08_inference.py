@@ -1293,9 +1293,9 @@ def record(batch: Batch, effort: int) -> Callable[[], None]:
 
 # %% [markdown]
 r"""
-Recording takes little more than the step itself. A compiler (`torch.compile`) would also merge
-small operations into few. We tried it: on a CPU a step took 3.04 ms in place of 3.20, after 33
-seconds of compiling (`benchmarks/RESULTS.md`). We leave it out.
+A recording takes the time of some plain steps, once for each table and effort. A compiler
+(`torch.compile`) would also merge small operations into few. We tried it: on a CPU a step took 3.04
+ms in place of 3.20, after 33 seconds of compiling (`benchmarks/RESULTS.md`). We leave it out.
 
 ### One step late
 
@@ -1642,7 +1642,7 @@ class Table(Seats):
         self.batch.put(free[: len(rows)], rows, cache, numbers)
 
     def step(self, late: bool) -> None:
-        """Begin a step if we may, and give every row a token: with `late` the last."""
+        """Begin a step if we may, and take the tokens of it, or with `late` of the one before."""
         batch, live, waiting = self.batch, self.batch.live(), len(self.batch.post.sent)
         slots = batch.cache.size
         if live and not waiting and max(row.n_read for _, row in live) >= slots:

@@ -845,7 +845,7 @@ class Table(Seats):
         self.batch.put(free[: len(rows)], rows, cache, numbers)
 
     def step(self, late: bool) -> None:
-        """Begin a step if we may, and give every row a token: with `late` the last."""
+        """Begin a step if we may, and take the tokens of it, or with `late` of the one before."""
         batch, live, waiting = self.batch, self.batch.live(), len(self.batch.post.sent)
         slots = batch.cache.size
         if live and not waiting and max(row.n_read for _, row in live) >= slots:
