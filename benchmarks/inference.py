@@ -41,11 +41,13 @@ def parse() -> argparse.Namespace:
 
 def random_model(config: GPTConfig, device: torch.device) -> GPT:
     """Return a model whose weights are all non-zero."""
-    model = GPT(config)
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device).restore_angles()
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(0, 0.02)
-    return model.to(device)
+    return model
 
 
 @torch.inference_mode()
