@@ -681,7 +681,8 @@ of a task have the same shots, all of them do.
 
 Groups of about equal beginnings are then read together, cut to the shortest of them. What was cut
 off is read with the rest, so there is no padding on the left at all. A row alone in its group
-shares with nobody and is read whole.
+shares with nobody and is read whole; so are rows that share a few tokens only, which are not worth
+a pass of their own.
 """
 
 
@@ -693,6 +694,9 @@ class Group:
 
     shared: int
     rows: list[int]
+
+
+LEAST = 16  # tokens; a shorter beginning is not worth a pass of its own
 
 
 def shared_groups(rows: list[Row]) -> list[Group]:
@@ -714,7 +718,8 @@ def shared_groups(rows: list[Row]) -> list[Group]:
                 continue
         groups.append(Group(shared, [i]))
     for group in groups:
-        group.shared = group.shared if len(group.rows) > 1 else 0
+        if len(group.rows) == 1 or group.shared < LEAST:
+            group.shared = 0
     return sorted(groups, key=lambda group: -group.shared)
 
 
@@ -725,13 +730,13 @@ def group_batches(groups: list[Group], batch_tokens: int) -> Iterator[list[Group
     while groups:
         longest = groups[0].shared
         most = max(1, batch_tokens // max(longest, 1))
-        least = min(longest - 16, longest * 0.8)
+        least = min(longest - LEAST, longest * 0.8)
         near = [group for group in groups[:most] if group.shared >= least]
         yield near
         groups = groups[len(near) :]
 
 
-KEPT = 8  # a batch may have this many times as many tokens in its cache as it reads
+KEPT = 4  # a batch may have this many times as many tokens in its cache as it reads
 
 
 def length_batches(lengths: list[int], batch_tokens: int, shared: int = 0) -> Iterator[list[int]]:
@@ -916,7 +921,8 @@ def prepare(
     texts = [render(task, index) for index in numbers]
     flat = [text for several in texts for text in several]
     encoded = tokenizer.encode_batch(flat, bos=True, num_threads=usable_cores())
-    ids = map(np.array, encoded)
+    encoded = [np.array(ids) for ids in encoded]  # millions of tokens: lists would be slow
+    ids = iter(encoded)
     groups = [spans(task.kind, [next(ids) for _ in several]) for several in texts]
     return numbers, [[crop(row, seq_len) for row in group] for group in groups]
 

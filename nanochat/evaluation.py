@@ -29,6 +29,7 @@ __all__ = [
     "KEPT",
     "KERNELS",
     "KINDS",
+    "LEAST",
     "OPTIONS",
     "Prefix",
     "Row",
@@ -312,6 +313,9 @@ class Group:
     rows: list[int]
 
 
+LEAST = 16  # tokens; a shorter beginning is not worth a pass of its own
+
+
 def shared_groups(rows: list[Row]) -> list[Group]:
     """Put rows that begin alike into groups, each row into one; the longest beginnings first.
 
@@ -331,7 +335,8 @@ def shared_groups(rows: list[Row]) -> list[Group]:
                 continue
         groups.append(Group(shared, [i]))
     for group in groups:
-        group.shared = group.shared if len(group.rows) > 1 else 0
+        if len(group.rows) == 1 or group.shared < LEAST:
+            group.shared = 0
     return sorted(groups, key=lambda group: -group.shared)
 
 
@@ -340,13 +345,13 @@ def group_batches(groups: list[Group], batch_tokens: int) -> Iterator[list[Group
     while groups:
         longest = groups[0].shared
         most = max(1, batch_tokens // max(longest, 1))
-        least = min(longest - 16, longest * 0.8)
+        least = min(longest - LEAST, longest * 0.8)
         near = [group for group in groups[:most] if group.shared >= least]
         yield near
         groups = groups[len(near) :]
 
 
-KEPT = 8  # a batch may have this many times as many tokens in its cache as it reads
+KEPT = 4  # a batch may have this many times as many tokens in its cache as it reads
 
 
 def length_batches(lengths: list[int], batch_tokens: int, shared: int = 0) -> Iterator[list[int]]:
@@ -462,7 +467,8 @@ def prepare(
     texts = [render(task, index) for index in numbers]
     flat = [text for several in texts for text in several]
     encoded = tokenizer.encode_batch(flat, bos=True, num_threads=usable_cores())
-    ids = map(np.array, encoded)
+    encoded = [np.array(ids) for ids in encoded]  # millions of tokens: lists would be slow
+    ids = iter(encoded)
     groups = [spans(task.kind, [next(ids) for _ in several]) for several in texts]
     return numbers, [[crop(row, seq_len) for row in group] for group in groups]
 
