@@ -174,6 +174,29 @@ def test_a_beginning_is_read_once(model, tokenizer):
     assert counted.read <= 89 + 80 * 5
 
 
+def test_a_batch_keeps_few_tokens_and_reads_few():
+    """Many short rests after long beginnings: the cache is bounded, and so is what is read."""
+    batches = list(ev.length_batches([3] * 1000, batch_tokens=600, shared=97))
+    assert all(len(batch) * 100 <= ev.KEPT * 600 for batch in batches)
+    assert len(batches) == -(-1000 // (ev.KEPT * 6))
+
+
+def test_rows_made_ahead_are_the_same_and_errors_arrive():
+    made = []
+
+    def items():
+        for i in range(5):
+            made.append(i)
+            yield i
+        raise ValueError("no more")
+
+    ahead, got = ev.one_ahead(items()), []
+    with pytest.raises(ValueError, match="no more"):
+        for item in ahead:
+            got.append(item)
+    assert got == made == list(range(5))
+
+
 @given(
     st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=12),
     st.randoms(use_true_random=False),
