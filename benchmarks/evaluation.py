@@ -65,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=8192, help="of the tokenizer to train")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--batch-tokens", type=int, help="read at once; default: the scorer's")
     parser.add_argument("--cpu-time", action="store_true", help="for a CPU with other work on it")
     parser.add_argument("--exact", action="store_true", help="compare decisions in float32 too")
     parser.add_argument("--full", action="store_true", help="time every item the fast way")
@@ -129,18 +130,20 @@ def compared(one: list[dict], other: list[dict], tolerance: float) -> dict[str, 
 
 
 def measure(
-    model: GPT, tokenizer: Tokenizer, tasks: list[Task], n: int, clock: Callable[[], float]
+    model: GPT, tokenizer: Tokenizer, tasks: list[Task], args: argparse.Namespace
 ) -> dict[str, dict]:
-    """Score n items of each task in every way: milliseconds an item, and how decisions compare."""
+    """Score some items of each task in every way: milliseconds each, and how decisions compare."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    ways = {way: {**how, "batch_tokens": args.batch_tokens} for way, how in WAYS.items()}
     tolerance = 1e-4 if model.compute_dtype == torch.float32 else 0.05
-    for how in WAYS.values():  # warm up
+    for how in ways.values():  # warm up
         for task in tasks[:: max(1, len(tasks) // 5)]:
             decisions(model, tokenizer, replace(task, items=task.items[:12]), how, clock)
     rows = {}
     for task in tasks:
-        some = replace(task, items=task.items[: max(n, task.shots + 1)])
+        some = replace(task, items=task.items[: max(args.items, task.shots + 1)])
         took, found = {}, {}
-        for way, how in WAYS.items():
+        for way, how in ways.items():
             seconds, found[way] = decisions(model, tokenizer, some, how, clock)
             took[way] = 1e3 * seconds / len(some.items)
         first, *others = found.values()
@@ -157,12 +160,15 @@ def measure(
     return rows
 
 
-def score_all(model: GPT, tokenizer: Tokenizer, tasks: list[Task]) -> tuple[dict, dict]:
+def score_all(
+    model: GPT, tokenizer: Tokenizer, tasks: list[Task], batch_tokens: int | None
+) -> tuple[dict, dict]:
     """Score every item the fast way; return the summary and the seconds of each task."""
     results, seconds = {}, {}
     for task in tasks:
         start = time.perf_counter()
-        results[task.name] = r = evaluate_task(model, tokenizer, task)
+        r = evaluate_task(model, tokenizer, task, batch_tokens=batch_tokens)
+        results[task.name] = r
         seconds[task.name] = time.perf_counter() - start
         print(
             f"{task.name:34} {r['n']:6,} items in {seconds[task.name]:6.2f} s, "
@@ -200,7 +206,6 @@ def total(rows: dict, name: str) -> float:
 
 def main() -> None:
     args = parse()
-    clock = time.process_time if args.cpu_time else time.perf_counter
     warnings.filterwarnings("ignore", message=".*too few for.*")
     device = pick_device(args.device)
     dtype = pick_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -219,7 +224,7 @@ def main() -> None:
         f"{model.num_params()['total'] / 1e6:.1f} M parameters, vocabulary {config.vocab_size:,}, "
         f"{config.seq_len} tokens, {dtype} on {name}; {args.items} items of each task"
     )
-    rows = measure(model, tokenizer, tasks, args.items, clock)
+    rows = measure(model, tokenizer, tasks, args)
     n_items = sum(len(task.items) for task in tasks)
     slow, batches, shared = (
         sum(rows[t.name]["ms"][way] * len(t.items) / 1e3 for t in tasks) for way in WAYS
@@ -248,7 +253,7 @@ def main() -> None:
     if args.exact:
         print("in float32:")
         model.compute_dtype = torch.float32
-        exact = measure(model, tokenizer, tasks, args.items, clock)
+        exact = measure(model, tokenizer, tasks, args)
         model.compute_dtype = dtype
         result["exact"] = {k: total(exact, k) for k in ("compared", "changed", "different")}
         print(f"float32: {result['exact']}")
@@ -256,7 +261,7 @@ def main() -> None:
     if args.full:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        summary, seconds = score_all(model, tokenizer, tasks)
+        summary, seconds = score_all(model, tokenizer, tasks, args.batch_tokens)
         took = sum(seconds.values())
         result |= {"full_seconds": took, "task_seconds": seconds, "full_speedup": slow / took}
         result |= {key: summary[key] for key in ("core", "low", "high")}
