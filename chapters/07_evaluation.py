@@ -65,21 +65,22 @@ items_per_task = 100
 import copy
 import inspect
 import math
-import os
 import random
 import warnings
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanochat.common import COLORS, UserError, figure
+from nanochat.common import COLORS, UserError, figure, usable_cores
 from nanochat.tinyworld import (
     World,
     arithmetic_problem,
@@ -470,24 +471,22 @@ multiple choice, a common suffix for schema items.
 #| export
 @dataclass
 class Row:
-    """One text as tokens; the span ids[start:end] is what gets scored."""
+    """One text as tokens, a list or an array; the span ids[start:end] is what gets scored."""
 
-    ids: list[int]
+    ids: Sequence[int]
     start: int
     end: int
 
 
-def common_length(texts: list[list[int]]) -> int:
-    """Return how many leading tokens all texts share.
-
-    In alphabetical order the first and the last text share least; their seam is found by halving.
-    """
-    first, last = min(texts), max(texts)
-    ends = range(1, min(len(first), len(last)) + 1)
-    return bisect_left(ends, True, key=lambda end: first[:end] != last[:end])
+def common_length(texts: list[Sequence[int]]) -> int:
+    """Return how many leading tokens all texts share."""
+    n = min(len(ids) for ids in texts)
+    table = np.array([ids[:n] for ids in texts])  # (texts, n)
+    differ = (table != table[0]).any(axis=0)
+    return int(differ.argmax()) if differ.any() else n
 
 
-def spans(kind: str, texts: list[list[int]]) -> list[Row]:
+def spans(kind: str, texts: list[Sequence[int]]) -> list[Row]:
     """Locate the scored span in the token lists of one item; each span has a token or more."""
     if kind == "schema":
         shared = common_length([ids[::-1] for ids in texts])
@@ -629,7 +628,9 @@ class Prefix:
 # %% [markdown]
 r"""
 One function must know what kind of model it has before it. Ours takes a `kv_cache`, those of
-Hugging Face `past_key_values`; anything else reads everything at once.
+Hugging Face `past_key_values`; anything else reads everything at once. Ours also gives logits where
+they are asked for and nowhere else. That matters: with a vocabulary of 32,768 the logits of a batch
+weigh more than everything else in it, and only one position in twenty is scored.
 """
 
 
@@ -641,23 +642,34 @@ def cache_argument(model: Any) -> str | None:
     return next((name for name in ("kv_cache", "past_key_values") if name in takes), None)
 
 
-def read_on(model: Any, ids: Tensor, cache: Any = None, last_only: bool = False) -> tuple:
-    """Return (logits (B, T, V), cache) of ids (B, T) that follow what `cache` holds.
+def read_on(
+    model: Any, ids: Tensor, cache: Any = None, positions: np.ndarray | None = None
+) -> tuple:
+    """Return (logits (n, V), cache) of ids (B, T) that follow what `cache` holds.
 
-    Works with our model, with causal models of Hugging Face, and with anything else that gives
-    logits: that one has no cache, and gets None back. `last_only` asks for the last logits alone.
+    The logits are those of `positions` (n,), counted row after row: b * T + t; None asks for
+    few, whichever cost least. Works with our model, with causal models of Hugging Face, and with
+    anything else that gives logits: that one has no cache, and gets None back.
     """
-    name = cache_argument(model)
+    name, takes = cache_argument(model), inspect.signature(model.forward).parameters
     if name == "kv_cache":
         cache = cache or Prefix()
-        return model(ids, kv_cache=cache, last_only=last_only), cache
-    if name == "past_key_values":
-        takes = inspect.signature(model.forward).parameters
-        few = {"logits_to_keep": 1} if last_only and "logits_to_keep" in takes else {}
-        out = model(ids, past_key_values=cache, use_cache=True, **few)
-        return out.logits, out.past_key_values
-    out = model(ids)
-    return getattr(out, "logits", out), None
+        few = {"last_only": True} if positions is None else {"positions": send(positions, model)}
+        return model(ids, kv_cache=cache, **few), cache
+    B, T = ids.shape
+    at = np.arange(B) * T + T - 1 if positions is None else positions
+    few = {"logits_to_keep": T - int((at % T).min())} if "logits_to_keep" in takes else {}
+    out = model(ids, **({"past_key_values": cache, "use_cache": True} if name else {}), **few)
+    logits = getattr(out, "logits", out)  # of the last columns: (B, kept, V)
+    at = at // T * logits.size(1) + at % T - (T - logits.size(1))
+    return logits.flatten(0, 1)[send(at, model)], getattr(out, "past_key_values", None)
+
+
+def send(values: np.ndarray, model: Any) -> Tensor:
+    """Copy an array to the model's device, without waiting for the work that is queued there."""
+    device, values = next(model.parameters()).device, torch.from_numpy(values)
+    values = values.pin_memory() if device.type == "cuda" else values
+    return values.to(device, non_blocking=device.type == "cuda")
 
 
 # %% [markdown]
@@ -668,7 +680,9 @@ what the group shares survives. So the choices of one question find each other, 
 of a task have the same shots, all of them do.
 
 Groups of about equal beginnings are then read together, cut to the shortest of them. What was cut
-off is read with the rest, so there is no padding on the left at all.
+off is read with the rest, so there is no padding on the left at all. A row alone in its group
+shares with nobody and is read whole; so are rows that share a few tokens only, which are not worth
+a pass of their own.
 """
 
 
@@ -682,13 +696,17 @@ class Group:
     rows: list[int]
 
 
+LEAST = 16  # tokens; a shorter beginning is not worth a pass of its own
+
+
 def shared_groups(rows: list[Row]) -> list[Group]:
     """Put rows that begin alike into groups, each row into one; the longest beginnings first.
 
     The token before a span stays out of the shared part: its logits predict the span's first.
     """
     groups: list[Group] = []
-    for i in sorted(range(len(rows)), key=lambda i: rows[i].ids):
+    names = [np.array(row.ids, ">u4").tobytes() for row in rows]  # these sort as the ids do
+    for i in sorted(range(len(rows)), key=names.__getitem__):
         shared = rows[i].start - 1
         if groups:
             group = groups[-1]
@@ -699,6 +717,9 @@ def shared_groups(rows: list[Row]) -> list[Group]:
                 group.rows.append(i)
                 continue
         groups.append(Group(shared, [i]))
+    for group in groups:
+        if len(group.rows) == 1 or group.shared < LEAST:
+            group.shared = 0
     return sorted(groups, key=lambda group: -group.shared)
 
 
@@ -709,17 +730,24 @@ def group_batches(groups: list[Group], batch_tokens: int) -> Iterator[list[Group
     while groups:
         longest = groups[0].shared
         most = max(1, batch_tokens // max(longest, 1))
-        least = min(longest - 16, longest * 0.8)
+        least = min(longest - LEAST, longest * 0.8)
         near = [group for group in groups[:most] if group.shared >= least]
         yield near
         groups = groups[len(near) :]
 
 
-def length_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield row numbers grouped by length, longest first, at most `batch_tokens` a batch."""
+KEPT = 4  # a batch may have this many times as many tokens in its cache as it reads
+
+
+def length_batches(lengths: list[int], batch_tokens: int, shared: int = 0) -> Iterator[list[int]]:
+    """Yield row numbers grouped by length, longest first, at most `batch_tokens` read a batch.
+
+    The `shared` tokens that each row has before it count too, against KEPT * batch_tokens.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        n = max(1, batch_tokens // lengths[order[0]])
+        longest = lengths[order[0]]
+        n = max(1, min(batch_tokens // longest, KEPT * batch_tokens // (shared + longest)))
         yield order[:n]
         order = order[n:]
 
@@ -728,6 +756,11 @@ def length_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]
 r"""
 `read_shared` reads the beginnings; `score_rest` scores what follows them, or whole rows with an
 empty cache. `score_rows` puts the two together and hands the results back in order.
+
+A GPU works through a queue. Python writes kernels into it and runs ahead, as long as it never asks
+for a result: each question waits until the queue is empty, and then the GPU waits for Python. So
+ids travel one way, a batch in one copy (`send`), and the losses stay on the device until the last
+batch is queued.
 """
 
 
@@ -738,38 +771,60 @@ def read_shared(model: Any, groups: list[Group], rows: list[Row]) -> tuple[int, 
     shared = min(group.shared for group in groups)
     if not shared:
         return 0, None
-    ids = [rows[group.rows[0]].ids[:shared] for group in groups]
-    device = next(model.parameters()).device
-    cache = read_on(model, torch.tensor(ids, device=device), last_only=True)[1]
+    ids = np.array([rows[group.rows[0]].ids[:shared] for group in groups])
+    cache = read_on(model, send(ids, model))[1]
     return (shared, cache) if hasattr(cache, "batch_select_indices") else (0, None)
 
 
 # %%
 #| export
-def score_rest(
-    model: Any, cache: Any, rows: list[Row], shared: int, pad_id: int
-) -> list[tuple[float, bool]]:
-    """Score rows whose first `shared` tokens are in the cache: (mean loss, greedy hit) each."""
-    device = next(model.parameters()).device
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), longest - shared), pad_id)
-    scored = torch.zeros(len(rows), longest - shared - 1, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        ids[b, : len(row.ids) - shared] = torch.tensor(row.ids[shared:])
-        scored[b, row.start - 1 - shared : row.end - 1 - shared] = True
-    ids, scored = ids.to(device), scored.to(device)
-    logits = read_on(model, ids[:, :-1], cache)[0][scored].float()  # (n, V), row after row
-    target = ids[:, 1:][scored]  # (n,)
-    losses = F.cross_entropy(logits, target, reduction="none").cpu().double()
-    hits = (logits.argmax(-1) == target).cpu()
-    lengths = [row.end - row.start for row in rows]
-    parts = zip(losses.split(lengths), hits.split(lengths))
-    return [(loss.mean().item(), bool(hit.all())) for loss, hit in parts]
+def score_rest(model: Any, cache: Any, rows: list[Row], shared: int, pad_id: int) -> Tensor:
+    """Score rows whose first `shared` tokens are in the cache.
+
+    Returns the loss of each scored token and whether greedy decoding would write it, row after
+    row, (2, n) float32 on the model's device.
+    """
+    lengths = [row.end - 1 - shared for row in rows]  # the last token is a target, not read
+    ids = np.full((len(rows), max(lengths)), pad_id)
+    positions, targets = [], []
+    for b, (row, length) in enumerate(zip(rows, lengths)):
+        ids[b, :length] = row.ids[shared : row.end - 1]
+        end = b * ids.shape[1] + length
+        positions.append(np.arange(end - (row.end - row.start), end))
+        targets.append(row.ids[row.start : row.end])
+    logits = read_on(model, send(ids, model), cache, np.concatenate(positions))[0].float()
+    target = send(np.concatenate(targets), model)  # (n,)
+    losses = F.cross_entropy(logits, target, reduction="none")
+    return torch.stack((losses, (logits.argmax(-1) == target).float()))
 
 
 # %%
 #| export
+def row_means(parts: list[Tensor], rows: list[Row]) -> list[tuple[float, bool]]:
+    """Return (mean loss, every token hit) of each row from what `score_rest` gave for them."""
+    losses, hits = torch.cat(parts, dim=1).cpu().double().numpy()  # here we wait for the device
+    lengths = np.array([row.end - row.start for row in rows])
+    first = np.cumsum(lengths) - lengths
+    means = np.add.reduceat(losses, first) / lengths
+    return list(zip(means.tolist(), (np.minimum.reduceat(hits, first) > 0).tolist()))
+
+
+# %% [markdown]
+r"""
+One more trap waits on a GPU. PyTorch has several attention kernels, and on NVIDIA's Hopper it takes
+cuDNN's, which makes a plan for each new shape: tens of milliseconds. In training there is one
+shape. Here nearly every batch has its own, and the plans would take longer than the reading. We
+leave that kernel out.
+"""
+
+
+# %%
+#| export
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 @torch.no_grad()
+@sdpa_kernel(KERNELS)
 def score_rows(
     model: Any,
     rows: list[Row],
@@ -786,23 +841,26 @@ def score_rows(
     """
     device = next(model.parameters()).device
     size = batch_tokens or (32768 if device.type == "cuda" else 2048)
-    keys = [(tuple(row.ids), row.start, row.end) for row in rows]
-    unique, results = dict(zip(keys, rows)), {}
+    keys = [(np.array(row.ids).tobytes(), row.start, row.end) for row in rows]
+    unique = dict(zip(keys, rows))
     names, texts = list(unique), list(unique.values())
     share = share and cache_argument(model) is not None
     groups = shared_groups(texts) if share else [Group(0, list(range(len(texts))))]
+    order, found = [], []
     for batch in group_batches(groups, size):
         shared, cache = read_shared(model, batch, texts)
         owners = [(g, i) for g, group in enumerate(batch) for i in group.rows]
-        parts = list(length_batches([len(texts[i].ids) for _, i in owners], size))
+        lengths = [texts[i].end - 1 - shared for _, i in owners]
+        parts = list(length_batches(lengths, size, shared))
         for numbers in parts:
             part = copy.deepcopy(cache) if len(parts) > 1 else cache
             if part is not None:
-                from_group = torch.tensor([owners[k][0] for k in numbers], device=device)
-                part.batch_select_indices(from_group)
+                from_group = np.array([owners[k][0] for k in numbers])
+                part.batch_select_indices(send(from_group, model))
             chosen = [owners[k][1] for k in numbers]
-            scores = score_rest(model, part, [texts[i] for i in chosen], shared, pad_id)
-            results.update(zip([names[i] for i in chosen], scores))
+            found.append(score_rest(model, part, [texts[i] for i in chosen], shared, pad_id))
+            order += chosen
+    results = dict(zip((names[i] for i in order), row_means(found, [texts[i] for i in order])))
     return [results[key] for key in keys]
 
 
@@ -836,10 +894,37 @@ r"""
 Most of the gain comes from not doing work; the rest from keeping the machine busy, which counts for
 more on a GPU. The last line of the cell checks what matters more: the decisions are the same.
 
-A task is now a loop over its items. The choice with the lowest mean loss wins; on an exact tie,
-the first. That rule explains the cold open: to a newborn model all choices are tied, so it always
-picks the first, and its score is the share of items whose answer happens to stand there.
+A task is now a loop over its items, some hundreds at a time. Python prepares their rows: it writes
+the texts, encodes them and looks for the spans. The GPU need not wait for that: a thread prepares
+the next items while the present ones are scored. The choice with the lowest mean loss wins; on an
+exact tie, the first. That rule explains the cold open: to a newborn model all choices are tied, so
+it always picks the first, and its score is the share of items whose answer happens to stand there.
 """
+
+
+# %%
+#| export
+def one_ahead(items: Iterable) -> Iterator:
+    """Yield the items, none of them None; while one is in use, a thread makes the next."""
+    items = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        later = pool.submit(next, items, None)
+        while (item := later.result()) is not None:
+            later = pool.submit(next, items, None)
+            yield item
+
+
+def prepare(
+    task: Task, tokenizer: Any, seq_len: int, numbers: Sequence[int]
+) -> tuple[Sequence[int], list[list[Row]]]:
+    """Return the numbers of some items, and for each item its rows."""
+    texts = [render(task, index) for index in numbers]
+    flat = [text for several in texts for text in several]
+    encoded = tokenizer.encode_batch(flat, bos=True, num_threads=usable_cores())
+    encoded = [np.array(ids) for ids in encoded]  # millions of tokens: lists would be slow
+    ids = iter(encoded)
+    groups = [spans(task.kind, [next(ids) for _ in several]) for several in texts]
+    return numbers, [[crop(row, seq_len) for row in group] for group in groups]
 
 
 # %%
@@ -853,27 +938,24 @@ def score_task(
     rank: int = 0,
     world_size: int = 1,
     batch_tokens: int | None = None,
-    chunk: int = 256,
+    chunk: int | None = None,
     share: bool = True,
 ) -> Iterator[dict]:
     """Yield one decision for each item: index, correct, choice, losses (one an option).
 
     The items are shuffled with `seed` and cut to `limit` before shots are drawn, as in nanochat.
-    A process of rank r takes items r, r + world_size, ... `chunk` items are scored together;
-    `batch_tokens` and `share` are as in `score_rows`.
+    A process of rank r takes items r, r + world_size, ... `chunk` items are scored together, by
+    default 256, on a GPU 1024; `batch_tokens` and `share` are as in `score_rows`.
     """
     items = list(task.items)
     random.Random(seed).shuffle(items)
     task = replace(task, items=items[:limit])
-    seq_len = context_length(model)
+    chunk = chunk or (1024 if next(model.parameters()).is_cuda else 256)
     mine = range(rank, len(task.items), world_size)
-    for first in range(0, len(mine), chunk):
-        numbers = mine[first : first + chunk]
-        texts = [render(task, index) for index in numbers]
-        flat = [text for several in texts for text in several]
-        ids = iter(tokenizer.encode_batch(flat, bos=True, num_threads=os.cpu_count() or 1))
-        groups = [spans(task.kind, [next(ids) for _ in several]) for several in texts]
-        rows = [crop(row, seq_len) for group in groups for row in group]
+    parts = [mine[first : first + chunk] for first in range(0, len(mine), chunk)]
+    ready = map(partial(prepare, task, tokenizer, context_length(model)), parts)
+    for numbers, groups in one_ahead(ready):
+        rows = [row for group in groups for row in group]
         scores = iter(score_rows(model, rows, tokenizer.bos_id, batch_tokens, share))
         for index, group in zip(numbers, groups):
             yield decide(task, index, [next(scores) for _ in group])

@@ -338,11 +338,13 @@ class GPT(nn.Module):
         kv_cache: Any = None,
         reduction: str = "mean",
         last_only: bool = False,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Map ids (B, T) int64 to float32 logits (B, T, V), or to the loss when targets are given.
 
-        `last_only` gives the logits of the last position alone, (B, 1, V). With a `kv_cache`
-        the ids are the next T of each row. `reduction` is as in `token_loss`.
+        `last_only` gives the logits of the last position alone, (B, 1, V); `positions` (n,) int64,
+        counted row after row (b * T + t), those of n positions, (n, V). With a `kv_cache` the ids
+        are the next T of each row. `reduction` is as in `token_loss`.
         """
         cos, sin = self.rotary(idx.size(1), kv_cache)
         x = rms_norm(self.embedding(idx).to(self.compute_dtype))  # (B, T, C)
@@ -355,6 +357,7 @@ class GPT(nn.Module):
         if kv_cache is not None:
             kv_cache.advance(idx.size(1))
         x = add.back_out(x, middle)
+        x = x if positions is None else x.flatten(0, 1)[positions]  # (n, C)
         x = rms_norm(x[:, -1:] if last_only else x)
         logits = self.head(x)[..., : self.config.vocab_size].float()  # (B, T, V)
         logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -433,8 +436,9 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
     q = q[:, :, window:].unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
     parts = (t.unfold(2, window + block, block) for t in (k, v))  # (B, H_kv, blocks, D, keys)
     k, v = (t.transpose(1, 2).flatten(0, 1).transpose(-1, -2) for t in parts)
-    ahead = torch.arange(window + block) - torch.arange(block)[:, None]  # (block, keys)
-    near = ((ahead >= 0) & (ahead <= window)).to(q.device)
+    keys, queries = (torch.arange(n, device=q.device) for n in (window + block, block))
+    ahead = keys - queries[:, None]  # (block, keys)
+    near = (ahead >= 0) & (ahead <= window)
     later = F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
     later = later.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # (B, H, T - window, D)
     return torch.cat((first, later), dim=2)[:, :, :T]

@@ -150,9 +150,9 @@ class Counted(torch.nn.Module):
         super().__init__()
         self.model, self.config, self.read = model, model.config, 0
 
-    def forward(self, ids, kv_cache=None, last_only=False):
+    def forward(self, ids, kv_cache=None, **which):
         self.read += ids.numel()
-        return self.model(ids, kv_cache=kv_cache, last_only=last_only)
+        return self.model(ids, kv_cache=kv_cache, **which)
 
 
 def test_a_beginning_is_read_once(model, tokenizer):
@@ -172,6 +172,29 @@ def test_a_beginning_is_read_once(model, tokenizer):
     counted.read = 0
     ev.score_rows(counted, many)
     assert counted.read <= 89 + 80 * 5
+
+
+def test_a_batch_keeps_few_tokens_and_reads_few():
+    """Many short rests after long beginnings: the cache is bounded, and so is what is read."""
+    batches = list(ev.length_batches([3] * 1000, batch_tokens=600, shared=97))
+    assert all(len(batch) * 100 <= ev.KEPT * 600 for batch in batches)
+    assert len(batches) == -(-1000 // (ev.KEPT * 6))
+
+
+def test_rows_made_ahead_are_the_same_and_errors_arrive():
+    made = []
+
+    def items():
+        for i in range(5):
+            made.append(i)
+            yield i
+        raise ValueError("no more")
+
+    ahead, got = ev.one_ahead(items()), []
+    with pytest.raises(ValueError, match="no more"):
+        for item in ahead:
+            got.append(item)
+    assert got == made == list(range(5))
 
 
 @given(

@@ -195,6 +195,13 @@ def test_last_only_gives_the_last_logits():
         torch.testing.assert_close(model(idx, last_only=True), model(idx)[:, -1:])
 
 
+def test_positions_give_their_logits_alone():
+    model = random_model()
+    idx, at = torch.arange(12).view(2, 6), torch.tensor([7, 0, 11, 5])
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx, positions=at), model(idx).flatten(0, 1)[at])
+
+
 def test_too_long_an_input_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="33 tokens do not fit in seq_len 32"):
         GPT(SMALL)(torch.zeros(1, 33, dtype=torch.long))
