@@ -65,6 +65,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # %%
 import time
@@ -1019,10 +1020,11 @@ Over a cache (chapter 8) it is simpler: one new token reads the last $W+1$ keys,
 tokens a whole mask is small.
 
 PyTorch has another way, FlexAttention: one writes the rule as a function of two positions, and a
-compiler makes a GPU kernel that skips the blocks where the rule says no. Ours needs no compiler and
-runs everywhere, gradients included (FlexAttention has none on a CPU). But with a mask PyTorch may
-not use its fastest kernels, so on a GPU the blocks do less work at a lower speed;
-`benchmarks/windows.py` times full attention, FlexAttention and ours side by side.
+compiler makes a GPU kernel that skips the blocks where the rule says no. Blocks of ours need no
+compiler and run everywhere, gradients included (FlexAttention has none on a CPU). But with a mask
+PyTorch may not use its fastest kernels. So a compiled model on a GPU, which is one that trains,
+takes FlexAttention, and all others the blocks; `benchmarks/windows.py` times both beside full
+attention.
 """
 
 
@@ -1054,8 +1056,9 @@ draw_window()
 def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int) -> Tensor:
     """`attend` where a query sees itself and `window` positions before it.
 
-    Shapes as in `attend`. In training it works block by block and makes no (T, T) mask; one new
-    token over a cache reads only the keys in its window.
+    Shapes as in `attend`. In training no (T, T) mask is made: a compiled model on a GPU takes
+    FlexAttention, others work block by block. One new token over a cache reads only the keys in
+    its window.
     """
     n_new, n_all, grouped = q.size(2), k.size(2), q.size(1) != k.size(1)
     if n_all <= window + 1:  # nothing is out of sight
@@ -1069,7 +1072,23 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
         near = (distance >= 0) & (distance <= window)
         near = near if mask is None else near & mask
         return F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
-    B, T, block = q.size(0), q.size(2), max(1, window // 4)
+    if q.is_cuda and torch.compiler.is_compiling():
+        rule = window_rule(n_all, window, q.device)
+        return flex_attention(q, k, v, block_mask=rule, enable_gqa=grouped)
+    return attend_blocks(q, k, v, window)
+
+
+# %% [markdown]
+r"""
+In blocks, the queries of a block become a batch of their own, beside the keys that they may need.
+"""
+
+
+# %%
+#| export
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """`attend_window` of T tokens, T > window, in blocks of a quarter of the window."""
+    B, T, block, grouped = q.size(0), q.size(2), max(1, window // 4), q.size(1) != k.size(1)
     q, k, v = (F.pad(t, (0, 0, 0, (window - T) % block)) for t in (q, k, v))
     first = attend(q[:, :, :window], k[:, :, :window], v[:, :, :window])
     q = q[:, :, window:].unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
@@ -1080,6 +1099,32 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
     later = F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
     later = later.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # (B, H, T - window, D)
     return torch.cat((first, later), dim=2)[:, :, :T]
+
+
+# %% [markdown]
+r"""
+FlexAttention cuts queries and keys into blocks of 128. It wants to know which pairs of blocks to
+look at with the rule in hand, and which lie inside of the window whole, so that there is nothing to
+ask. The distance of two blocks decides that.
+"""
+
+
+# %%
+#| export
+def window_rule(seq_len: int, window: int, device: torch.device) -> BlockMask:
+    """Return a window over seq_len positions as FlexAttention wants it, made from block numbers."""
+
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key <= window)
+
+    blocks = torch.arange(-(-seq_len // 128), device=device)
+    least = 128 * (blocks[:, None] - blocks) - 127  # distance of the nearest query and key
+    some, whole = (least > -255) & (least <= window), (least > 0) & (least + 254 <= window)
+    lists = []
+    for chosen in (some & ~whole, whole):  # how many blocks a row has, and which: those first
+        count, order = chosen.sum(-1), chosen.int().argsort(dim=-1, descending=True, stable=True)
+        lists += [count.int()[None, None], order.int()[None, None]]
+    return BlockMask.from_kv_blocks(*lists, 128, near, (seq_len, seq_len))
 
 
 # %%
@@ -1288,7 +1333,7 @@ At depth 12 the modern model holds more than twice the parameters of the classic
 ## Recap
 
 `nanochat.model` now holds `GPTConfig`, `GPT` and their parts: `Linear`, `rms_norm`,
-`rotary_angles`, `rotate`, `Rotary`, `attend`, `attend_window`, `Attention`, `ValueGate`, `MLP`,
+`rotary_angles`, `rotate`, `Rotary`, `attend`, `attend_window`, `attend_blocks`, `window_rule`, `Attention`, `ValueGate`, `MLP`,
 `Block`, `NoAdditions`, `Additions`, `token_loss`, `init_weights` and `training_flops`. You can
 build a model from one number, classic or modern, and say beforehand what it weighs and costs.
 

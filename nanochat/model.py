@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 __all__ = [
     "Additions",
@@ -25,6 +26,7 @@ __all__ = [
     "Rotary",
     "ValueGate",
     "attend",
+    "attend_blocks",
     "attend_window",
     "init_weights",
     "rms_norm",
@@ -32,6 +34,7 @@ __all__ = [
     "rotate",
     "token_loss",
     "training_flops",
+    "window_rule",
 ]
 
 
@@ -412,8 +415,9 @@ def training_flops(config: GPTConfig, weights: int) -> int:
 def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int) -> Tensor:
     """`attend` where a query sees itself and `window` positions before it.
 
-    Shapes as in `attend`. In training it works block by block and makes no (T, T) mask; one new
-    token over a cache reads only the keys in its window.
+    Shapes as in `attend`. In training no (T, T) mask is made: a compiled model on a GPU takes
+    FlexAttention, others work block by block. One new token over a cache reads only the keys in
+    its window.
     """
     n_new, n_all, grouped = q.size(2), k.size(2), q.size(1) != k.size(1)
     if n_all <= window + 1:  # nothing is out of sight
@@ -427,7 +431,15 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
         near = (distance >= 0) & (distance <= window)
         near = near if mask is None else near & mask
         return F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
-    B, T, block = q.size(0), q.size(2), max(1, window // 4)
+    if q.is_cuda and torch.compiler.is_compiling():
+        rule = window_rule(n_all, window, q.device)
+        return flex_attention(q, k, v, block_mask=rule, enable_gqa=grouped)
+    return attend_blocks(q, k, v, window)
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """`attend_window` of T tokens, T > window, in blocks of a quarter of the window."""
+    B, T, block, grouped = q.size(0), q.size(2), max(1, window // 4), q.size(1) != k.size(1)
     q, k, v = (F.pad(t, (0, 0, 0, (window - T) % block)) for t in (q, k, v))
     first = attend(q[:, :, :window], k[:, :, :window], v[:, :, :window])
     q = q[:, :, window:].unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
@@ -438,6 +450,22 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
     later = F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
     later = later.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # (B, H, T - window, D)
     return torch.cat((first, later), dim=2)[:, :, :T]
+
+
+def window_rule(seq_len: int, window: int, device: torch.device) -> BlockMask:
+    """Return a window over seq_len positions as FlexAttention wants it, made from block numbers."""
+
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key <= window)
+
+    blocks = torch.arange(-(-seq_len // 128), device=device)
+    least = 128 * (blocks[:, None] - blocks) - 127  # distance of the nearest query and key
+    some, whole = (least > -255) & (least <= window), (least > 0) & (least + 254 <= window)
+    lists = []
+    for chosen in (some & ~whole, whole):  # how many blocks a row has, and which: those first
+        count, order = chosen.sum(-1), chosen.int().argsort(dim=-1, descending=True, stable=True)
+        lists += [count.int()[None, None], order.int()[None, None]]
+    return BlockMask.from_kv_blocks(*lists, 128, near, (seq_len, seq_len))
 
 
 class ValueGate(Linear):
