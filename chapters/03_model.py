@@ -580,6 +580,11 @@ def token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tens
     loss = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
     ).view_as(targets)
+    return reduced(loss, targets, reduction)
+
+
+def reduced(loss: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Reduce losses (B, T), 0 where a target is -1, as `token_loss` says."""
     if reduction == "none":
         return loss
     total = loss.sum()
@@ -591,6 +596,34 @@ def token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tens
 logits = torch.zeros(1, 4, 10)
 assert torch.isclose(token_loss(logits, torch.tensor([[1, 2, 3, 4]])), torch.tensor(10.0).log())
 assert token_loss(logits, torch.full((1, 4), -1)) == 0  # nothing to learn, no NaN
+
+# %% [markdown]
+r"""
+The logits are by far the largest thing in a training step: 65,536 tokens have 4 GB of them in two
+bytes each. On a GPU a compiler (`torch.compile`, chapter 5) reads them once for the loss and once
+more for the gradient, if the formula allows it. `F.cross_entropy` first looks for the largest logit
+of a row, lest an exponential overflow, and its gradient sums over the row again. Softcap and loss
+written together need neither. Capped logits are below $c$, so we subtract $c$ and not the largest;
+and $c\tanh(z/c)-c$ is $-2c\,\sigma(-2z/c)$, with a sigmoid $\sigma$ that is cheaper than a tanh. The
+picked logit is a sum over a row in which all others are zero. A compiled model computes its loss so.
+"""
+
+
+# %%
+#| export
+def capped_loss(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """`token_loss(cap * tanh(logits / cap), targets, "none")` as a compiler likes it: (B, T)."""
+    below = -2 * cap * torch.sigmoid(logits * (-2 / cap))  # the capped logits, less the cap
+    chosen = torch.arange(logits.size(-1), device=logits.device) == targets.unsqueeze(-1)
+    loss = below.exp().sum(-1).log() - torch.where(chosen, below, 0.0).sum(-1)
+    return torch.where(targets == -1, 0.0, loss)
+
+
+# %%
+#| test
+logits, targets = 40 * torch.randn(2, 3, 10), torch.tensor([[1, 2, -1], [0, 9, 5]])
+expected = token_loss(15 * torch.tanh(logits / 15), targets, "none")
+assert torch.allclose(capped_loss(logits, targets, 15.0), expected, atol=1e-5)
 
 # %% [markdown]
 r"""
@@ -726,6 +759,8 @@ class GPT(nn.Module):
         x = add.back_out(x, middle)
         x = rms_norm(x[:, -1:] if last_only else x)
         logits = self.head(x)[..., : self.config.vocab_size].float()  # (B, T, V)
+        if targets is not None and torch.compiler.is_compiling():
+            return reduced(capped_loss(logits, targets, self.softcap), targets, reduction)
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits if targets is None else token_loss(logits, targets, reduction)
 
@@ -1334,7 +1369,7 @@ At depth 12 the modern model holds more than twice the parameters of the classic
 
 `nanochat.model` now holds `GPTConfig`, `GPT` and their parts: `Linear`, `rms_norm`,
 `rotary_angles`, `rotate`, `Rotary`, `attend`, `attend_window`, `attend_blocks`, `window_rule`, `Attention`, `ValueGate`, `MLP`,
-`Block`, `NoAdditions`, `Additions`, `token_loss`, `init_weights` and `training_flops`. You can
+`Block`, `NoAdditions`, `Additions`, `token_loss`, `reduced`, `capped_loss`, `init_weights` and `training_flops`. You can
 build a model from one number, classic or modern, and say beforehand what it weighs and costs.
 
 **Pitfalls**

@@ -28,7 +28,9 @@ __all__ = [
     "attend",
     "attend_blocks",
     "attend_window",
+    "capped_loss",
     "init_weights",
+    "reduced",
     "rms_norm",
     "rotary_angles",
     "rotate",
@@ -257,10 +259,23 @@ def token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tens
     loss = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
     ).view_as(targets)
+    return reduced(loss, targets, reduction)
+
+
+def reduced(loss: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Reduce losses (B, T), 0 where a target is -1, as `token_loss` says."""
     if reduction == "none":
         return loss
     total = loss.sum()
     return total if reduction == "sum" else total / (targets != -1).sum().clamp(min=1)
+
+
+def capped_loss(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """`token_loss(cap * tanh(logits / cap), targets, "none")` as a compiler likes it: (B, T)."""
+    below = -2 * cap * torch.sigmoid(logits * (-2 / cap))  # the capped logits, less the cap
+    chosen = torch.arange(logits.size(-1), device=logits.device) == targets.unsqueeze(-1)
+    loss = below.exp().sum(-1).log() - torch.where(chosen, below, 0.0).sum(-1)
+    return torch.where(targets == -1, 0.0, loss)
 
 
 class Rotary(nn.Module):
@@ -360,6 +375,8 @@ class GPT(nn.Module):
         x = add.back_out(x, middle)
         x = rms_norm(x[:, -1:] if last_only else x)
         logits = self.head(x)[..., : self.config.vocab_size].float()  # (B, T, V)
+        if targets is not None and torch.compiler.is_compiling():
+            return reduced(capped_loss(logits, targets, self.softcap), targets, reduction)
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits if targets is None else token_loss(logits, targets, reduction)
 
