@@ -450,10 +450,12 @@ slow channels, which hardly turn at all.
 > **Play.** Change the base from 10,000 to 100 in `rotary_angles(256, 64, base=100.0)` and draw
 > the curve again. Which base would you choose for texts of 100,000 tokens?
 
-The attention layer puts it together: four linear maps, the turn, a norm on queries and keys, and
+The attention layer puts it together: four linear maps, a norm on queries and keys, the turn, and
 `attend`. The **QK norm** bounds every score by $\sqrt D$, so no head can drive its softmax into a
-corner early in training. (`window`, `gate` and `qk_scale` belong to section 9.) If a `kv_cache`
-is given (chapter 8), it stores the new keys and values and gives back all of them.
+corner early in training. A turn changes no length, so norm and turn may come in either order; in
+this one the gradient of both is one pass over memory, for a compiler. (`window`, `gate` and
+`qk_scale` belong to section 9.) If a `kv_cache` is given (chapter 8), it stores the new keys and
+values and gives back all of them.
 """
 
 
@@ -480,7 +482,7 @@ class Attention(nn.Module):
         k = self.k(x).view(B, T, self.config.n_kv_head, -1)  # (B, T, H_kv, D)
         v = self.v(x).view(B, T, self.config.n_kv_head, -1)
         v = v if self.gate is None else self.gate(x, v, value)  # section 9
-        q, k = (self.config.qk_scale * rms_norm(rotate(t, cos, sin)) for t in (q, k))
+        q, k = (rotate(self.config.qk_scale * rms_norm(t), cos, sin) for t in (q, k))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         mask = None
         if kv_cache is not None:

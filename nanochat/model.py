@@ -211,7 +211,7 @@ class Attention(nn.Module):
         k = self.k(x).view(B, T, self.config.n_kv_head, -1)  # (B, T, H_kv, D)
         v = self.v(x).view(B, T, self.config.n_kv_head, -1)
         v = v if self.gate is None else self.gate(x, v, value)  # section 9
-        q, k = (self.config.qk_scale * rms_norm(rotate(t, cos, sin)) for t in (q, k))
+        q, k = (rotate(self.config.qk_scale * rms_norm(t), cos, sin) for t in (q, k))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         mask = None
         if kv_cache is not None:
