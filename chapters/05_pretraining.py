@@ -87,7 +87,13 @@ from torch import Tensor
 
 from nanochat.common import MetricsLog, Progress, UserError, keep_freed_memory
 from nanochat.model import GPT
-from nanochat.optim import MuonAdamW, decay_multiplier, lr_multiplier, muon_momentum
+from nanochat.optim import (
+    MuonAdamW,
+    compiler_failed,
+    decay_multiplier,
+    lr_multiplier,
+    muon_momentum,
+)
 
 # %%
 import copy
@@ -462,14 +468,14 @@ class Gradients:
 
     def give_way(self, error: RuntimeError, rows: int) -> None:
         """Choose a smaller way after an error; raise it when there is none."""
-        alone, kind = self.world.world_size == 1, type(error)
+        alone = self.world.world_size == 1
         if isinstance(error, torch.OutOfMemoryError) and alone and rows > self.pieces:
             self.pieces *= 2
             parts = f"{max(1, rows // self.pieces)} rows, {self.pieces} times as many of them"
             print(f"out of memory with {2 * rows // self.pieces} rows: going on with {parts}")
-        elif self.compiled and kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
-            self.compiled, self.run = False, self.model
-            print(f"torch.compile does not work here ({kind.__name__}): going on without it")
+        elif self.compiled and compiler_failed(error):
+            self.compiled, self.run, kind = False, self.model, type(error).__name__
+            print(f"torch.compile does not work here ({kind}): going on without it")
         else:
             raise error
 
