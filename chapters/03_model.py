@@ -606,8 +606,9 @@ bytes each. On a GPU a compiler (`torch.compile`, chapter 5) reads them once for
 more for the gradient, if the formula allows it. `F.cross_entropy` first looks for the largest logit
 of a row, lest an exponential overflow, and its gradient sums over the row again. Softcap and loss
 written together need neither. Capped logits are below $c$, so we subtract $c$ and not the largest;
-and $c\tanh(z/c)-c$ is $-2c\,\sigma(-2z/c)$, with a sigmoid $\sigma$ that is cheaper than a tanh. The
-picked logit is a sum over a row in which all others are zero. A compiled model computes its loss so.
+and $c\tanh(z/c)-c$ is $-2c\,\sigma(-2z/c)$, with a sigmoid $\sigma$ that is cheaper than a tanh.
+The chosen logit is a sum over a row in which all others are zero. A compiled model computes its
+loss so.
 """
 
 
@@ -1370,9 +1371,10 @@ At depth 12 the modern model holds more than twice the parameters of the classic
 ## Recap
 
 `nanochat.model` now holds `GPTConfig`, `GPT` and their parts: `Linear`, `rms_norm`,
-`rotary_angles`, `rotate`, `Rotary`, `attend`, `attend_window`, `attend_blocks`, `window_rule`, `Attention`, `ValueGate`, `MLP`,
-`Block`, `NoAdditions`, `Additions`, `token_loss`, `reduced`, `capped_loss`, `init_weights` and `training_flops`. You can
-build a model from one number, classic or modern, and say beforehand what it weighs and costs.
+`rotary_angles`, `rotate`, `Rotary`, `attend`, `attend_window` with `attend_blocks` and
+`window_rule`, `Attention`, `ValueGate`, `MLP`, `Block`, `NoAdditions`, `Additions`, `token_loss`
+with `reduced` and `capped_loss`, `init_weights` and `training_flops`. You can build a model from
+one number, classic or modern, and say beforehand what it weighs and costs.
 
 **Pitfalls**
 

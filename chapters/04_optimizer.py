@@ -199,7 +199,7 @@ def run_rule(
 
 
 def compiler_failed(error: Exception) -> bool:
-    """Say whether an error comes from torch.compile, which needs a C++ compiler, and not from us."""
+    """Say whether an error is torch.compile's, which needs a C++ compiler, and not ours."""
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 

@@ -563,7 +563,7 @@ def stream_size(model: GPT, idx: Tensor) -> Tensor:
     seen = []
     hook = model.blocks[-1].register_forward_hook(lambda block, given, x: seen.append(x))
     try:
-        model(idx.to(model.device), last_only=True)
+        model(idx.to(model.device, non_blocking=True), last_only=True)
     finally:
         hook.remove()
     return seen[0].float().square().mean().sqrt()
@@ -584,9 +584,24 @@ r"""
 *When* should the loss be read? A GPU works behind Python's back. Whoever asks for the value of a
 loss waits until the device has got there, and then the device stands still while Python prepares
 the next step. So on a GPU the numbers of a step are read when the *next* step has been handed over.
+That alone is not enough, for a GPU takes its orders one after the other: a copy that is asked for
+then comes after the next step. The copies must be ordered with the step, and an event behind them.
 `Meter` does that, keeps the clock, and writes the log. The first steps it leaves out of the speed:
 they compile and warm up.
 """
+
+
+# %%
+#| export
+def under_way(step: dict[str, Any]) -> dict[str, Any]:
+    """Return a step's facts with their tensors being copied from the GPU, complete at `ready`."""
+    facts = {
+        name: value.to("cpu", non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in step.items()
+    }
+    ready = torch.cuda.Event()
+    ready.record()
+    return {**facts, "ready": ready}
 
 
 # %%
@@ -602,8 +617,10 @@ class Meter:
         self.clock = time.perf_counter()
 
     def add(self, **step: Any) -> None:
-        """Take a step that has been handed to the device; read the one before."""
-        self.settle()
+        """Take a step that has been handed to the device; on a GPU read the one before."""
+        if self.world.device.type == "cuda":
+            step = under_way(step)
+            self.settle()
         self.pending = step
         if self.world.device.type != "cuda":  # the work is done: nothing to overlap with
             self.settle()
@@ -614,8 +631,12 @@ class Meter:
         if before:
             self.read(**before)
 
-    def read(self, step: int, loss: Any, norm: Any, tokens: Any, waited: float, size: Any) -> None:
+    def read(
+        self, step: int, loss: Any, norm: Any, tokens: Any, waited: float, size: Any, **copies: Any
+    ) -> None:
         """Wait for a step's numbers; log them and warn. UserError when the loss is not finite."""
+        if copies:
+            copies["ready"].synchronize()
         self.loss, norm, tokens = float(loss), float(norm), int(tokens)
         now = time.perf_counter()
         took, self.clock = now - self.clock, now
