@@ -4,9 +4,10 @@
     python benchmarks/stall.py --depth 2 --seq-len 128 --batch 4 --steps 5 --tokens 100000  # a CPU
 
 "one batch" trains on one batch that lies on the GPU already: no loader at all, the baseline. The
-others read packed rows from memory-mapped tokens, by default of the tiny world: its
-documents are short, so a row holds many pieces, which is hard on a loader. The stall is what a step takes longer than the
-baseline. Ways take turns, so that a drifting clock hits all of them; the first round is dropped.
+others read packed rows from memory-mapped tokens, by default of the tiny world: its documents are
+short, so a row holds many pieces, which is hard on a loader. The stall is what a step takes longer
+than the baseline. Ways take turns, so that a drifting clock hits all of them; the first round is
+dropped.
 """
 
 import argparse
