@@ -1,12 +1,13 @@
 """How long does the GPU wait for data? One model, trained with four ways to get the next batch.
 
-    python benchmarks/stall.py                                   # depth 12 on a GPU
+    python benchmarks/stall.py                # depth 12 on a GPU: a minute, mostly to compile
     python benchmarks/stall.py --depth 2 --seq-len 128 --batch 4 --steps 5 --tokens 100000  # a CPU
 
 "one batch" trains on one batch that lies on the GPU already: no loader at all, the baseline. The
-others read packed rows of the tiny world from memory-mapped tokens; its documents are short, so
-a row holds many pieces, which is hard on a loader. The stall is what a step takes longer than the
-baseline. Ways take turns, so that a drifting clock hits all of them; the first round is dropped.
+others read packed rows from memory-mapped tokens, by default of the tiny world: its documents are
+short, so a row holds many pieces, which is hard on a loader. The stall is what a step takes longer
+than the baseline. Ways take turns, so that a drifting clock hits all of them; the first round is
+dropped.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 from nanochat.common import pick_device, pick_dtype, synchronize
 from nanochat.data import Prefetch, TokenBatches, open_source, prepare_tokens
 from nanochat.model import GPT, GPTConfig
-from nanochat.optim import MuonAdamW, param_groups
+from nanochat.optim import build_optimizer
 from nanochat.tokenizer import Tokenizer
 
 
@@ -58,17 +59,19 @@ def main():
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--accumulation", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", default="tinyworld", help="tinyworld or folder:PATH")
     parser.add_argument("--vocab", type=int, default=32_768, help="rows of the embedding")
-    parser.add_argument("--tokens", type=int, default=8_000_000)
+    parser.add_argument("--tokens", type=int, default=2_000_000)
     args = parser.parse_args()
-    device, source = pick_device(), open_source("tinyworld")
-    tokenizer = Tokenizer.train(itertools.islice(source.documents("train"), 3000), 2048)
+    device, source = pick_device(), open_source(args.data)
+    texts = (text[:2000] for text in itertools.islice(source.documents("train"), 3000))
+    tokenizer = Tokenizer.train(texts, min(args.vocab, 2048))
     model = GPT(GPTConfig.for_depth(args.depth, args.vocab, args.seq_len)).to(device)
     model.compute_dtype = pick_dtype(device)
-    optimizer = MuonAdamW(param_groups(model, 0.02, 0.3, 0.008, 0.0))
+    optimizer = build_optimizer(model, compiled=device.type == "cuda")
     run = torch.compile(model, dynamic=False) if device.type == "cuda" else model
     with tempfile.TemporaryDirectory() as folder:
         shards = prepare_tokens(source, tokenizer, folder, "train", args.tokens)

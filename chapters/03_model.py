@@ -65,6 +65,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # %%
 import time
@@ -449,10 +450,12 @@ slow channels, which hardly turn at all.
 > **Play.** Change the base from 10,000 to 100 in `rotary_angles(256, 64, base=100.0)` and draw
 > the curve again. Which base would you choose for texts of 100,000 tokens?
 
-The attention layer puts it together: four linear maps, the turn, a norm on queries and keys, and
+The attention layer puts it together: four linear maps, a norm on queries and keys, the turn, and
 `attend`. The **QK norm** bounds every score by $\sqrt D$, so no head can drive its softmax into a
-corner early in training. (`window`, `gate` and `qk_scale` belong to section 9.) If a `kv_cache`
-is given (chapter 8), it stores the new keys and values and gives back all of them.
+corner early in training. A turn changes no length, so norm and turn may come in either order; in
+this one the gradient of both is one pass over memory, for a compiler. (`window`, `gate` and
+`qk_scale` belong to section 9.) If a `kv_cache` is given (chapter 8), it stores the new keys and
+values and gives back all of them.
 """
 
 
@@ -479,7 +482,7 @@ class Attention(nn.Module):
         k = self.k(x).view(B, T, self.config.n_kv_head, -1)  # (B, T, H_kv, D)
         v = self.v(x).view(B, T, self.config.n_kv_head, -1)
         v = v if self.gate is None else self.gate(x, v, value)  # section 9
-        q, k = (self.config.qk_scale * rms_norm(rotate(t, cos, sin)) for t in (q, k))
+        q, k = (rotate(self.config.qk_scale * rms_norm(t), cos, sin) for t in (q, k))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         mask = None
         if kv_cache is not None:
@@ -579,6 +582,11 @@ def token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tens
     loss = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
     ).view_as(targets)
+    return reduced(loss, targets, reduction)
+
+
+def reduced(loss: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Reduce losses (B, T), 0 where a target is -1, as `token_loss` says."""
     if reduction == "none":
         return loss
     total = loss.sum()
@@ -590,6 +598,35 @@ def token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tens
 logits = torch.zeros(1, 4, 10)
 assert torch.isclose(token_loss(logits, torch.tensor([[1, 2, 3, 4]])), torch.tensor(10.0).log())
 assert token_loss(logits, torch.full((1, 4), -1)) == 0  # nothing to learn, no NaN
+
+# %% [markdown]
+r"""
+The logits are by far the largest thing in a training step: 65,536 tokens have 4 GB of them in two
+bytes each. On a GPU a compiler (`torch.compile`, chapter 5) reads them once for the loss and once
+more for the gradient, if the formula allows it. `F.cross_entropy` first looks for the largest logit
+of a row, lest an exponential overflow, and its gradient sums over the row again. Softcap and loss
+written together need neither. Capped logits are below $c$, so we subtract $c$ and not the largest;
+and $c\tanh(z/c)-c$ is $-2c\,\sigma(-2z/c)$, with a sigmoid $\sigma$ that is cheaper than a tanh.
+The chosen logit is a sum over a row in which all others are zero. A compiled model computes its
+loss so.
+"""
+
+
+# %%
+#| export
+def capped_loss(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """`token_loss(cap * tanh(logits / cap), targets, "none")` as a compiler likes it: (B, T)."""
+    below = -2 * cap * torch.sigmoid(logits * (-2 / cap))  # the capped logits, less the cap
+    chosen = torch.arange(logits.size(-1), device=logits.device) == targets.unsqueeze(-1)
+    loss = below.exp().sum(-1).log() - torch.where(chosen, below, 0.0).sum(-1)
+    return torch.where(targets == -1, 0.0, loss)
+
+
+# %%
+#| test
+logits, targets = 40 * torch.randn(2, 3, 10), torch.tensor([[1, 2, -1], [0, 9, 5]])
+expected = token_loss(15 * torch.tanh(logits / 15), targets, "none")
+assert torch.allclose(capped_loss(logits, targets, 15.0), expected, atol=1e-5)
 
 # %% [markdown]
 r"""
@@ -729,6 +766,8 @@ class GPT(nn.Module):
         x = x if positions is None else x.flatten(0, 1)[positions]  # (n, C)
         x = rms_norm(x[:, -1:] if last_only else x)
         logits = self.head(x)[..., : self.config.vocab_size].float()  # (B, T, V)
+        if targets is not None and torch.compiler.is_compiling():
+            return reduced(capped_loss(logits, targets, self.softcap), targets, reduction)
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits if targets is None else token_loss(logits, targets, reduction)
 
@@ -1023,10 +1062,11 @@ Over a cache (chapter 8) it is simpler: one new token reads the last $W+1$ keys,
 tokens a whole mask is small.
 
 PyTorch has another way, FlexAttention: one writes the rule as a function of two positions, and a
-compiler makes a GPU kernel that skips the blocks where the rule says no. Ours needs no compiler and
-runs everywhere, gradients included (FlexAttention has none on a CPU). But with a mask PyTorch may
-not use its fastest kernels, so on a GPU the blocks do less work at a lower speed;
-`benchmarks/windows.py` times full attention, FlexAttention and ours side by side.
+compiler makes a GPU kernel that skips the blocks where the rule says no. Blocks of ours need no
+compiler and run everywhere, gradients included (FlexAttention has none on a CPU). But with a mask
+PyTorch may not use its fastest kernels. So a compiled model on a GPU, which is one that trains,
+takes FlexAttention, and all others the blocks; `benchmarks/windows.py` times both beside full
+attention.
 """
 
 
@@ -1058,8 +1098,9 @@ draw_window()
 def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int) -> Tensor:
     """`attend` where a query sees itself and `window` positions before it.
 
-    Shapes as in `attend`. In training it works block by block and makes no (T, T) mask; one new
-    token over a cache reads only the keys in its window.
+    Shapes as in `attend`. In training no (T, T) mask is made: a compiled model on a GPU takes
+    FlexAttention, others work block by block. One new token over a cache reads only the keys in
+    its window.
     """
     n_new, n_all, grouped = q.size(2), k.size(2), q.size(1) != k.size(1)
     if n_all <= window + 1:  # nothing is out of sight
@@ -1073,7 +1114,23 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
         near = (distance >= 0) & (distance <= window)
         near = near if mask is None else near & mask
         return F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
-    B, T, block = q.size(0), q.size(2), max(1, window // 4)
+    if q.is_cuda and torch.compiler.is_compiling():
+        rule = window_rule(n_all, window, q.device)
+        return flex_attention(q, k, v, block_mask=rule, enable_gqa=grouped)
+    return attend_blocks(q, k, v, window)
+
+
+# %% [markdown]
+r"""
+In blocks, the queries of a block become a batch of their own, beside the keys that they may need.
+"""
+
+
+# %%
+#| export
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """`attend_window` of T tokens, T > window, in blocks of a quarter of the window."""
+    B, T, block, grouped = q.size(0), q.size(2), max(1, window // 4), q.size(1) != k.size(1)
     q, k, v = (F.pad(t, (0, 0, 0, (window - T) % block)) for t in (q, k, v))
     first = attend(q[:, :, :window], k[:, :, :window], v[:, :, :window])
     q = q[:, :, window:].unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
@@ -1085,6 +1142,32 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
     later = F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
     later = later.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # (B, H, T - window, D)
     return torch.cat((first, later), dim=2)[:, :, :T]
+
+
+# %% [markdown]
+r"""
+FlexAttention cuts queries and keys into blocks of 128. It wants to know which pairs of blocks to
+look at with the rule in hand, and which lie inside of the window whole, so that there is nothing to
+ask. The distance of two blocks decides that.
+"""
+
+
+# %%
+#| export
+def window_rule(seq_len: int, window: int, device: torch.device) -> BlockMask:
+    """Return a window over seq_len positions as FlexAttention wants it, made from block numbers."""
+
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key <= window)
+
+    blocks = torch.arange(-(-seq_len // 128), device=device)
+    least = 128 * (blocks[:, None] - blocks) - 127  # distance of the nearest query and key
+    some, whole = (least > -255) & (least <= window), (least > 0) & (least + 254 <= window)
+    lists = []
+    for chosen in (some & ~whole, whole):  # how many blocks a row has, and which: those first
+        count, order = chosen.sum(-1), chosen.int().argsort(dim=-1, descending=True, stable=True)
+        lists += [count.int()[None, None], order.int()[None, None]]
+    return BlockMask.from_kv_blocks(*lists, 128, near, (seq_len, seq_len))
 
 
 # %%
@@ -1293,9 +1376,10 @@ At depth 12 the modern model holds more than twice the parameters of the classic
 ## Recap
 
 `nanochat.model` now holds `GPTConfig`, `GPT` and their parts: `Linear`, `rms_norm`,
-`rotary_angles`, `rotate`, `Rotary`, `attend`, `attend_window`, `Attention`, `ValueGate`, `MLP`,
-`Block`, `NoAdditions`, `Additions`, `token_loss`, `init_weights` and `training_flops`. You can
-build a model from one number, classic or modern, and say beforehand what it weighs and costs.
+`rotary_angles`, `rotate`, `Rotary`, `attend`, `attend_window` with `attend_blocks` and
+`window_rule`, `Attention`, `ValueGate`, `MLP`, `Block`, `NoAdditions`, `Additions`, `token_loss`
+with `reduced` and `capped_loss`, `init_weights` and `training_flops`. You can build a model from
+one number, classic or modern, and say beforehand what it weighs and costs.
 
 **Pitfalls**
 

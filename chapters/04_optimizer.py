@@ -186,10 +186,21 @@ def run_rule(
     group: dict[str, Any],
     *constants: Any,
 ) -> None:
-    """Call a rule on tensors, numbers and constants, compiled if the group says so."""
+    """Call a rule on tensors, numbers and constants, compiled if the group says so and it works."""
     if group.get("compiled"):
-        rule, numbers = compiled(rule), [torch.tensor(float(x)) for x in numbers]
+        scalars = [torch.tensor(float(x)) for x in numbers]
+        try:
+            return compiled(rule)(*tensors, *scalars, *constants)
+        except RuntimeError as error:
+            if not compiler_failed(error):
+                raise
+            group["compiled"] = False
     rule(*tensors, *numbers, *constants)
+
+
+def compiler_failed(error: Exception) -> bool:
+    """Say whether an error is torch.compile's, which needs a C++ compiler, and not ours."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 # %% [markdown]
@@ -826,7 +837,8 @@ def param_groups(
     """Split a model's parameters: block matrices by shape to Muon, all the rest to AdamW.
 
     AdamW's rates are given at width 768 and scaled by (width / 768)^-0.5 (nanochat's rule).
-    `weight_decay` is Muon's. `compiled` compiles the updates, which pays on a GPU.
+    `weight_decay` is Muon's. `compiled` compiles the updates of all but gates and scalars, which
+    pays on a GPU.
     """
     width_rule = (model.config.n_embd / 768) ** -0.5
     parts = {"head": (model.head, head_lr), "embedding": (model.embedding, embedding_lr)}
@@ -846,7 +858,8 @@ def param_groups(
     dtype = torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32
     muon = dict(kind="muon", momentum=0.95, beta2=0.9, weight_decay=weight_decay, dtype=dtype)
     groups += [dict(params=params, lr=matrix_lr, **muon) for params in by_shape.values()]
-    return [{**group, "compiled": compiled} for group in groups]
+    large = [compiled and group["params"][0].numel() > 1000 for group in groups]
+    return [{**group, "compiled": chosen} for group, chosen in zip(groups, large)]
 
 
 def build_optimizer(model: GPT, **rates: float) -> MuonAdamW:
@@ -888,9 +901,11 @@ print("three steps with 0-d tensors:   ", count_programs(torch.tensor), "program
 
 # %% [markdown]
 r"""
-A real compilation takes seconds for each shape of matrix. On a CPU the compiled step of a model of
-depth 2 took three quarters of the time of the plain one, after half a minute of the compiler's
-(`benchmarks/optimizer.py`): our runs are too short to win that back. So
+A real compilation takes seconds for each shape. A modern model of depth 12 has eight shapes, and
+four of them hold all its weights but a thousand: the tables share one, and the matrices of the
+blocks have three. `param_groups` compiles those and leaves gates and scalars as they are. On a CPU
+the compiled step of a model of depth 2 took three quarters of the time of the plain one, after half
+a minute of the compiler's (`benchmarks/optimizer.py`): our runs are too short to win that back. So
 `build_optimizer(model, compiled=True)` is for GPUs, and off by default.
 
 ## 6. Schedules

@@ -87,7 +87,13 @@ from torch import Tensor
 
 from nanochat.common import MetricsLog, Progress, UserError, keep_freed_memory
 from nanochat.model import GPT
-from nanochat.optim import MuonAdamW, decay_multiplier, lr_multiplier, muon_momentum
+from nanochat.optim import (
+    MuonAdamW,
+    compiler_failed,
+    decay_multiplier,
+    lr_multiplier,
+    muon_momentum,
+)
 
 # %%
 import copy
@@ -462,14 +468,14 @@ class Gradients:
 
     def give_way(self, error: RuntimeError, rows: int) -> None:
         """Choose a smaller way after an error; raise it when there is none."""
-        alone, kind = self.world.world_size == 1, type(error)
+        alone = self.world.world_size == 1
         if isinstance(error, torch.OutOfMemoryError) and alone and rows > self.pieces:
             self.pieces *= 2
             parts = f"{max(1, rows // self.pieces)} rows, {self.pieces} times as many of them"
             print(f"out of memory with {2 * rows // self.pieces} rows: going on with {parts}")
-        elif self.compiled and kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
-            self.compiled, self.run = False, self.model
-            print(f"torch.compile does not work here ({kind.__name__}): going on without it")
+        elif self.compiled and compiler_failed(error):
+            self.compiled, self.run, kind = False, self.model, type(error).__name__
+            print(f"torch.compile does not work here ({kind}): going on without it")
         else:
             raise error
 
@@ -557,7 +563,7 @@ def stream_size(model: GPT, idx: Tensor) -> Tensor:
     seen = []
     hook = model.blocks[-1].register_forward_hook(lambda block, given, x: seen.append(x))
     try:
-        model(idx.to(model.device), last_only=True)
+        model(idx.to(model.device, non_blocking=True), last_only=True)
     finally:
         hook.remove()
     return seen[0].float().square().mean().sqrt()
@@ -578,9 +584,24 @@ r"""
 *When* should the loss be read? A GPU works behind Python's back. Whoever asks for the value of a
 loss waits until the device has got there, and then the device stands still while Python prepares
 the next step. So on a GPU the numbers of a step are read when the *next* step has been handed over.
+That alone is not enough, for a GPU takes its orders one after the other: a copy that is asked for
+then comes after the next step. The copies must be ordered with the step, and an event behind them.
 `Meter` does that, keeps the clock, and writes the log. The first steps it leaves out of the speed:
 they compile and warm up.
 """
+
+
+# %%
+#| export
+def under_way(step: dict[str, Any]) -> dict[str, Any]:
+    """Return a step's facts with their tensors being copied from the GPU, complete at `ready`."""
+    facts = {
+        name: value.to("cpu", non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in step.items()
+    }
+    ready = torch.cuda.Event()
+    ready.record()
+    return {**facts, "ready": ready}
 
 
 # %%
@@ -596,8 +617,10 @@ class Meter:
         self.clock = time.perf_counter()
 
     def add(self, **step: Any) -> None:
-        """Take a step that has been handed to the device; read the one before."""
-        self.settle()
+        """Take a step that has been handed to the device; on a GPU read the one before."""
+        if self.world.device.type == "cuda":
+            step = under_way(step)
+            self.settle()
         self.pending = step
         if self.world.device.type != "cuda":  # the work is done: nothing to overlap with
             self.settle()
@@ -608,8 +631,12 @@ class Meter:
         if before:
             self.read(**before)
 
-    def read(self, step: int, loss: Any, norm: Any, tokens: Any, waited: float, size: Any) -> None:
+    def read(
+        self, step: int, loss: Any, norm: Any, tokens: Any, waited: float, size: Any, **copies: Any
+    ) -> None:
         """Wait for a step's numbers; log them and warn. UserError when the loss is not finite."""
+        if copies:
+            copies["ready"].synchronize()
         self.loss, norm, tokens = float(loss), float(norm), int(tokens)
         now = time.perf_counter()
         took, self.clock = now - self.clock, now
@@ -1823,7 +1850,7 @@ must find again. We go through a block with a pencil, in values per token and ch
 
 That makes **18** numbers per token, channel and layer, of 4 bytes or of 2. The logits come on top,
 with the copies that softcap, softmax and their gradients make: four of 4 bytes for each token and
-id. A compiler fuses those; what remains is the logit and its gradient, in 2 bytes each.
+id. A compiler fuses those; what remains is the logit, in 2 bytes, and its gradient takes its place.
 
 `sizes_of` builds a model without memory, so that even a huge one can be counted. `kept_values` is
 the table above, with what the additions of chapter 3 bring.
@@ -1852,15 +1879,15 @@ def sizes_of(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
-def kept_values(config: GPTConfig) -> float:
+def kept_values(config: GPTConfig, compiled: bool = False) -> float:
     """Return how many numbers a layer keeps per token and channel for the backward pass.
 
     18 in the classic model; one more for scaled residuals, one for a table of values. Windows keep
-    overlapping pieces of keys and values (chapter 3; figures measured).
+    overlapping pieces of keys and values unless compiled (chapter 3; figures measured).
     """
     values = 18 + config.residual_scalars + len(config.value_layers()) / config.n_layer
     for window in config.window_sizes():
-        if window:
+        if window and not compiled:
             values += (1 + 12.5 * (1 - window / config.seq_len)) / config.n_layer
     return values
 
@@ -1886,10 +1913,10 @@ def memory_estimate(
     """
     counts, n_bytes = sizes_of(config).num_params(), dtype.itemsize
     tokens, width = micro_batch * config.seq_len, config.n_embd
-    values = kept_values(config) * config.n_layer + 3 + 2 * config.smear
+    values = kept_values(config, compiled) * config.n_layer + 3 + 2 * config.smear
     if n_bytes < 4 and not compiled:
         values += 4 * config.n_layer  # the two norms of a block work on copies of 4 bytes
-    logit = 2 * n_bytes if compiled else 16
+    logit = n_bytes if compiled else 16
     return {
         "weights": 4 * counts["total"],
         "gradients": 4 * counts["total"],

@@ -1219,7 +1219,8 @@ def stage_optimizer(model: GPT, recipe: Recipe, world: Any, lora: bool) -> MuonA
     several = world.world_size > 1
     if several and not lora:
         return build_sharded_optimizer(model, world, *rates)
-    groups = lora_groups(model) if lora else param_groups(model, *rates)
+    compiled = compiles(recipe, world.device)
+    groups = lora_groups(model) if lora else param_groups(model, *rates, compiled)
     return ShardedMuonAdamW(groups, world) if several else MuonAdamW(groups)
 
 

@@ -33,15 +33,15 @@ def sizes_of(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
-def kept_values(config: GPTConfig) -> float:
+def kept_values(config: GPTConfig, compiled: bool = False) -> float:
     """Return how many numbers a layer keeps per token and channel for the backward pass.
 
     18 in the classic model; one more for scaled residuals, one for a table of values. Windows keep
-    overlapping pieces of keys and values (chapter 3; figures measured).
+    overlapping pieces of keys and values unless compiled (chapter 3; figures measured).
     """
     values = 18 + config.residual_scalars + len(config.value_layers()) / config.n_layer
     for window in config.window_sizes():
-        if window:
+        if window and not compiled:
             values += (1 + 12.5 * (1 - window / config.seq_len)) / config.n_layer
     return values
 
@@ -59,10 +59,10 @@ def memory_estimate(
     """
     counts, n_bytes = sizes_of(config).num_params(), dtype.itemsize
     tokens, width = micro_batch * config.seq_len, config.n_embd
-    values = kept_values(config) * config.n_layer + 3 + 2 * config.smear
+    values = kept_values(config, compiled) * config.n_layer + 3 + 2 * config.smear
     if n_bytes < 4 and not compiled:
         values += 4 * config.n_layer  # the two norms of a block work on copies of 4 bytes
-    logit = 2 * n_bytes if compiled else 16
+    logit = n_bytes if compiled else 16
     return {
         "weights": 4 * counts["total"],
         "gradients": 4 * counts["total"],

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 __all__ = [
     "Additions",
@@ -25,13 +26,17 @@ __all__ = [
     "Rotary",
     "ValueGate",
     "attend",
+    "attend_blocks",
     "attend_window",
+    "capped_loss",
     "init_weights",
+    "reduced",
     "rms_norm",
     "rotary_angles",
     "rotate",
     "token_loss",
     "training_flops",
+    "window_rule",
 ]
 
 
@@ -206,7 +211,7 @@ class Attention(nn.Module):
         k = self.k(x).view(B, T, self.config.n_kv_head, -1)  # (B, T, H_kv, D)
         v = self.v(x).view(B, T, self.config.n_kv_head, -1)
         v = v if self.gate is None else self.gate(x, v, value)  # section 9
-        q, k = (self.config.qk_scale * rms_norm(rotate(t, cos, sin)) for t in (q, k))
+        q, k = (rotate(self.config.qk_scale * rms_norm(t), cos, sin) for t in (q, k))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         mask = None
         if kv_cache is not None:
@@ -254,10 +259,23 @@ def token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tens
     loss = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
     ).view_as(targets)
+    return reduced(loss, targets, reduction)
+
+
+def reduced(loss: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Reduce losses (B, T), 0 where a target is -1, as `token_loss` says."""
     if reduction == "none":
         return loss
     total = loss.sum()
     return total if reduction == "sum" else total / (targets != -1).sum().clamp(min=1)
+
+
+def capped_loss(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """`token_loss(cap * tanh(logits / cap), targets, "none")` as a compiler likes it: (B, T)."""
+    below = -2 * cap * torch.sigmoid(logits * (-2 / cap))  # the capped logits, less the cap
+    chosen = torch.arange(logits.size(-1), device=logits.device) == targets.unsqueeze(-1)
+    loss = below.exp().sum(-1).log() - torch.where(chosen, below, 0.0).sum(-1)
+    return torch.where(targets == -1, 0.0, loss)
 
 
 class Rotary(nn.Module):
@@ -360,6 +378,8 @@ class GPT(nn.Module):
         x = x if positions is None else x.flatten(0, 1)[positions]  # (n, C)
         x = rms_norm(x[:, -1:] if last_only else x)
         logits = self.head(x)[..., : self.config.vocab_size].float()  # (B, T, V)
+        if targets is not None and torch.compiler.is_compiling():
+            return reduced(capped_loss(logits, targets, self.softcap), targets, reduction)
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits if targets is None else token_loss(logits, targets, reduction)
 
@@ -415,8 +435,9 @@ def training_flops(config: GPTConfig, weights: int) -> int:
 def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int) -> Tensor:
     """`attend` where a query sees itself and `window` positions before it.
 
-    Shapes as in `attend`. In training it works block by block and makes no (T, T) mask; one new
-    token over a cache reads only the keys in its window.
+    Shapes as in `attend`. In training no (T, T) mask is made: a compiled model on a GPU takes
+    FlexAttention, others work block by block. One new token over a cache reads only the keys in
+    its window.
     """
     n_new, n_all, grouped = q.size(2), k.size(2), q.size(1) != k.size(1)
     if n_all <= window + 1:  # nothing is out of sight
@@ -430,7 +451,15 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
         near = (distance >= 0) & (distance <= window)
         near = near if mask is None else near & mask
         return F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
-    B, T, block = q.size(0), q.size(2), max(1, window // 4)
+    if q.is_cuda and torch.compiler.is_compiling():
+        rule = window_rule(n_all, window, q.device)
+        return flex_attention(q, k, v, block_mask=rule, enable_gqa=grouped)
+    return attend_blocks(q, k, v, window)
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """`attend_window` of T tokens, T > window, in blocks of a quarter of the window."""
+    B, T, block, grouped = q.size(0), q.size(2), max(1, window // 4), q.size(1) != k.size(1)
     q, k, v = (F.pad(t, (0, 0, 0, (window - T) % block)) for t in (q, k, v))
     first = attend(q[:, :, :window], k[:, :, :window], v[:, :, :window])
     q = q[:, :, window:].unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
@@ -442,6 +471,22 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
     later = F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
     later = later.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # (B, H, T - window, D)
     return torch.cat((first, later), dim=2)[:, :, :T]
+
+
+def window_rule(seq_len: int, window: int, device: torch.device) -> BlockMask:
+    """Return a window over seq_len positions as FlexAttention wants it, made from block numbers."""
+
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key <= window)
+
+    blocks = torch.arange(-(-seq_len // 128), device=device)
+    least = 128 * (blocks[:, None] - blocks) - 127  # distance of the nearest query and key
+    some, whole = (least > -255) & (least <= window), (least > 0) & (least + 254 <= window)
+    lists = []
+    for chosen in (some & ~whole, whole):  # how many blocks a row has, and which: those first
+        count, order = chosen.sum(-1), chosen.int().argsort(dim=-1, descending=True, stable=True)
+        lists += [count.int()[None, None], order.int()[None, None]]
+    return BlockMask.from_kv_blocks(*lists, 128, near, (seq_len, seq_len))
 
 
 class ValueGate(Linear):

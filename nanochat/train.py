@@ -20,7 +20,13 @@ from torch import Tensor
 
 from nanochat.common import MetricsLog, Progress, UserError, keep_freed_memory
 from nanochat.model import GPT
-from nanochat.optim import MuonAdamW, decay_multiplier, lr_multiplier, muon_momentum
+from nanochat.optim import (
+    MuonAdamW,
+    compiler_failed,
+    decay_multiplier,
+    lr_multiplier,
+    muon_momentum,
+)
 
 __all__ = [
     "EarlyWarnings",
@@ -36,6 +42,7 @@ __all__ = [
     "plain_numbers",
     "spared_garbage",
     "stream_size",
+    "under_way",
 ]
 
 
@@ -107,14 +114,14 @@ class Gradients:
 
     def give_way(self, error: RuntimeError, rows: int) -> None:
         """Choose a smaller way after an error; raise it when there is none."""
-        alone, kind = self.world.world_size == 1, type(error)
+        alone = self.world.world_size == 1
         if isinstance(error, torch.OutOfMemoryError) and alone and rows > self.pieces:
             self.pieces *= 2
             parts = f"{max(1, rows // self.pieces)} rows, {self.pieces} times as many of them"
             print(f"out of memory with {2 * rows // self.pieces} rows: going on with {parts}")
-        elif self.compiled and kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
-            self.compiled, self.run = False, self.model
-            print(f"torch.compile does not work here ({kind.__name__}): going on without it")
+        elif self.compiled and compiler_failed(error):
+            self.compiled, self.run, kind = False, self.model, type(error).__name__
+            print(f"torch.compile does not work here ({kind}): going on without it")
         else:
             raise error
 
@@ -168,10 +175,21 @@ def stream_size(model: GPT, idx: Tensor) -> Tensor:
     seen = []
     hook = model.blocks[-1].register_forward_hook(lambda block, given, x: seen.append(x))
     try:
-        model(idx.to(model.device), last_only=True)
+        model(idx.to(model.device, non_blocking=True), last_only=True)
     finally:
         hook.remove()
     return seen[0].float().square().mean().sqrt()
+
+
+def under_way(step: dict[str, Any]) -> dict[str, Any]:
+    """Return a step's facts with their tensors being copied from the GPU, complete at `ready`."""
+    facts = {
+        name: value.to("cpu", non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in step.items()
+    }
+    ready = torch.cuda.Event()
+    ready.record()
+    return {**facts, "ready": ready}
 
 
 class Meter:
@@ -185,8 +203,10 @@ class Meter:
         self.clock = time.perf_counter()
 
     def add(self, **step: Any) -> None:
-        """Take a step that has been handed to the device; read the one before."""
-        self.settle()
+        """Take a step that has been handed to the device; on a GPU read the one before."""
+        if self.world.device.type == "cuda":
+            step = under_way(step)
+            self.settle()
         self.pending = step
         if self.world.device.type != "cuda":  # the work is done: nothing to overlap with
             self.settle()
@@ -197,8 +217,12 @@ class Meter:
         if before:
             self.read(**before)
 
-    def read(self, step: int, loss: Any, norm: Any, tokens: Any, waited: float, size: Any) -> None:
+    def read(
+        self, step: int, loss: Any, norm: Any, tokens: Any, waited: float, size: Any, **copies: Any
+    ) -> None:
         """Wait for a step's numbers; log them and warn. UserError when the loss is not finite."""
+        if copies:
+            copies["ready"].synchronize()
         self.loss, norm, tokens = float(loss), float(norm), int(tokens)
         now = time.perf_counter()
         took, self.clock = now - self.clock, now

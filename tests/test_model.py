@@ -14,11 +14,13 @@ from nanochat.model import (
     GPTConfig,
     attend,
     attend_window,
+    capped_loss,
     init_weights,
     rms_norm,
     rotary_angles,
     rotate,
     token_loss,
+    window_rule,
 )
 
 CLASSIC = {name: value for name, value in asdict(GPTConfig()).items() if name in MODERN}
@@ -409,6 +411,101 @@ def test_a_window_equals_flex_attention(window):
     mask = create_block_mask(near, None, None, 50, 50, device="cpu")
     expected = flex_attention(q, k, v, block_mask=mask)
     torch.testing.assert_close(attend_window(q, k, v, None, window), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("T, window", [(2048, 512), (1000, 300), (513, 1), (300, 128), (64, 200)])
+def test_a_window_rule_knows_its_blocks(T, window):
+    """Every pair of positions that the rule allows lies in a block that is listed, none in vain."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rule = window_rule(T, window, torch.device("cpu"))
+    expected = create_block_mask(rule.mask_mod, None, None, T, T, device="cpu")
+    assert torch.equal(rule.to_dense(), expected.to_dense())
+    blocks = -(-T // 128)
+    positions = torch.arange(T)
+    distance = positions[:, None] - positions
+    near = (distance >= 0) & (distance <= window)
+    for i in range(blocks):
+        whole = rule.full_kv_indices[0, 0, i, : rule.full_kv_num_blocks[0, 0, i]].tolist()
+        assert all(near[128 * i : 128 * i + 128, 128 * j : 128 * j + 128].all() for j in whole)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_model_with_flex_attention_and_its_own_loss_is_the_same_model(monkeypatch):
+    """What a compiled model on a GPU computes, step for step, on a CPU and not compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    model = random_model(GPTConfig.modern(3, 61, 1024, aspect=16, head_dim=16))
+    idx = torch.randint(0, 61, (1, 1024), generator=torch.Generator().manual_seed(0))
+    targets = torch.where(idx > 40, -1, idx)
+    with torch.no_grad():
+        expected = {r: model(idx, targets, reduction=r) for r in ("mean", "sum", "none")}
+
+        def by_flex(q, k, v, window):
+            rule = window_rule(q.size(2), window, q.device)
+            return flex_attention(q, k, v, block_mask=rule)
+
+        monkeypatch.setattr("nanochat.model.attend_blocks", by_flex)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        for reduction, loss in expected.items():
+            found = model(idx, targets, reduction=reduction)
+            torch.testing.assert_close(found, loss, atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiled_model_is_one_graph_and_the_next_seed_needs_no_other():
+    """Captured by the real tracer, run by PyTorch; loss and gradients as of the plain model."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    config = GPTConfig.modern(3, 61, 256, aspect=16, head_dim=16)
+    idx = torch.randint(0, 61, (2, 256), generator=torch.Generator().manual_seed(0))
+    for seed in (0, 1):
+        model = random_model(config, seed)
+        run = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
+        losses, grads = [], []
+        for each in (model, run):
+            losses.append(each(idx, idx.roll(1)))
+            grads.append(
+                torch.autograd.grad(losses[-1], list(model.parameters()), allow_unused=True)
+            )
+        torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+        for one, other in zip(*grads):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_compiled_model_on_a_gpu_takes_flex_attention_and_learns_the_same():
+    torch.compiler.reset()
+    config = GPTConfig.modern(3, 128, 512, aspect=64, head_dim=64)
+    model, grads = random_model(config).cuda(), []
+    idx = torch.randint(0, 128, (2, 512), generator=torch.Generator().manual_seed(0)).cuda()
+    for run in (model, torch.compile(model, dynamic=False, fullgraph=True)):
+        run(idx, idx.roll(1)).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for one, other in zip(*grads):
+        assert (one - other).norm() <= 0.02 * one.norm() + 1e-7
+
+
+def test_the_loss_of_capped_logits_has_the_gradient_of_the_plain_one():
+    generator = torch.Generator().manual_seed(0)
+    logits = 60 * torch.randn(3, 5, 11, generator=generator)
+    targets = torch.randint(-1, 11, (3, 5), generator=generator)
+    one, other = (logits.clone().requires_grad_() for _ in range(2))
+    expected = token_loss(15 * torch.tanh(one / 15), targets, "none")
+    found = capped_loss(other, targets, 15.0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found[targets == -1] == 0).all()
+    weights = torch.randn(3, 5, generator=generator)
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    torch.testing.assert_close(other.grad, one.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_windows_follow_the_pattern_and_the_last_layer_sees_all():
