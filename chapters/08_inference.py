@@ -156,6 +156,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.common import UserError, synchronize
+from nanochat.decode import decoder, pack_heads
 from nanochat.model import GPT, GPTConfig, rms_norm
 from nanochat.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
@@ -1141,7 +1142,7 @@ class Batch:
         device, dtype, seq_len = model.device, model.compute_dtype, model.config.seq_len
         self.model, self.rows = model, [None] * n_rows
         self.cache = RingCache(model.config, n_rows, size, device, dtype)
-        self.decode: Callable[[Tensor], Tensor] | None = None  # does all that the model does
+        self.decode = decoder(model, self.cache)  # does all that the model does, or is None
         self.ids = torch.zeros(n_rows, dtype=torch.int64, device=device)  # chosen, not yet read
         self.made = torch.zeros_like(self.ids)  # tokens chosen so far
         self.forced, self.forcing = torch.full_like(self.ids, -1), False
@@ -1172,6 +1173,8 @@ class Batch:
 
     def advance(self, effort: int) -> None:
         """Read one token of every row and choose the next, without a word to Python."""
+        if self.decode and effort == 0:
+            return self.decode.step(self)
         if self.decode:
             logits = self.decode(self.ids)  # (B, V)
         else:
@@ -1832,6 +1835,7 @@ def prepared_copy(model: GPT, dtype: torch.dtype) -> GPT:
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     for weight in twin.parameters():
         weight.grad, weight.data = None, weight.data.to(dtype)
+    pack_heads(twin)
     twin.compute_dtype = dtype
     return twin
 

@@ -14,6 +14,7 @@ train        chapters/05_pretraining.py  Pretraining
 budget       chapters/05_pretraining.py  Pretraining
 convert      chapters/05_pretraining.py  Pretraining
 kernels      chapters/A3_fast_kernels.py  Fast kernels
+decode       chapters/A6_fast_decoding.py  Fast decoding
 distributed  chapters/06_distributed.py  Many processes
 evaluation   chapters/07_evaluation.py  Evaluation
 core         chapters/07_evaluation.py  Evaluation
