@@ -21,11 +21,11 @@ from book.graded import check, hint, progress
 r"""
 ## 1. The floor
 
-How long does a decoding step take at least? It reads every weight that multiplies once: the matrices
-of all layers (queries, keys, values, projection, and the two of the MLP, which is four times as wide
-inside) and the head. For each row of the batch it reads the keys and values of the tokens so far, in
-each layer. A layer with a window sees no more than so many earlier tokens. Embeddings and gates are
-small; leave them out.
+How long does a decoding step take at least? It reads every weight that multiplies once: the
+matrices of all layers (queries, keys, values, projection, and the two of the MLP, which is four
+times as wide inside) and the head. For each row of the batch it reads the keys and values of the
+tokens so far, in each layer. A layer with a window sees no more than so many earlier tokens.
+Embeddings and gates are small; leave them out.
 """
 
 

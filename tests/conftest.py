@@ -6,10 +6,13 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if not torch.cuda.device_count():  # then Triton's kernels run in Python; it looks when imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples on every machine, and no deadline: a busy machine is not a wrong program.
 hypothesis.settings.register_profile("book", derandomize=True, deadline=None)
