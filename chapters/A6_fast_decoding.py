@@ -152,9 +152,9 @@ What do more readers cost? The weights are read once for all of them.
 # %%
 batches = (1, 2, 4, 8, 16, 32, 64)
 fig, ax = figure(
-    "Sixteen readers cost little more than one",
+    "Eight readers cost less than twice as much as one",
     "rows in the batch", "least time of a step (ms)",
-    alt="Least time of a step against the batch: nearly flat up to eight rows, then rising with "
+    alt="Least time of a step against the batch: nearly flat up to four rows, then rising with "
     "the keys and values, for d12 and d24.",
 )  # fmt: skip
 for color, depth in zip(COLORS, (12, 24)):
@@ -241,13 +241,13 @@ def step_ms(n_kernels, nbytes, each=1.9e-6, bandwidth=speed):
 
 
 nbytes = step_bytes(GPTConfig.classic(24, 32768, 2048), 1, 512)
-for n_kernels in (1500, 979, 300, 123, 1):
+for n_kernels in (1500, sum(counts.values()), 300, 123, 1):
     print(f"{n_kernels:5} kernels: {step_ms(n_kernels, nbytes):.2f} ms")
 
 # %% [markdown]
 r"""
-With 1.9 microseconds for each of 1,500 kernels the model gives the measured time. So fewer kernels
-are the whole story of this appendix. How few? In a chain, a kernel must end where *every* number of
+With 1.9 microseconds for each of 1,500 kernels the model gives the measured time. So we want fewer
+kernels. How few? In a chain, a kernel must end where *every* number of
 the next result depends on *every* number of the last: a product with a matrix needs its whole
 input. A layer has four such places, and attention is a fifth kernel, since every head needs its
 whole query:
@@ -1508,7 +1508,7 @@ def time_steps(batch, n=50):
     return ends[0].elapsed_time(ends[1]) / n
 
 
-if torch.cuda.is_available() and triton:
+if runs_kernels(torch.device(device)):
     with torch.device("meta"):
         big = GPT(GPTConfig.modern(gpu_depth, 32768, 1024))
     big = big.to_empty(device="cuda").requires_grad_(False)
@@ -1526,7 +1526,7 @@ if torch.cuda.is_available() and triton:
         floor = step_bytes(big.config, batch, 0) / speed_here * 1e3
         print(f"batch {batch:2}: PyTorch {times[0]:.2f} ms, ours {times[1]:.2f}, floor {floor:.2f}")
 else:
-    print("This cell needs a GPU and Triton; it is skipped.")
+    print("This cell needs such a GPU and Triton; it is skipped.")
 
 # %% [markdown]
 r"""
