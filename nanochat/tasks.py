@@ -185,7 +185,7 @@ class TableTask(ChatTask):
 
     def row(self, index: int) -> dict:
         """Return row `index` as a dict of its columns."""
-        return self.table.slice(index, 1).to_pylist()[0]
+        return {name: self.table[name][index].as_py() for name in self.table.column_names}
 
 
 class Messages(TableTask):
