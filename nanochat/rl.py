@@ -415,6 +415,7 @@ def train_rl(
         bar.skip(start_step)
         for step in range(start_step, n_steps):
             if evaluate and eval_every and step % eval_every == 0:
+                engine.refresh()
                 log.write("eval", step=step, **evaluate(step))
             factor = lr * lr_multiplier(step, n_steps, warmdown=1.0, final=0.0)
             optimizer.set_schedule(factor, muon_momentum(step))
@@ -430,6 +431,7 @@ def train_rl(
             if save and save_every and (step + 1) % save_every == 0 and step + 1 < n_steps:
                 save(step + 1)
     if evaluate:
+        engine.refresh()
         log.write("eval", step=n_steps, **evaluate(n_steps))
     return history
 

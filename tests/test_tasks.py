@@ -254,15 +254,16 @@ class Oracle(torch.nn.Module):
     def __init__(self, favourite):
         super().__init__()
         self.favourite = TOKENIZER.encode(favourite)[0]
+        self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, idx, targets=None, reduction="mean"):
+    def forward(self, idx, targets=None, reduction="mean", positions=None):
         if targets is not None:  # the favourite costs nothing, other tokens a nat
             return (targets != self.favourite).float() * (targets != -1)
         logits = torch.zeros(*idx.shape, TOKENIZER.vocab_size)
         logits[..., self.favourite] = 1.0
         logits[..., TOKENIZER.encode("z")[0]] = 9.0  # not a letter of the task: must not matter
         logits[idx == TOKENIZER.bos_id] = 0.0  # padding and beginning must not be looked at
-        return logits
+        return logits if positions is None else logits.flatten(0, 1)[positions]
 
 
 class Scripted:
