@@ -60,6 +60,12 @@ def tokenizer_of(path):
     return Tokenizer.load(path) if path.is_dir() else Tokenizer(read_ranks(path))
 
 
+def batch_rates(recipe, batch_tokens):
+    """Return the rates of a recipe for another batch: they follow the root of its size."""
+    rate = (batch_tokens / recipe.batch_tokens) ** 0.5
+    return {f: rate * getattr(recipe, f) for f in ("matrix_lr", "embedding_lr", "head_lr")}
+
+
 def measured(run, recipe, config, result, seconds_all):
     """Return what came, and beside it what was predicted, as a dict."""
     device = pick_device(recipe.device)
@@ -110,8 +116,7 @@ def main():
     changes |= {"model": args.model, "seed": args.seed, "processes": 1, "val_tokens": 2**20}
     changes |= TIERS[args.tier] | dict(pair.split("=", 1) for pair in args.set)
     recipe = Recipe.for_depth(args.depth)
-    rate = (int(changes.get("batch_tokens", recipe.batch_tokens)) / recipe.batch_tokens) ** 0.5
-    rates = {f: rate * getattr(recipe, f) for f in ("matrix_lr", "embedding_lr", "head_lr")}
+    rates = batch_rates(recipe, int(changes.get("batch_tokens", recipe.batch_tokens)))
     recipe = recipe.changed(name=f"{args.tier}-d{args.depth}", **{**rates, **changes})
     with tempfile.TemporaryDirectory() as scratch:
         run = Run.open(recipe, args.folder or Path(scratch) / "run")

@@ -750,7 +750,9 @@ class Reordered(ChatTask):
         """Return conversation `index`: row `index` modulo the task's length, reordered."""
         question, choices, gold, letters = self.task.item(index % len(self.task))
         order = np.random.default_rng([self.seed, index]).permutation(len(choices)).tolist()
-        return choice_conversation(question, [choices[i] for i in order], order.index(gold), letters)
+        return choice_conversation(
+            question, [choices[i] for i in order], order.index(gold), letters
+        )
 
 
 # %% [markdown]
@@ -1642,9 +1644,9 @@ def training_pieces(
     that names the task and its row for a malformed conversation.
     """
     conversations, checked = [mixture[place] for place in places], []
-    for place, conversation in zip(places, conversations):
+    for place, each in zip(places, conversations):
         try:
-            checked.append(turns(conversation, training=True))
+            checked.append(turns(each, training=True))
         except UserError as error:
             task, row = mixture.origin(place)
             name = mixture.tasks[task].name

@@ -115,9 +115,9 @@ def training_pieces(
     that names the task and its row for a malformed conversation.
     """
     conversations, checked = [mixture[place] for place in places], []
-    for place, conversation in zip(places, conversations):
+    for place, each in zip(places, conversations):
         try:
-            checked.append(turns(conversation, training=True))
+            checked.append(turns(each, training=True))
         except UserError as error:
             task, row = mixture.origin(place)
             name = mixture.tasks[task].name

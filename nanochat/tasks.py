@@ -258,7 +258,9 @@ class Reordered(ChatTask):
         """Return conversation `index`: row `index` modulo the task's length, reordered."""
         question, choices, gold, letters = self.task.item(index % len(self.task))
         order = np.random.default_rng([self.seed, index]).permutation(len(choices)).tolist()
-        return choice_conversation(question, [choices[i] for i in order], order.index(gold), letters)
+        return choice_conversation(
+            question, [choices[i] for i in order], order.index(gold), letters
+        )
 
 
 class GSM8K(TableTask):
