@@ -80,10 +80,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
 
 from nanochat.chat import parse, render_prompt, reply_text
 from nanochat.common import MetricsLog, Progress, UserError
-from nanochat.evaluation import bootstrap_interval, centered
+from nanochat.evaluation import KERNELS, bootstrap_interval, centered
 from nanochat.optim import lr_multiplier, muon_momentum
 from nanochat.tasks import ChatTask, final_answer
 from nanochat.train import SingleProcess
@@ -410,6 +411,7 @@ which models learn to ramble (Liu et al. 2025).
 
 # %%
 #| export
+@sdpa_kernel(KERNELS)  # every batch has another length: no kernel that plans anew for each
 def token_logprobs(model, inputs, targets, temperature: float = 1.0) -> torch.Tensor:
     """Return log p(target) under the sampling distribution, float32 (B, T), 0 where target is -1.
 

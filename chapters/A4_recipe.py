@@ -1231,7 +1231,8 @@ def stage_optimizer(model: GPT, recipe: Recipe, world: Any, lora: bool) -> MuonA
 r"""
 A class holds these together. The optimizer keeps its memory from base to mid to SFT (chapter 9). It
 begins afresh for reinforcement learning, where gradients are of another kind, and for LoRA, which
-trains other tensors. `save` writes what `__init__` reads, and the score of the step if it has one.
+trains other tensors. `save` writes what `__init__` reads, and the score of the step if it has one;
+the memory, two thirds of a checkpoint, only if somebody goes on with it.
 """
 
 

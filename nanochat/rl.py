@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
 
 from nanochat.chat import parse, render_prompt, reply_text
 from nanochat.common import MetricsLog, Progress, UserError
-from nanochat.evaluation import bootstrap_interval, centered
+from nanochat.evaluation import KERNELS, bootstrap_interval, centered
 from nanochat.optim import lr_multiplier, muon_momentum
 from nanochat.tasks import ChatTask, final_answer
 from nanochat.train import SingleProcess
@@ -175,6 +176,7 @@ def pad_rollouts(rollouts: Sequence[Rollout], pad_id: int, device):
     return inputs, torch.from_numpy(targets).to(device), advantages
 
 
+@sdpa_kernel(KERNELS)  # every batch has another length: no kernel that plans anew for each
 def token_logprobs(model, inputs, targets, temperature: float = 1.0) -> torch.Tensor:
     """Return log p(target) under the sampling distribution, float32 (B, T), 0 where target is -1.
 
