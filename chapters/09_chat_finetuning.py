@@ -2355,8 +2355,8 @@ word it asks about can be checked.
 
 * `nanochat.chat`: `render`, `render_prompt`, `parse`, `turns`, `TokenView`, `CHAT_TEMPLATE`
 * `nanochat.tasks`: `ChatTask`, `TinyWorldTask`, `ExamTask`, `Messages`, `MMLU`, `ARC`, `GSM8K`,
-  `HumanEval`, `Persona`, `JsonLines`, `write_conversations`, `Mixture`, `tinyworld_mixture`,
-  `evaluate_chat`, `chat_exam`
+  `HumanEval`, `Reordered`, `Persona`, `JsonLines`, `write_conversations`, `Mixture`,
+  `tinyworld_mixture`, `evaluate_chat`, `chat_exam`
 * `nanochat.finetune`: `ConversationBatches`, `split_conversation`, `estimate_rows`,
   `held_out_loss`, `add_lora`, `lora_groups`, `merge_lora`
 

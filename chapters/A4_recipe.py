@@ -742,7 +742,8 @@ alone, again, or in another process.
 | `rl` | `sft`, word problems | `rl/step_NNNNNN/` |
 
 The first two are short. The tokenizer reads the beginning of the text, and of no document more
-than 10,000 characters, so that one long document does not decide the vocabulary.
+than 10,000 characters, so that one long document does not decide the vocabulary. If you have put a
+tokenizer into the folder, it stays.
 """
 
 # %%
@@ -1548,7 +1549,7 @@ def chat_mixture(recipe: Recipe, stage: str) -> Mixture:
     size, shares, real = 30_000, SHARES[stage], []
     seed = 2 * recipe.seed + (stage == "sft")
     if recipe.chat != "tinyworld":
-        size, shares = size // 3, {"identity": 20, "arithmetic": 50, "spelling": 30}
+        size, shares = size // 3, {"identity": 20, "arithmetic": 70, "spelling": 10}
         real = real_mixture(recipe, stage, seed)
     if recipe.own_chats:
         shares = {kind: share for kind, share in shares.items() if kind != "identity"}

@@ -1064,7 +1064,7 @@ def chat_mixture(recipe: Recipe, stage: str) -> Mixture:
     size, shares, real = 30_000, SHARES[stage], []
     seed = 2 * recipe.seed + (stage == "sft")
     if recipe.chat != "tinyworld":
-        size, shares = size // 3, {"identity": 20, "arithmetic": 50, "spelling": 30}
+        size, shares = size // 3, {"identity": 20, "arithmetic": 70, "spelling": 10}
         real = real_mixture(recipe, stage, seed)
     if recipe.own_chats:
         shares = {kind: share for kind, share in shares.items() if kind != "identity"}
