@@ -85,8 +85,9 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     changes = {**SETTINGS, **folders, **dict(pair.split("=", 1) for pair in args.set)}
     recipe = Recipe.for_profile("gpu1")
     rates = batch_rates(recipe, int(changes["batch_tokens"]))
-    rates["rl_lr"] = recipe.rl_lr * recipe.matrix_lr / rates["matrix_lr"]
-    return recipe.changed(**{**rates, **changes})
+    settings = {**rates, **changes}
+    unscaled = recipe.matrix_lr / float(settings["matrix_lr"])
+    return recipe.changed(**{"rl_lr": recipe.rl_lr * unscaled, **settings})
 
 
 class Clock:
