@@ -5,8 +5,8 @@
 Weights are random: speed does not depend on what they say. Decoding is greedy and without tools.
 The share of the bandwidth counts the bytes that a step cannot avoid (weights that multiply, and
 the cache at its mean length) against what this device reads in a plain sum. `--naive` times the
-whole forward pass for every token beside it, at batch 1. `--compiled` compiles the decoding step,
-and replays it as a CUDA graph on a GPU. The last line is JSON.
+whole forward pass for every token beside it, at batch 1. On a GPU steps are replayed as CUDA graphs
+and looked at one step late; `--plain` does neither. The last line is JSON.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 import torch
 
 from nanochat.common import UserError, pick_device, pick_dtype, synchronize
-from nanochat.engine import Engine, bench
+from nanochat.engine import Engine, bench, prepared_copy
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 
@@ -34,18 +34,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--plain", action="store_true", help="no graphs, no step ahead")
     parser.add_argument("--naive", action="store_true")
     return parser.parse_args()
 
 
 def random_model(config: GPTConfig, device: torch.device) -> GPT:
     """Return a model whose weights are all non-zero."""
-    model = GPT(config)
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device).restore_angles()
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(0, 0.02)
-    return model.to(device)
+    return model
 
 
 @torch.inference_mode()
@@ -72,14 +74,16 @@ def main() -> None:
     prepared = None if dtype == torch.float32 else dtype
     tokenizer = Tokenizer.train(["a"], 265)  # bytes alone; the text does not matter here
     model = random_model(config, device)
-    engine = Engine(model, tokenizer, prepared, max(args.batch), compiled=args.compiled)
-    model = engine.source = engine.model  # let the float32 weights go
+    if prepared:
+        model = prepared_copy(model, prepared)
+    way = False if args.plain else None
+    engine = Engine(model, tokenizer, max_batch=max(args.batch), graph=way, late=way)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     name = name or platform.machine()
     params = model.num_params()["total"] / 1e6
     print(f"d{args.depth}, {params:.1f}M parameters, {dtype}, {device} ({name})")
     facts = {"benchmark": "inference", "depth": args.depth, "machine": name}
-    facts |= {"modern": args.modern, "compiled": args.compiled}
+    facts |= {"modern": args.modern, "graph": engine.loop.table.graph, "late": engine.loop.late}
     facts |= bench(engine, args.batch, args.prompt, args.new, args.repeats)
     if args.naive:
         ours = facts["results"][0]

@@ -489,7 +489,7 @@ The rest is what the stages left behind. The folders of all runs lie side by sid
 #| export
 from nanochat.checkpoint import Checkpoint, load_checkpoint
 from nanochat.common import MetricsLog, pick_device, pick_dtype, read_json, write_json
-from nanochat.engine import Engine
+from nanochat.engine import Engine, prepared_copy
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import TRACKERS
 
@@ -708,7 +708,9 @@ class Run:
         use_mine(self.recipe)
         device = pick_device(self.recipe.device)
         model = self.checkpoint(stage, device, optimizer=False).model.eval()
-        model.compute_dtype = compute_dtype(self.recipe, device)
+        model.compute_dtype = dtype = compute_dtype(self.recipe, device)
+        if device.type == "cuda":  # weights of half the bytes, as a rule
+            model = prepared_copy(model, dtype)
         return Engine(model, self.tokenizer(), **options)
 
 
@@ -1661,7 +1663,9 @@ def rl_problems(recipe: Recipe, split: str, tokenizer: Tokenizer) -> list[dict]:
 # %% [markdown]
 r"""
 It has its own loop (chapter 10), but starts, saves and resumes by the same rule. What takes its
-time is writing replies, so as many as possible are written together.
+time is writing replies, so as many as possible are written together. On a GPU they come from a copy
+of the model in the dtype of the products, which takes over the weights before it is asked: half the
+bytes a step, and steps that are recorded once for the whole stage.
 """
 
 
@@ -1677,8 +1681,9 @@ def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
     recipe, stage = run.recipe, Training(run, "rl", world)
     if stage.kept.get("result"):  # killed between its last checkpoint and its mark
         return stage.kept["result"]
-    rows = rows_at_once(stage.device)
-    engine = Engine(stage.model, stage.tokenizer, max_batch=rows)
+    rows, on_gpu = rows_at_once(stage.device), stage.device.type == "cuda"
+    copied = compute_dtype(recipe, stage.device) if on_gpu else None
+    engine = Engine(stage.model, stage.tokenizer, copied, max_batch=rows)
     tests = rl_problems(recipe, "test", stage.tokenizer)[: max(1, recipe.exam_items // 2)]
     reference = None  # of a fresh start: the model as it is
     if stage.kept:

@@ -119,20 +119,20 @@ class ToolCalls:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        self.start, self.end = map(tokenizer.special, ("python_start", "python_end"))
         self.expression: list[int] | None = None  # ids since python_start; None outside of a call
 
     def push(self, id: int) -> list[int]:
         """Take one id; return the ids to force next: none unless it closes a call with a value."""
-        special = self.tokenizer.special
-        if id == special("python_start"):
+        if id == self.start:
             self.expression = []
         elif self.expression is None:
             return []
-        elif id == special("python_end"):
+        elif id == self.end:
             value = calculate(self.tokenizer.decode(self.expression))
             self.expression = None
             if value is not None:
-                output = self.tokenizer.encode(value)
+                output, special = self.tokenizer.encode(value), self.tokenizer.special
                 return [special("output_start"), *output, special("output_end")]
         else:
             self.expression.append(id)

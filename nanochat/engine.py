@@ -10,10 +10,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.calculator import ToolCalls
 from nanochat.common import UserError, synchronize
@@ -29,15 +31,18 @@ __all__ = [
     "GROUP_TOKENS",
     "KVCache",
     "Loop",
+    "Post",
     "Prefixes",
     "RingCache",
     "Row",
     "SMALLEST",
     "Sampling",
+    "Seats",
     "Stream",
     "Table",
     "Token",
     "Transcript",
+    "begin_step",
     "bench",
     "benchmark",
     "bucket",
@@ -45,25 +50,27 @@ __all__ = [
     "choose",
     "copy_in",
     "copy_out",
+    "copy_weights",
     "draw",
-    "fast_step",
-    "fetch",
     "first_tokens",
     "generate_with_lookup",
     "last_embedding",
     "look_up",
+    "move_rows",
     "next_group",
     "next_token_probabilities",
     "padded_view",
     "prefill",
     "prepared_copy",
     "read_bandwidth",
-    "recent_slots",
+    "record",
+    "rehearse",
     "request",
     "row_probabilities",
     "row_seeds",
+    "runs_on",
     "sample",
-    "step",
+    "side_stream",
     "token_probabilities",
 ]
 
@@ -86,6 +93,7 @@ class KVCache:
         starts: Sequence[int] | None = None,
     ):
         self.config, self.max_len, self.length = config, max_len, 0
+        self.slots = [max_len] * config.n_layer
         shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
@@ -111,6 +119,10 @@ class KVCache:
     def prepare(self, n_new: int) -> None:
         """Set `positions` and `mask` for the next n_new tokens (None when no row is padded)."""
         self.positions, self.mask = padded_view(self.starts, self.length, n_new)
+
+    def recent(self, slots: int, n: int) -> Tensor:
+        """Return the slots of the last n tokens of a layer, oldest first, int64."""
+        return torch.arange(self.length - n, self.length, device=self.keys.device)
 
 
 def padded_view(
@@ -179,7 +191,7 @@ def row_probabilities(logits: Tensor, knobs: Tensor, filters: bool) -> Tensor:
     Weights need not sum to one. Without `filters` only the temperature counts.
     """
     temperature, top_k, top_p, min_p, _ = knobs[:, :, None].unbind(1)  # (B, 1) each
-    p = (logits / temperature.where(temperature > 0, 1)).softmax(dim=-1)
+    p = (logits / (temperature + (temperature == 0))).softmax(dim=-1)
     if not filters:
         return p
     ordered, where = p.sort(dim=-1, descending=True)
@@ -298,7 +310,7 @@ class Row:
         tools: bool = True,
     ):
         self.prompt, self.budget, self.tokenizer = list(prompt), budget, tokenizer
-        self.sampling, self.stop = sampling, stop
+        self.sampling, self.effort, self.stop = sampling, sampling.effort, stop
         self.calls = ToolCalls(tokenizer) if tools else None
         self.ids, self.mask, self.logprobs = [], [], []
         self.queue: deque[int] = deque()  # tokens that must come next, whatever the model wants
@@ -312,6 +324,12 @@ class Row:
     def n_read(self) -> int:
         """Tokens that the model has read: all but the one chosen last."""
         return len(self.prompt) + len(self.ids) - 1
+
+    def ended(self) -> bool:
+        """Return whether the row goes no further, after a look at its stop button."""
+        if self.stop is not None and self.stop.is_set():
+            self.finish_reason = self.finish_reason or "cancelled"
+        return self.finish_reason is not None
 
     def take(self, id: int, logprob: float) -> None:
         """Append the next token and decide what follows from it; UserError for a logprob of NaN."""
@@ -393,24 +411,27 @@ class RingCache:
             self.before.copy_(self.last)
             self.last = self.before
 
-
-def recent_slots(ring: RingCache, layer: int, length: int) -> Tensor:
-    """Return the slots of a row's last tokens in one layer, oldest first, int64."""
-    n = min(length, ring.slots[layer])
-    back = torch.arange(-n, 0, device=ring.clock.device)
-    return (ring.clock + back) % ring.slots[layer]
+    def recent(self, slots: int, n: int) -> Tensor:
+        """Return the slots of the last n tokens of a layer with so many slots, oldest first."""
+        return (self.clock + torch.arange(-n, 0, device=self.clock.device)) % slots
 
 
-def copy_in(ring: RingCache, b: int, cache: KVCache, number: int, length: int) -> None:
-    """Seat the last `length` tokens of row `number` of a KVCache as row b of the ring."""
-    for layer in range(len(ring.slots)):
-        where = recent_slots(ring, layer, length)
-        part = slice(cache.length - len(where), cache.length)
-        ring.keys[layer][b].index_copy_(1, where, cache.keys[layer, number, :, part])
-        ring.values[layer][b].index_copy_(1, where, cache.values[layer, number, :, part])
-    ring.lengths[b] = length
+def copy_in(
+    ring: RingCache, seats: Tensor, source: KVCache | RingCache, numbers: Tensor,
+    lengths: Sequence[int],
+) -> None:  # fmt: skip
+    """Seat rows `numbers` (R,) of a cache, of so many tokens each, as rows `seats` of the ring."""
+    longest, places = max(lengths), {}
+    for layer, slots in enumerate(zip(ring.slots, source.slots)):
+        n = min(longest, *slots)
+        if slots not in places:
+            places[slots] = ring.recent(slots[0], n), source.recent(slots[1], n)
+        to, of = places[slots]
+        for mine, theirs in ((ring.keys, source.keys), (ring.values, source.values)):
+            mine[layer][seats[:, None], :, to] = theirs[layer][numbers[:, None], :, of]
+    ring.lengths[seats] = torch.tensor(lengths, device=ring.clock.device)
     if ring.before is not None:
-        ring.before[b] = cache.last[number]
+        ring.before[seats] = source.last[numbers]
 
 
 def copy_out(ring: RingCache, b: int, length: int) -> KVCache:
@@ -418,10 +439,11 @@ def copy_out(ring: RingCache, b: int, length: int) -> KVCache:
     k = ring.keys[0]
     cache = KVCache(ring.config, 1, length, k.device, k.dtype)
     cache.keys.zero_(), cache.values.zero_()
-    for layer in range(len(ring.slots)):
-        where = recent_slots(ring, layer, length)
-        cache.keys[layer, 0, :, length - len(where) :] = ring.keys[layer][b][:, where]
-        cache.values[layer, 0, :, length - len(where) :] = ring.values[layer][b][:, where]
+    for layer, slots in enumerate(ring.slots):
+        n = min(length, slots)
+        where = ring.recent(slots, n)
+        cache.keys[layer, 0, :, length - n :] = ring.keys[layer][b][:, where]
+        cache.values[layer, 0, :, length - n :] = ring.values[layer][b][:, where]
     cache.length = length
     cache.last = None if ring.before is None else ring.before[b : b + 1].clone()
     return cache
@@ -447,6 +469,41 @@ def choose(
     return ids, chosen - logits.logsumexp(dim=-1)
 
 
+class Post:
+    """Carries what steps have chosen from the device to Python; two steps may be under way."""
+
+    def __init__(self, n_rows: int, device: torch.device):
+        gpu = device.type == "cuda"
+        kind = dict(dtype=torch.float64, pin_memory=gpu)
+        self.device, self.sent = device, deque()
+        slots = [torch.zeros(2, n_rows, **kind) for _ in range(2)]
+        self.free = deque((slot, torch.cuda.Event() if gpu else None) for slot in slots)
+
+    def send(self, results: Tensor, live: list[tuple[int, Row]]) -> None:
+        """Send for the results (2, B) of a step of these seats and rows, and do not wait."""
+        slot, event = self.free.popleft()
+        slot.copy_(results, non_blocking=True)
+        if event:
+            event.record(torch.cuda.current_stream(self.device))
+        self.sent.append((live, slot, event))
+
+    def receive(self) -> None:
+        """Wait for the oldest results, and let each row that has not ended take its token."""
+        live, slot, event = self.sent.popleft()
+        if event:
+            event.synchronize()
+        ids, logprobs = slot.tolist()
+        self.free.append((slot, event))
+        for b, row in live:
+            if not row.finish_reason:
+                row.take(int(ids[b]), logprobs[b])
+
+    def clear(self) -> None:
+        """Let go of what is under way."""
+        self.free.extend(sent[1:] for sent in self.sent)
+        self.sent.clear()
+
+
 class Batch:
     """What the device holds of rows that decode together. Seats without a row are None."""
 
@@ -454,33 +511,47 @@ class Batch:
         device, dtype, seq_len = model.device, model.compute_dtype, model.config.seq_len
         self.model, self.rows = model, [None] * n_rows
         self.cache = RingCache(model.config, n_rows, size, device, dtype)
+        self.decode: Callable[[Tensor], Tensor] | None = None  # does all that the model does
         self.ids = torch.zeros(n_rows, dtype=torch.int64, device=device)  # chosen, not yet read
         self.made = torch.zeros_like(self.ids)  # tokens chosen so far
-        self.forced = torch.full_like(self.ids, -1)
-        self.logprobs = torch.zeros(n_rows, device=device)
+        self.forced, self.forcing = torch.full_like(self.ids, -1), False
         self.knobs = torch.zeros(n_rows, 5, device=device)
         self.counts = torch.zeros(n_rows, known, device=device)
         self.uniforms = torch.zeros(n_rows, seq_len, dtype=torch.float64, device=device)
-        self.fast: dict[int, Callable[[], None]] = {}  # by effort: see `fast_step`
+        self.results = torch.zeros(2, n_rows, dtype=torch.float64, device=device)  # ids, logprobs
+        self.post = Post(n_rows, device)
+        self.graphs: dict[int, Callable[[], None]] = {}  # by effort: see `record`
 
-    def put(self, b: int, row: Row, cache: KVCache, number: int) -> None:
-        """Seat a row that has chosen a token; what it read before is row `number` of the cache."""
-        self.rows[b] = row
-        copy_in(self.cache, b, cache, number, row.n_read)
-        self.ids[b], self.made[b] = row.ids[-1], len(row.ids)
-        self.knobs[b] = torch.tensor(row.sampling.numbers())
-        self.counts[b] = torch.bincount(torch.tensor(row.ids), minlength=self.counts.size(1))
-        self.uniforms[b, : len(row.uniforms)] = row.uniforms.to(self.uniforms.device)
+    def put(
+        self, seats: Sequence[int], rows: Sequence[Row], cache: KVCache, numbers: Sequence[int]
+    ) -> None:
+        """Seat rows that have chosen their first token; row i has read row numbers[i] of cache."""
+        device, n_read = self.ids.device, [row.n_read for row in rows]
+        places, numbers = torch.tensor([seats, numbers], device=device)  # (R,) each
+        copy_in(self.cache, places, cache, numbers, n_read)
+        facts = [[row.ids[-1], *row.sampling.numbers()] for row in rows]
+        facts = torch.tensor(facts, dtype=torch.float64).to(device)  # (R, 6)
+        uniforms = pad_sequence([row.uniforms for row in rows], batch_first=True).to(device)
+        ids = facts[:, 0].long()
+        self.ids[places], self.knobs[places] = ids, facts[:, 1:].float()
+        self.made.index_fill_(0, places, 1)
+        self.counts.index_fill_(0, places, 0.0)[places, ids] = 1.0
+        self.uniforms[places, : uniforms.size(1)] = uniforms
+        for b, row in zip(seats, rows):
+            self.rows[b] = row
 
     def advance(self, effort: int) -> None:
         """Read one token of every row and choose the next, without a word to Python."""
-        self.cache.prepare()
-        logits = self.model(self.ids[:, None], kv_cache=self.cache, last_only=True)[:, -1]
+        if self.decode:
+            logits = self.decode(self.ids)  # (B, V)
+        else:
+            self.cache.prepare()
+            logits = self.model(self.ids[:, None], kv_cache=self.cache, last_only=True)[:, -1]
         place = self.made.clamp(max=self.uniforms.size(1) - 1)[:, None]
         uniform = self.uniforms.gather(1, place).squeeze(1)
         ids, logprobs = choose(logits, self.knobs, uniform, self.counts, self.forced, effort)
         self.ids.copy_(ids)
-        self.logprobs.copy_(logprobs)
+        torch.stack((ids.double(), logprobs.double()), out=self.results)
         self.counts.scatter_add_(1, ids[:, None], torch.ones_like(self.counts[:, :1]))
         self.made += 1
 
@@ -489,57 +560,79 @@ class Batch:
         return [(b, row) for b, row in enumerate(self.rows) if row and not row.finish_reason]
 
 
-def fetch(ids: Tensor, logprobs: Tensor) -> list[tuple[int, float]]:
-    """Return (id, logprob) of every row, fetched from the device together."""
-    both = torch.stack((ids.float(), logprobs)).tolist()  # ids below 2^24 are exact in float32
-    return [(int(id), logprob) for id, logprob in zip(*both)]
+def move_rows(old: Batch, new: Batch) -> None:
+    """Seat the live rows of a batch on the first seats of another, which may have been used."""
+    live = old.live()
+    new.rows = [row for _, row in live] + [None] * (len(new.rows) - len(live))
+    new.post.clear()
+    if not live:
+        return
+    seats = torch.tensor([[b for b, _ in live], range(len(live))], device=new.ids.device)
+    copy_in(new.cache, seats[1], old.cache, seats[0], [row.n_read for _, row in live])
+    for name in ("ids", "made", "knobs", "counts", "uniforms"):
+        getattr(new, name)[: len(live)] = getattr(old, name)[seats[0]]
 
 
-def step(batch: Batch, compiled: bool = False) -> None:
-    """Bring all rows of a batch forward by one token."""
-    live = batch.live()
-    forced = [-1] * len(batch.rows)
-    for b, row in live:
-        forced[b] = row.queue[0] if row.queue else -1
-    if any(row.queue or not row.mask[-1] for _, row in live):  # now, or in the step before
-        batch.forced.copy_(torch.tensor(forced))
-    effort = max(row.sampling.effort for _, row in live)
-    if compiled:
-        if effort not in batch.fast:
-            batch.fast[effort] = fast_step(batch, effort)
-        batch.fast[effort]()
-    else:
-        batch.advance(effort)
-    fetched = fetch(batch.ids, batch.logprobs)
-    for b, row in live:
-        row.take(*fetched[b])
-
-
-def fast_step(batch: Batch, effort: int) -> Callable[[], None]:
-    """Return a compiled `batch.advance`, on CUDA as one graph to be replayed."""
-    torch._dynamo.config.recompile_limit = 256  # one for each size of batch and cache
-    compiled = torch.compile(batch.advance, fullgraph=True, dynamic=False)
+def rehearse(batch: Batch, effort: int) -> None:
+    """Make a step and undo it."""
     cache = batch.cache
-    state = [batch.ids, batch.made, batch.logprobs, batch.counts, cache.clock, cache.lengths]
+    state = [batch.ids, batch.made, batch.counts, cache.clock, cache.lengths]
     state += [] if cache.before is None else [cache.before]
+    kept = [tensor.clone() for tensor in state]
+    batch.advance(effort)
+    for tensor, old in zip(state, kept):
+        tensor.copy_(old)
 
-    def rehearse() -> None:
-        kept = [tensor.clone() for tensor in state]
-        compiled(effort)
-        for tensor, old in zip(state, kept):
-            tensor.copy_(old)
 
-    rehearse()
-    if batch.ids.device.type != "cuda":
-        return lambda: compiled(effort)
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
+@lru_cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a CUDA device on which steps are recorded."""
+    return torch.cuda.Stream(device)
+
+
+def record(batch: Batch, effort: int) -> Callable[[], None]:
+    """Record `batch.advance(effort)` as a CUDA graph, and return what replays it."""
+    side, graph = side_stream(batch.ids.device), torch.cuda.CUDAGraph()
+    now = torch.cuda.current_stream(batch.ids.device)
+    side.wait_stream(now)
     with torch.cuda.stream(side):
-        rehearse()
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):  # recorded, not run
-        compiled(effort)
+        rehearse(batch, effort)
+        torch.cuda.empty_cache()  # what is free may be needed, and cannot be had while recording
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            batch.advance(effort)  # recorded, not run
+        finally:
+            graph.capture_end()
+    now.wait_stream(side)
     return graph.replay
+
+
+def runs_on(row: Row, slots: int) -> bool:
+    """Return whether the token after the row's next may be chosen before we know the next.
+
+    Not inside a tool call, and not past the budget or a cache of so many slots.
+    """
+    calling = row.queue or (row.calls is not None and row.calls.expression is not None)
+    return not calling and len(row.ids) + 1 < row.budget and row.n_read + 1 < slots
+
+
+def begin_step(batch: Batch, live: list[tuple[int, Row]], graph: bool) -> None:
+    """Bring these seats and rows forward by one token, and send for it."""
+    queued = [(b, row.queue[0]) for b, row in live if row.queue]
+    if queued or batch.forcing:  # now, or in the step before
+        forced = torch.full((len(batch.rows),), -1)
+        for b, id in queued:
+            forced[b] = id
+        batch.forced.copy_(forced)
+        batch.forcing = bool(queued)
+    effort = max(row.effort for _, row in live)
+    if not graph:
+        batch.advance(effort)
+    else:
+        if effort not in batch.graphs:
+            batch.graphs[effort] = record(batch, effort)
+        batch.graphs[effort]()
+    batch.post.send(batch.results, live)
 
 
 def last_embedding(model: GPT, id: int) -> Tensor | None:
@@ -638,11 +731,11 @@ def first_tokens(rows: Sequence[Row], logits: Tensor, known: int) -> None:
     knobs = torch.tensor([row.sampling.numbers() for row in rows], device=logits.device)
     uniform = torch.stack([row.uniforms[0] for row in rows]).to(logits.device)
     counts, forced = logits.new_zeros(len(rows), known), torch.full_like(uniform, -1).long()
-    effort = max(row.sampling.effort for row in rows)
-    chosen = fetch(*choose(logits, knobs, uniform, counts, forced, effort))
-    for row, (id, logprob) in zip(rows, chosen):
-        if not row.finish_reason:
-            row.take(id, logprob)
+    effort = max(row.effort for row in rows)
+    ids, logprobs = choose(logits, knobs, uniform, counts, forced, effort)
+    for row, id, logprob in zip(rows, *torch.stack((ids.double(), logprobs.double())).tolist()):
+        if not row.ended():
+            row.take(int(id), logprob)
 
 
 CHUNK, GROUP_TOKENS = 512, 16384
@@ -661,13 +754,17 @@ class Door:
         """Return all rows that have no seat yet."""
         return [*self.waiting, *self.arriving]
 
+    def busy(self, free: int) -> bool:
+        """Return whether there is a prompt to read, when there are so many free seats."""
+        return self.reading is not None or bool(free and self.waiting)
+
     def read(self, free: int) -> tuple[list[Row], KVCache, list[int], Tensor] | None:
-        """Read a chunk for at most `free` rows; when it was the last, return rows and `prefill`."""
-        if self.reading is None and self.waiting and free:
+        """If busy: read a chunk for at most `free` rows; after the last, rows and `prefill`'s."""
+        if self.reading is None:
             most = 1 if self.prefixes.limit else free  # each prompt has its own beginning
             self.arriving = next_group(self.waiting, most, GROUP_TOKENS)
             self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK)
-        found = next(self.reading) if self.reading else None
+        found = next(self.reading)
         if found is None:
             return None
         rows, self.arriving, self.reading = self.arriving, [], None
@@ -677,7 +774,8 @@ class Door:
 
     def leave(self) -> None:
         """Let go of rows that have ended while they waited."""
-        self.waiting = deque(row for row in self.waiting if not row.finish_reason)
+        if self.waiting:
+            self.waiting = deque(row for row in self.waiting if not row.ended())
 
     def clear(self) -> None:
         """Forget everybody."""
@@ -694,17 +792,45 @@ def bucket(n: int, coarse: bool = False) -> int:
     return power * 3 // 4 if not coarse and power >= 4 and power * 3 // 4 >= n else power
 
 
-class Table:
-    """The rows that write: a batch with seats, which is exchanged when it does not fit."""
+class Seats:
+    """The batch at the table, and with `graph` those that were there before and may come back."""
 
-    def __init__(self, model: GPT, known: int, max_batch: int, compiled: bool):
-        self.model, self.known, self.max_batch, self.compiled = model, known, max_batch, compiled
+    def __init__(self, model: GPT, known: int, max_batch: int, graph: bool):
+        self.model, self.known, self.max_batch, self.graph = model, known, max_batch, graph
         self.batch = self.empty = Batch(model, 0, 1, known)
-        self.kept: dict[tuple[int, int], Batch] = {}  # compiled ones, for the next time
+        self.kept: dict[tuple[int, int], Batch] = {}  # by rows and slots; the last used come last
 
     def rows(self) -> list[Row]:
         """Return the rows that have a seat."""
         return [row for row in self.batch.rows if row]
+
+    def another(self, seats: int, size: int) -> Batch:
+        """Return a batch of these sizes to be used next, a kept one if there is one."""
+        batch = self.kept.pop((seats, size), None) or Batch(self.model, seats, size, self.known)
+        if self.graph:
+            self.kept[seats, size] = batch
+            while sum(n * m for n, m in self.kept) > self.max_batch * self.model.config.seq_len:
+                del self.kept[next(iter(self.kept))]
+        return batch
+
+    def move(self, seats: int, longest: int = 0) -> None:
+        """Move everybody to a batch of so many seats, with room for more than `longest` tokens."""
+        live = self.batch.live()
+        longest = max([longest, *(row.n_read for _, row in live)])
+        seats = min(seats, max(self.max_batch, len(live)))
+        room = max(longest + 1, 4 * SMALLEST if self.graph else SMALLEST)
+        new = self.another(seats, min(bucket(room, self.graph), self.model.config.seq_len))
+        move_rows(self.batch, new)
+        self.batch = new
+
+    def clear(self) -> None:
+        """Forget everybody, and all that was computed."""
+        self.batch = self.empty
+        self.kept.clear()
+
+
+class Table(Seats):
+    """The rows that write: they sit down, get tokens, and leave."""
 
     def put(self, rows: Sequence[Row], cache: KVCache, numbers: Sequence[int]) -> None:
         """Seat rows that have not ended; row i has read what is row numbers[i] of the cache."""
@@ -713,68 +839,70 @@ class Table:
             return
         seats, longest = len(self.rows()) + len(going), max(row.n_read for row, _ in going)
         if seats > len(self.batch.rows) or longest >= self.batch.cache.size:
-            self.move(max(bucket(seats, self.compiled), len(self.batch.rows)), longest)
+            self.move(max(bucket(seats, self.graph), len(self.batch.rows)), longest)
         free = [b for b, row in enumerate(self.batch.rows) if row is None]
-        for b, (row, number) in zip(free, going):
-            self.batch.put(b, row, cache, number)
+        rows, numbers = zip(*going)
+        self.batch.put(free[: len(rows)], rows, cache, numbers)
 
-    def move(self, seats: int, longest: int = 0) -> None:
-        """Move everybody to a batch of so many seats, with room for more than `longest` tokens."""
-        live = self.batch.live()
-        longest = max([longest, *(row.n_read for _, row in live)])
-        seats = min(seats, max(self.max_batch, len(live)))
-        room = max(longest + 1, 4 * SMALLEST if self.compiled else SMALLEST)
-        size = min(bucket(room, self.compiled), self.model.config.seq_len)
-        new = self.kept.get((seats, size)) or Batch(self.model, seats, size, self.known)
-        if self.compiled:
-            self.kept[seats, size] = new
-        new.rows = [None] * seats
-        for seat, (b, row) in enumerate(live):
-            new.put(seat, row, copy_out(self.batch.cache, b, row.n_read), 0)
-        self.batch = new
+    def step(self, late: bool) -> None:
+        """Begin a step if we may, and take the tokens of it, or with `late` of the one before."""
+        batch, live, waiting = self.batch, self.batch.live(), len(self.batch.post.sent)
+        slots = batch.cache.size
+        if live and not waiting and max(row.n_read for _, row in live) >= slots:
+            self.move(len(batch.rows))
+            batch, live = self.batch, self.batch.live()
+        if live and (not waiting or (late and all(runs_on(row, slots) for _, row in live))):
+            begin_step(batch, live, self.graph)
+        if batch.post.sent and (waiting or not late):
+            batch.post.receive()
 
-    def step(self) -> None:
-        """Give every row a token, in a longer cache if this one is full."""
-        live = self.batch.live()
-        if live:
-            if max(row.n_read for _, row in live) >= self.batch.cache.size:
-                self.move(len(self.batch.rows))
-            step(self.batch, self.compiled)
+    def settle(self) -> None:
+        """Take the tokens that are under way: before rows join or move."""
+        while self.batch.post.sent:
+            self.batch.post.receive()
 
-    def leave(self, prefixes: Prefixes, more: bool) -> None:
-        """Free the seats of rows that have ended; unless `more` rows come, move to fewer seats."""
-        for b, row in enumerate(self.batch.rows):
-            if row and row.finish_reason:
-                self.batch.rows[b] = None
+    def leave(self, prefixes: Prefixes) -> None:
+        """Free the seats of rows that have ended, and remember what they have read."""
+        batch = self.batch
+        for b, row in enumerate(batch.rows):
+            if row is not None and row.ended():
+                batch.rows[b] = None
                 if prefixes.limit and row.finish_reason != "cancelled":
-                    kept = copy_out(self.batch.cache, b, row.n_read)
-                    prefixes.keep(row.prompt + row.ids[:-1], kept)
-        seats = bucket(len(self.rows()), self.compiled)
-        if not self.rows():
+                    n = row.n_read + len(batch.post.sent)  # a step under way reads the last token
+                    prefixes.keep((row.prompt + row.ids)[:n], copy_out(batch.cache, b, n))
+        if not any(batch.rows):
             self.batch = self.empty
-        elif not more and seats <= 0.75 * len(self.batch.rows):
-            self.move(seats)
+
+    def shrink(self, prefixes: Prefixes) -> None:
+        """Move to fewer seats if most are free."""
+        if bucket(len(self.rows()), self.graph) <= 0.75 * len(self.batch.rows):
+            self.settle()
+            self.leave(prefixes)
+            if self.rows():
+                self.move(bucket(len(self.rows()), self.graph))
 
 
 class Loop:
     """One loop for all requests of an engine: rows join and leave between two steps.
 
-    Whoever wants a token calls `run` from any thread; who holds the lock makes a step for all.
+    Whoever wants a token calls `run` from any thread; who holds the lock makes a step for all. With
+    `graph` steps are recorded, with `late` they are looked at one step late.
     """
 
-    def __init__(self, model: GPT, known: int, max_batch: int, remember: int, compiled: bool):
-        self.prefixes, self.lock = Prefixes(remember), threading.Lock()
+    def __init__(
+        self, model: GPT, known: int, max_batch: int, remember: int, graph: bool, late: bool
+    ):
+        self.prefixes, self.lock, self.late = Prefixes(remember), threading.Lock(), late
         self.door = Door(model, self.prefixes)
-        self.table = Table(model, known, max_batch, compiled)
+        self.table = Table(model, known, max_batch, graph)
 
     def run(self, rows: Sequence[Row], done: Callable[[], bool]) -> None:
         """Make steps until done() is true; `rows` are new ones that join."""
-        with self.lock:
-            self.door.waiting.extend(rows)
-        while True:
+        if rows:
+            with self.lock:
+                self.door.waiting.extend(rows)
+        while not done():
             with self.lock, torch.inference_mode():
-                if done():
-                    return
                 try:
                     self.step()
                 except BaseException as error:
@@ -785,24 +913,32 @@ class Loop:
         """Return all rows in the house."""
         return self.door.rows() + self.table.rows()
 
+    def free(self) -> int:
+        """Return how many rows may join."""
+        return self.table.max_batch - len(self.table.rows())
+
     def step(self) -> None:
         """Let rows leave and join, read a chunk of a prompt, and give everybody a token."""
-        for row in self.rows():
-            if row.stop is not None and row.stop.is_set():
-                row.finish_reason = row.finish_reason or "cancelled"
+        door, table = self.door, self.table
         self.leave()
-        found = self.door.read(self.table.max_batch - len(self.table.rows()))
-        if found:
-            rows, cache, numbers, logits = found
-            first_tokens(rows, logits, self.table.known)
-            self.table.put(rows, cache, numbers)
-        self.table.step()
+        if door.busy(self.free()):
+            table.settle()
+            self.leave()
+        if door.busy(self.free()):
+            found = door.read(self.free())
+            if found:
+                rows, cache, numbers, logits = found
+                first_tokens(rows, logits, table.known)
+                table.put(rows, cache, numbers)
+        table.step(self.late and not door.busy(self.free()))
         self.leave()
+        if not door.waiting and not door.arriving:
+            table.shrink(self.prefixes)
 
     def leave(self) -> None:
         """Let go of rows that have ended."""
         self.door.leave()
-        self.table.leave(self.prefixes, more=bool(self.door.rows()))
+        self.table.leave(self.prefixes)
 
     def fail(self, error: BaseException) -> None:
         """After an error nobody can go on: end all rows, with the error if it is one."""
@@ -810,7 +946,7 @@ class Loop:
             row.error = error if isinstance(error, Exception) else None
             row.finish_reason = row.finish_reason or "cancelled"
         self.door.clear()
-        self.table.batch = self.table.empty
+        self.table.clear()
 
 
 class Stream:
@@ -873,6 +1009,13 @@ def prepared_copy(model: GPT, dtype: torch.dtype) -> GPT:
         weight.grad, weight.data = None, weight.data.to(dtype)
     twin.compute_dtype = dtype
     return twin
+
+
+@torch.no_grad()
+def copy_weights(twin: GPT, model: GPT) -> None:
+    """Give a prepared copy the weights of its model anew, in the memory that it has."""
+    for mine, new in zip(twin.parameters(), model.parameters()):
+        mine.copy_(new)
 
 
 def check_tokenizer(model: GPT, tokenizer: Tokenizer) -> None:
@@ -941,22 +1084,28 @@ class Engine:
     The model is the caller's own, so every change of its weights is seen; `dtype` makes a copy in
     that dtype instead (bfloat16 is best on a GPU), until `refresh()`. At most `max_batch` rows
     decode together. `remember` keeps keys and values of so many finished rows for prompts that
-    continue them: for weights that do not change. `compiled` compiles the step: many seconds, once.
+    continue them: for weights that do not change. `graph` records steps as CUDA graphs (then
+    weights must stay where they are), `late` looks at tokens a step late; both are done on CUDA.
     """
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype | None = None,
-        max_batch: int = 128, remember: int = 0, compiled: bool = False,
+        max_batch: int = 128, remember: int = 0, graph: bool | None = None,
+        late: bool | None = None,
     ):  # fmt: skip
         check_tokenizer(model, tokenizer)
-        self.source, self.tokenizer, self.dtype = model, tokenizer, dtype
-        self.options = (max_batch, remember, compiled)
-        self.refresh()
+        on_gpu = model.device.type == "cuda"
+        options = max_batch, remember, *(on_gpu if x is None else x for x in (graph, late))
+        self.source, self.tokenizer = model, tokenizer
+        self.model = model if dtype is None else prepared_copy(model, dtype)
+        self.loop = Loop(self.model, tokenizer.vocab_size, *options)
 
     def refresh(self) -> None:
-        """Start anew, with the weights copied again when a dtype was given; forget all prompts."""
-        self.model = self.source if self.dtype is None else prepared_copy(self.source, self.dtype)
-        self.loop = Loop(self.model, self.tokenizer.vocab_size, *self.options)
+        """Forget all prompts; a copy in another dtype takes over the weights as they are now."""
+        with self.loop.lock:
+            if self.model is not self.source:
+                copy_weights(self.model, self.source)
+            self.loop.prefixes.entries.clear()
 
     def row(self, *asked: Any) -> Row:
         """Check one request and return its Row: see `request`."""
@@ -1055,7 +1204,7 @@ def bench(
     print(f"{'batch':>6} {'first token':>13} {'per token':>10} {'tokens/s':>9} {'bandwidth':>10} "
           f"{'cache':>9}")  # fmt: skip
     for batch in batches:
-        benchmark(engine, batch, prompt, new)  # to warm up, and to compile what there is
+        benchmark(engine, batch, prompt, new)  # to warm up, and to record steps
         runs = [benchmark(engine, batch, prompt, new) for _ in range(repeats)]
         found = sorted(runs, key=lambda run: run["tpot_ms"])[repeats // 2]
         found["bandwidth_share"] = round(found.pop("bytes_per_second") / bandwidth, 4)

@@ -66,7 +66,7 @@ from nanochat.distributed import (
     launch,
     shard_model,
 )
-from nanochat.engine import Engine
+from nanochat.engine import Engine, prepared_copy
 from nanochat.evaluation import bits_per_byte, evaluate_core, tinyworld_core
 from nanochat.finetune import (
     ConversationBatches,
@@ -557,7 +557,9 @@ class Run:
         use_mine(self.recipe)
         device = pick_device(self.recipe.device)
         model = self.checkpoint(stage, device, optimizer=False).model.eval()
-        model.compute_dtype = compute_dtype(self.recipe, device)
+        model.compute_dtype = dtype = compute_dtype(self.recipe, device)
+        if device.type == "cuda":  # weights of half the bytes, as a rule
+            model = prepared_copy(model, dtype)
         return Engine(model, self.tokenizer(), **options)
 
 
@@ -1152,8 +1154,9 @@ def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
     recipe, stage = run.recipe, Training(run, "rl", world)
     if stage.kept.get("result"):  # killed between its last checkpoint and its mark
         return stage.kept["result"]
-    rows = rows_at_once(stage.device)
-    engine = Engine(stage.model, stage.tokenizer, max_batch=rows)
+    rows, on_gpu = rows_at_once(stage.device), stage.device.type == "cuda"
+    copied = compute_dtype(recipe, stage.device) if on_gpu else None
+    engine = Engine(stage.model, stage.tokenizer, copied, max_batch=rows)
     tests = rl_problems(recipe, "test", stage.tokenizer)[: max(1, recipe.exam_items // 2)]
     reference = None  # of a fresh start: the model as it is
     if stage.kept:

@@ -198,7 +198,9 @@ def test_the_engine_sees_training_and_a_prepared_copy_does_not():
         model.head.weight.copy_(model.head.weight.roll(1, 0))
     assert live.generate_batch([prompt], 8, temperature=0.0)[0].ids != before
     assert copied.generate_batch([prompt], 8, temperature=0.0)[0].ids == old
-    copied.refresh()
+    places = [weight.data_ptr() for weight in copied.model.parameters()]
+    copied.refresh()  # a recorded step knows its weights by their places
+    assert [weight.data_ptr() for weight in copied.model.parameters()] == places
     assert copied.generate_batch([prompt], 8, temperature=0.0)[0].ids != old
     model(torch.tensor([prompt]), torch.tensor([prompt])).backward()  # still trainable
 

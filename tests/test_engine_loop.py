@@ -10,8 +10,18 @@ from collections import deque
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from test_engine import MODELS, TOKENIZER, V, naive_greedy, random_model
+from test_engine import (
+    MODELS,
+    SP,
+    TOKENIZER,
+    Script,
+    V,
+    call,
+    naive_greedy,
+    random_model,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import nanochat.engine as engine_module
 from nanochat.common import UserError
@@ -26,8 +36,10 @@ from nanochat.engine import (
     generate_with_lookup,
     next_group,
     next_token_probabilities,
+    rehearse,
     row_probabilities,
 )
+from nanochat.model import GPT, GPTConfig
 
 MODEL = MODELS["classic"]
 KINDS = pytest.mark.parametrize("kind", MODELS)
@@ -61,12 +73,13 @@ requests = st.lists(st.tuples(prompts, st.integers(0, 25), st.integers(0, 30)), 
     shared=st.lists(st.integers(0, V - 1), max_size=12),
     max_batch=st.integers(1, 5),
     remember=st.sampled_from([0, 2]),
+    late=st.booleans(),
     order=st.randoms(use_true_random=False),
 )
 def test_requests_that_come_and_go_equal_the_whole_pass(
-    kind, requests, shared, max_batch, remember, order
+    kind, requests, shared, max_batch, remember, late, order
 ):
-    engine = Engine(MODELS[kind], TOKENIZER, max_batch=max_batch, remember=remember)
+    engine = Engine(MODELS[kind], TOKENIZER, max_batch=max_batch, remember=remember, late=late)
     streams = []
     for prompt, n, patience in requests:  # it is cancelled after `patience` tokens
         prompt, event = [*shared, *prompt], threading.Event()
@@ -105,9 +118,11 @@ settings_of_rows = st.fixed_dictionaries(
 
 @KINDS
 @settings(max_examples=8, deadline=None)
-@given(rows=st.lists(st.tuples(prompts, settings_of_rows), min_size=1, max_size=6))
-def test_every_row_has_its_own_settings(kind, rows):
-    engine = Engine(MODELS[kind], TOKENIZER, max_batch=4)
+@given(
+    rows=st.lists(st.tuples(prompts, settings_of_rows), min_size=1, max_size=6), late=st.booleans()
+)
+def test_every_row_has_its_own_settings(kind, rows, late):
+    engine = Engine(MODELS[kind], TOKENIZER, max_batch=4, late=late)
     streams = [engine.generate(p, 9, tools=False, **options) for p, options in rows]
     got, running = [[] for _ in rows], list(range(len(rows)))
     while running:
@@ -184,10 +199,13 @@ class Counting(torch.nn.Module):
 
 @KINDS
 @settings(max_examples=12, deadline=None)
-@given(turns=st.lists(st.tuples(prompts, st.integers(1, 8)), min_size=1, max_size=3))
-def test_a_chat_reads_every_token_once(kind, turns):
+@given(
+    turns=st.lists(st.tuples(prompts, st.integers(1, 8)), min_size=1, max_size=3),
+    late=st.booleans(),
+)
+def test_a_chat_reads_every_token_once(kind, turns, late):
     model = Counting(MODELS[kind])
-    engine, history = Engine(model, TOKENIZER, remember=2), []
+    engine, history = Engine(model, TOKENIZER, remember=2, late=late), []
     for words, n in turns:
         if len(history) + len(words) >= model.config.seq_len:
             break
@@ -195,7 +213,7 @@ def test_a_chat_reads_every_token_once(kind, turns):
         done = engine.generate_batch([history], n, temperature=0.0, tools=False)[0]
         assert_of_the_model(MODELS[kind], history, done)
         history += done.ids
-    assert model.read <= len(history) - 1  # the last token has not been read
+    assert model.read <= len(history) - (not late)  # the last token is read only ahead of time
 
 
 def test_a_branch_starts_where_it_leaves_the_stem():
@@ -284,7 +302,7 @@ def seated(kind, n_rows=3):
             cache = KVCache(model.config, 1, len(row.prompt))
             logits = model(torch.tensor([row.prompt]), kv_cache=cache, last_only=True)
             row.take(int(logits[0, -1].argmax()), 0.0)
-            batch.put(b, row, cache, 0)
+            batch.put([b], [row], cache, [0])
             rows.append(row)
     return batch, [naive_greedy(model, row.prompt, 20) for row in rows]
 
@@ -316,21 +334,146 @@ def test_a_step_asks_nothing_and_moves_nothing(kind, effort):
         assert len(ids) <= 6 or id == ids[6]
 
 
+class OneDevice(TorchDispatchMode):
+    """Refuses tensors of the CPU among those of the device "meta"."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        found = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        assert {x.device.type for x in found} <= {"meta"}, func
+        return out
+
+
+@pytest.mark.parametrize("effort", [0, 1, 2])
+@pytest.mark.parametrize("make", [GPTConfig.classic, GPTConfig.modern])
+def test_a_step_brings_nothing_from_the_host(make, effort):
+    with torch.device("meta"):
+        model = GPT(make(2, V, 2048))
+    batch = Batch(model, 3, 1024, V)
+    with torch.inference_mode(), OneDevice():
+        batch.advance(effort)
+
+
 @KINDS
-def test_a_compiled_engine_writes_the_same(kind, monkeypatch):
-    plain = functools.partial(torch.compile, backend="eager")  # the same capture, no C++ compiler
-    monkeypatch.setattr(torch, "compile", plain)
-    engine = Engine(MODELS[kind], TOKENIZER, max_batch=2, compiled=True)
-    asked = [[1, 2, 3], [4] * 7, [5, 6]]
-    for _ in range(2):  # the second time the batches are used again
+def test_a_decoder_takes_the_place_of_the_model(kind):
+    batch, expected = seated(kind)
+    with torch.inference_mode():
+        model, batch.model = batch.model, None
+
+        def decode(ids):
+            batch.cache.prepare()
+            return model(ids[:, None], kv_cache=batch.cache)[:, 0]
+
+        batch.decode = decode
+        rehearse(batch, 0)
+        batch.advance(0)
+    for id, ids in zip(batch.ids.tolist(), expected):
+        assert len(ids) < 2 or id == ids[1]
+
+
+@KINDS
+def test_a_rehearsal_leaves_no_trace(kind):
+    batch, expected = seated(kind)
+    with torch.inference_mode():
+        for place in range(1, 8):
+            rehearse(batch, 1)
+            batch.advance(0)
+            for id, logprob, ids in zip(*batch.results.tolist(), expected):
+                assert len(ids) <= place or id == ids[place] and logprob <= 0
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Steps are rehearsed and "recorded" as on a GPU: a list of their (rows, slots, effort)."""
+    recordings = []
+
+    def record(batch, effort):
+        rehearse(batch, effort)
+        recordings.append((len(batch.rows), batch.cache.size, effort))
+        return functools.partial(batch.advance, effort)
+
+    monkeypatch.setattr(engine_module, "record", record)
+    return recordings
+
+
+@KINDS
+def test_an_engine_that_records_writes_the_same(kind, recorded):
+    engine = Engine(MODELS[kind], TOKENIZER, max_batch=4, graph=True, late=True)
+    asked, count = [[1, 2, 3], [4] * 7, [5, 6]], 0
+    for number in range(3):  # from the second time on the batches are used again
         done = engine.generate_batch(asked, 12, temperature=0.0, tools=False)
         for prompt, completion in zip(asked, done):
             assert completion.ids == naive_greedy(MODELS[kind], prompt, 12)
+        assert number == 0 or len(recorded) == count
+        count = len(recorded)
     sampled = engine.generate_batch(asked, 6, seed=[1, 2, 3], top_k=5, tools=False)
     assert [c.ids for c in sampled] == [
         alone(kind, p, 6, seed=s, top_k=5) for p, s in zip(asked, (1, 2, 3))
     ]
+    assert len(set(recorded)) == len(recorded) > count
     assert engine.loop.table.kept and engine.loop.table.batch.rows == []
+
+
+def test_what_is_kept_has_a_bound(recorded):
+    engine = Engine(MODEL, TOKENIZER, max_batch=3, graph=True)
+    for n_rows in (1, 2, 3, 1, 2):
+        for n in (5, 30, 2):
+            engine.generate_batch([[1] * n] * n_rows, 14, tools=False)
+            kept = engine.loop.table.kept
+            assert sum(rows * size for rows, size in kept) <= 3 * MODEL.config.seq_len
+            assert len(kept) > 0 and engine.loop.table.batch.rows == []
+
+
+# ---------------------------------------------------------------- one step late
+
+pieces = st.sampled_from(["the cat", " sat on", "12*34", "python_start", "python_end", "call"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    said=st.lists(pieces, max_size=12),
+    stops=st.booleans(),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    budget=st.integers(1, 40),
+    max_batch=st.integers(1, 5),
+    temperature=st.sampled_from([0.0, 1.0]),
+)
+def test_tool_calls_are_answered_as_without_running_ahead(
+    said, stops, lengths, budget, max_batch, temperature
+):
+    script = [1]
+    for piece in said:
+        if piece == "call":
+            script += call("7+8")
+        else:
+            script += [SP(piece)] if piece.startswith("python") else TOKENIZER.encode(piece)
+    script = [*script, *([SP("assistant_end")] if stops else [5, 6, 7])]
+    asked, done = [[1] * n for n in lengths], []
+    for late in (False, True):
+        engine = Engine(Script(script), TOKENIZER, max_batch=max_batch, late=late)
+        done.append(engine.generate_batch(asked, budget, temperature, tools=True))
+        assert engine.loop.rows() == []
+    assert done[0] == done[1]
+
+
+@KINDS
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_python_is_never_waited_for(kind, n, monkeypatch):
+    """Every step but the first and those after the last token begins before its turn."""
+    begun, begin = [], engine_module.begin_step
+
+    def watch(batch, live, graph):
+        begun.append((len(batch.post.sent), batch.cache.size))
+        begin(batch, live, graph)
+
+    monkeypatch.setattr(engine_module, "begin_step", watch)
+    engine = Engine(MODELS[kind], TOKENIZER, late=True)
+    stream = engine.generate([3, 1], n, temperature=0.0, tools=False)
+    ids = [token.id for token in stream]
+    assert ids == naive_greedy(MODELS[kind], [3, 1], n)
+    waited = [size for under_way, size in begun if under_way == 0]
+    assert len(waited) == len(set(waited))  # once in each cache
+    assert len(begun) <= len(ids)  # one for each token but the first, and one that is dropped
 
 
 # ---------------------------------------------------------------- the house
@@ -348,8 +491,12 @@ def test_buckets_and_groups():
     assert next_group(waiting, 8, 5) == [rows[1]] and next_group(waiting, 8, 5) == [rows[4]]
 
 
-def test_an_abandoned_stream_leaves_and_memory_is_freed():
-    engine = Engine(MODEL, TOKENIZER)
+LATE = pytest.mark.parametrize("late", [False, True])
+
+
+@LATE
+def test_an_abandoned_stream_leaves_and_memory_is_freed(late):
+    engine = Engine(MODEL, TOKENIZER, late=late)
     left = engine.generate([1, 2], 40, tools=False)
     kept = engine.generate([3, 4], 12, temperature=0.0, tools=False)
     next(left), next(kept)
@@ -363,9 +510,10 @@ def test_an_abandoned_stream_leaves_and_memory_is_freed():
     assert cache() is None
 
 
-def test_an_error_ends_everybody_and_the_engine_goes_on():
+@LATE
+def test_an_error_ends_everybody_and_the_engine_goes_on(late, recorded):
     model = random_model(4)
-    engine = Engine(model, TOKENIZER)
+    engine = Engine(model, TOKENIZER, graph=True, late=late)
     first, second = (engine.generate([i], 20, tools=False) for i in (1, 2))
     next(first), next(second)
     weight = model.head.weight.data.clone()
@@ -385,8 +533,9 @@ def test_an_unread_stream_costs_nothing():
     assert stream.row.ids == [] and stream.finish_reason is None
 
 
-def test_sixty_four_streams_in_threads_with_random_cancels():
-    engine, problems = Engine(MODEL, TOKENIZER, max_batch=24), []
+@LATE
+def test_sixty_four_streams_in_threads_with_random_cancels(late):
+    engine, problems = Engine(MODEL, TOKENIZER, max_batch=24, late=late), []
     barrier = threading.Barrier(64)
 
     def one(number):
@@ -420,7 +569,8 @@ def test_sixty_four_streams_in_threads_with_random_cancels():
     assert engine.loop.rows() == [] and engine.loop.table.batch.rows == []
 
 
-def test_benchmark_counts_what_was_written():
-    facts = benchmark(Engine(MODEL, TOKENIZER), batch=2, prompt=6, new=5)
+@LATE
+def test_benchmark_counts_what_was_written(late):
+    facts = benchmark(Engine(MODEL, TOKENIZER, late=late), batch=2, prompt=6, new=5)
     assert facts["batch"] == 2 and facts["ttft_ms"] > 0 and facts["cache_bytes"] > 0
     assert facts["tokens_per_second"] == pytest.approx(2e3 / facts["tpot_ms"], rel=0.01)
