@@ -185,13 +185,14 @@ class TableTask(ChatTask):
                 f"{self.name} needs the columns {', '.join(self.columns)}; {source} ({split}) has "
                 f"{', '.join(self.table.column_names)}."
             )
+        self.cells = {name: self.table[name] for name in self.table.column_names}
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def row(self, index: int) -> dict:
         """Return row `index` as a dict of its columns."""
-        return {name: self.table[name][index].as_py() for name in self.table.column_names}
+        return {name: column[index].as_py() for name, column in self.cells.items()}
 
 
 class Messages(TableTask):
