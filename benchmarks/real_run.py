@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpu import batch_rates, tokenizer_of
 
 from nanochat.chat import parse, render_prompt, reply_text
-from nanochat.common import UserError, read_json, write_json
+from nanochat.common import UserError, pick_device, read_json, write_json
 from nanochat.recipe import MODELS, STAGES, Recipe, Run, real_task, rows_at_once
 from nanochat.report import markdown_table, stage_scores
 from nanochat.rl import evaluate_pass, problem_prompt, task_problems
@@ -166,12 +166,12 @@ def passes(run: Run, engine, task: str) -> dict[str, float]:
 
 def dialogues(engine, max_tokens: int) -> list[list[str]]:
     """Return [question, reply, calls] for the ten questions, answered greedily."""
+    asked = [{"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    prompts = [render_prompt(each, engine.tokenizer) for each in asked]
     found = []
-    for question in QUESTIONS:
-        prompt = {"messages": [{"role": "user", "content": question}]}
-        ids = render_prompt(prompt, engine.tokenizer)
-        done = engine.generate_batch([ids], max_tokens=max_tokens, temperature=0.0)[0]
-        parts = parse(done.ids, engine.tokenizer)
+    done = engine.generate_batch(prompts, max_tokens=max_tokens, temperature=0.0)
+    for question, reply in zip(QUESTIONS, done):
+        parts = parse(reply.ids, engine.tokenizer)
         calls = " ".join(part["text"] for part in parts if part["type"] == "python")
         found.append([question, reply_text(parts).strip(), calls])
     return found
@@ -195,7 +195,8 @@ def measure(run: Run, clock: Clock) -> dict:
     for stage in MODELS[1:]:
         work = {k: make for k, make in measurements(run, stage).items() if k not in found}
         clock.check(f"measuring {stage}")
-        engine = run.engine(stage, max_batch=512) if work else None
+        rows = rows_at_once(pick_device(run.recipe.device))
+        engine = run.engine(stage, max_batch=rows) if work else None
         for name, make in work.items():
             clock.check(f"measuring {name}")
             began = time.monotonic()
