@@ -10,11 +10,75 @@
 r"""
 # A6. Fast decoding
 
-TEXT
+By the end of this appendix you have shown why a large GPU writes one token ten times more slowly
+than its memory allows, and you have written the few kernels that close most of the gap without
+changing a single token.
+
+We begin with the finished thing: a model whose weights are random, and the same greedy steps made
+twice, once by PyTorch and once by our kernels. They are written in Triton, a language for GPU
+programs that looks like Python. Where there is no GPU, Triton can run them in an *interpreter*: as
+slow as you would think, and right. It wants to be told so before it is imported.
+"""
+
+# %%
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from nanochat import decode as finished
+from nanochat.engine import Batch
+from nanochat.model import GPT, GPTConfig
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+NO_TRITON = "Triton is not installed here: this cell is skipped."
+
+
+def random_gpt(config, seed=0):
+    """A model in which nothing is zero, packed as our kernels want it."""
+    model, generator = GPT(config).eval().requires_grad_(False), torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    model.to(device)
+    finished.pack_heads(model)
+    return model
+
+
+newborn = random_gpt(GPTConfig.modern(2, 256, 64, aspect=32, head_dim=32))
+plain, quick = (Batch(newborn, 1, 64, 256) for _ in range(2))
+plain.decode = None
+if finished.triton:
+    quick.decode = finished.Decoder(newborn, quick.cache)
+    steps = [[batch.advance(0) or batch.ids.item() for batch in (plain, quick)] for _ in range(8)]
+    print("PyTorch:    ", [one for one, _ in steps])
+    print("our kernels:", [two for _, two in steps])
+else:
+    print(NO_TRITON)
+
+# %% [markdown]
+r"""
+**You will be able to**
+
+1. compute the bytes of a decoding step and the time below which no program can make it;
+2. count the kernels of a step and say what each costs even when it does nothing;
+3. move work across a kernel's border: a norm behind a product, a residual sum into its end;
+4. let a kernel fetch its weights before its input exists, and say what it must not touch;
+5. share one attention between many programs and put their parts together exactly;
+6. test a GPU kernel on a machine without a GPU.
+
+Prerequisites: chapters 3 (the model, with the additions of section 9), 8 (the ring cache and the
+batch) and A3 (kernels and rooflines). Reading: 45 minutes. Running: under 60 seconds on two CPU
+cores. Triton comes with PyTorch for GPUs on Linux; without it, as on a Mac, the ideas run in
+plain PyTorch and the cells that start kernels say that they are skipped.
 """
 
 # %% tags=["parameters"]
 profile = "quick"
+n_layer, aspect, head_dim, vocab_size = 3, 24, 16, 200
+slots, n_rows, n_steps = 48, 3, 5
+gpu_depth = 24  # the model that is timed where there is a GPU
 
 # %%
 #| default_exp decode
@@ -38,6 +102,188 @@ except ImportError:  # Triton comes with PyTorch for GPUs
 
 constexpr = getattr(tl, "constexpr", object)
 
+# %%
+import matplotlib.pyplot as plt
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanochat.common import COLORS, figure
+from nanochat.engine import prepared_copy, record
+from nanochat.kernels import memory_bandwidth
+from nanochat.model import rms_norm
+
+# %% [markdown]
+r"""
+## 1. The floor
+
+To write one token, every weight that multiplies is fetched from memory once. So are the keys and
+values of every token so far. Chapter 8 said so and drew a roofline; here we want one number, the
+**floor**: bytes over bandwidth.
+
+$$t \ge \frac{1}{\text{bandwidth}} \cdot b \left( 12 L C^2 + V C + B \cdot 2 L\, C_\text{kv}\, T
+\right)$$
+
+$L$ layers of width $C$ have $3C^2$ weights for queries, keys and values, $C^2$ for the projection
+and $8C^2$ in the MLP; the head has $V C$. $B$ rows with $T$ tokens each have keys and values of
+width $C_\text{kv}$. A number takes $b = 2$ bytes in bfloat16.
+"""
+
+
+# %%
+def step_bytes(config, batch, context, itemsize=2):
+    """Bytes that one decoding step must read: weights once, keys and values for each row."""
+    weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab * config.n_embd
+    seen = 2 * config.n_layer * config.n_kv_head * config.head_dim * context
+    return itemsize * (weights + batch * seen)
+
+
+speed = memory_bandwidth("NVIDIA H200")  # bytes a second, from its data sheet
+for depth in (12, 24):
+    config = GPTConfig.classic(depth, 32768, 2048)
+    nbytes = step_bytes(config, 1, 0)
+    print(f"d{depth}: {nbytes / 1e9:.2f} GB of weights, {nbytes / speed * 1e3:.2f} ms a token")
+
+# %% [markdown]
+r"""
+A d24 model on one H200 could write more than three thousand tokens a second for a single reader.
+What do more readers cost? The weights are read once for all of them.
+"""
+
+# %%
+batches = (1, 2, 4, 8, 16, 32, 64)
+fig, ax = figure(
+    "Sixteen readers cost little more than one",
+    "rows in the batch", "least time of a step (ms)",
+    alt="Least time of a step against the batch: nearly flat up to eight rows, then rising with "
+    "the keys and values, for d12 and d24.",
+)  # fmt: skip
+for color, depth in zip(COLORS, (12, 24)):
+    config = GPTConfig.classic(depth, 32768, 2048)
+    floors = [step_bytes(config, batch, 512) / speed * 1e3 for batch in batches]
+    ax.loglog(batches, floors, "o-", color=color, label=f"d{depth}, 512 tokens each")
+ax.set_xticks(batches, batches)
+ax.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+r"""
+> **Exercise A6-floor**: bytes and floor, with the windows of a modern model.
+
+Now the truth. We measured a d24 in bfloat16 on one H200 (machine B of `benchmarks/RESULTS.md`), one
+row, the step recorded as a CUDA graph, so that Python does not count:
+
+| what | ms a step |
+|---|---|
+| the floor | 0.30 |
+| all of PyTorch's operations, batch 1 | 3.11 |
+| the same, batch 8 | 3.21 |
+| its matrix products alone (cuBLAS) | 1.08 |
+
+Ten times the floor. Eight rows take as long as one, so it is not arithmetic. The products without
+anything between them take a third of the time, so it is not memory either. What is it?
+
+## 2. Count
+
+PyTorch starts a kernel, a GPU program, for nearly every operation. We count them in one step, as
+chapter 8 did, and leave out those that only look at a tensor in another way. The count depends on
+the depth and not on the width, so a narrow model will do.
+"""
+
+
+# %%
+class Count(TorchDispatchMode):
+    """Counts operations that compute, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if not operation.is_view:
+            name = operation.overloadpacket.__name__
+            self.names[name] = self.names.get(name, 0) + 1
+        return operation(*args, **(kwargs or {}))
+
+
+def count_step(depth, additions=GPTConfig.modern):
+    """{operation: how often} of one greedy step of the model and of choosing the token."""
+    model = GPT(additions(depth, 256, 512, aspect=4, head_dim=16)).eval()
+    batch = Batch(model, 1, 64, 256)
+    batch.decode = None
+    with torch.inference_mode(), Count() as count:
+        batch.advance(0)
+    return count.names
+
+
+counts = count_step(24)
+print(f"{sum(counts.values())} operations for 24 layers; the most frequent:")
+print(sorted(counts.items(), key=lambda item: -item[1])[:7])
+
+# %% [markdown]
+r"""
+About a thousand. On the GPU they become some 1,500 kernels, because attention over a mask and
+casts between dtypes are several each. Only a seventh of the operations are products.
+
+A kernel costs time even when it has nothing to do: its programs must be sent to the processors
+(*launch*), its first loads take most of a microsecond to come back, and the next kernel may not
+begin before the last program has ended (*tail*). That is one to two microseconds. Each needs the
+result of the one before it, so nothing overlaps: the step is a *dependent chain*. Let us take that
+as a model of the whole step, and ask which latency would explain what we measured.
+
+$$t \approx n_\text{kernels} \cdot t_\text{kernel} + \frac{\text{bytes}}{\text{bandwidth}}$$
+"""
+
+
+# %%
+def step_ms(n_kernels, nbytes, each=1.9e-6, bandwidth=speed):
+    """Milliseconds of a chain of kernels, each with a latency of its own."""
+    return (n_kernels * each + nbytes / bandwidth) * 1e3
+
+
+nbytes = step_bytes(GPTConfig.classic(24, 32768, 2048), 1, 512)
+for n_kernels in (1500, 979, 300, 123, 1):
+    print(f"{n_kernels:5} kernels: {step_ms(n_kernels, nbytes):.2f} ms")
+
+# %% [markdown]
+r"""
+With 1.9 microseconds for each of 1,500 kernels the model gives the measured time. So fewer kernels
+are the whole story of this appendix. How few? In a chain, a kernel must end where *every* number of
+the next result depends on *every* number of the last: a product with a matrix needs its whole
+input. A layer has four such places, and attention is a fifth kernel, since every head needs its
+whole query:
+
+```
+x ─> [norm, q k v] ─> [attention] ─> [proj, + stream] ─> [norm, up, relu²] ─> [down, + stream] ─>
+```
+
+With one kernel to begin (the embedding), one for the head and one to choose the token, that is $5 L
++ 3$: for d24, 123 instead of 1,500. In the model above they would take 0.55 ms.
+
+> **Play.** What if a kernel cost 1 microsecond, or the weights were 8-bit numbers? Which of the two
+> helps PyTorch, and which helps us?
+"""
+
+# %%
+for n_kernels in (1500, 123):
+    half = step_ms(n_kernels, nbytes, each=1e-6), step_ms(n_kernels, nbytes / 2)
+    print(f"{n_kernels:5} kernels: latency 1 us {half[0]:.2f} ms, half the bytes {half[1]:.2f} ms")
+
+# %% [markdown]
+r"""
+> **Exercise A6-bound**: which of a layer's five kernels are still limited by latency?
+
+## 3. A kernel in Triton
+
+A Triton kernel is the text of one **program**; a launch starts a **grid** of them, which differ
+only in `tl.program_id`. A program works on *blocks* of numbers whose sizes are powers of two:
+`tl.arange` makes the places, `tl.load` fetches what lies there (a mask leaves out what lies beyond
+the end), `tl.store` writes. Sizes that are known when it is compiled are marked `constexpr`.
+Tensors arrive as pointers to their first number: shapes and strides are our business.
+
+Our decorator makes a kernel where there is Triton, and leaves the function alone where there is
+none, so that the module can be imported everywhere.
+"""
+
 
 # %%
 #| export
@@ -46,6 +292,74 @@ def kernel(function: Callable) -> Callable:
     return triton.jit(function) if triton else function
 
 
+# %% [markdown]
+r"""
+The product of a vector with a matrix is nearly all of our work. A program takes `BLOCK_N` rows of
+the matrix `w` (N, K). The obvious way: go along the rows in tiles; load a tile, load a piece of the
+vector, multiply, add up.
+"""
+
+
+# %%
+@kernel
+def naive_product(x, w, out, K: constexpr, N: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr):
+    """out (N,) = w (N, K) x (K,)."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        vector = tl.load(x + k, k < K, 0.0)
+        tile = tl.load(w + n[:, None] * K + k[None, :], (n < N)[:, None] & (k < K)[None, :], 0.0)
+        total += tl.sum(tile * vector[None, :], 1)
+    tl.store(out + n, total, n < N)
+
+
+# %%
+torch.manual_seed(0)
+x, w = torch.randn(72, device=device), torch.randn(50, 72, device=device)
+if triton:
+    out = torch.empty(50, device=device)
+    naive_product[(7,)](x, w, out, K=72, N=50, BLOCK_N=8, BLOCK_K=32)
+    print(f"7 programs of 8 rows; the largest error is {(out - w @ x).abs().max():.1e}")
+else:
+    print(NO_TRITON)
+
+# %% [markdown]
+r"""
+It is right, and on a GPU it reads at a fraction of the bandwidth. Why? Memory answers after about
+0.8 microseconds. To receive 4.8 TB each second, so many bytes must be *on their way* at any moment
+(Little's law: rate times delay):
+"""
+
+# %%
+on_the_way = speed * 0.8e-6
+print(f"{on_the_way / 1e6:.1f} MB on their way, {on_the_way / 132 / 1e3:.0f} kB for each of the "
+      f"132 processors of an H200")  # fmt: skip
+
+# %% [markdown]
+r"""
+The whole matrix of a projection in d24 is 4.7 MB: hardly more than must be under way at once. A
+loop that loads, waits and multiplies, tile after tile, never has enough under way. So all tiles of
+a row are loaded first, *into registers*, and only then multiplied. `tl.static_range` unrolls the
+loop, a tuple keeps the tiles. We also pretend that a row beyond the end is the last row
+(`tl.minimum`), which costs less than a mask.
+
+## 4. Begin before the input is there
+
+Loads can begin earlier still. Look at a product again: *its weights do not depend on other
+kernels*. Only the vector does. What if a kernel could start while the one before it still runs,
+fetch its weights, and wait only then?
+
+NVIDIA's GPUs can do that since Hopper: **programmatic dependent launch**. Two instructions make
+it. `griddepcontrol.launch_dependents` in a kernel says: the next one may be sent to the processors
+now, where there is room. `griddepcontrol.wait` in the next one says: I go no further before the
+kernels ahead of me have ended and their results can be seen. The launch itself must carry a flag.
+Everything before the wait comes for free.
+"""
+
+
+# %%
+#| export
 @kernel
 def start_early(EARLY: constexpr):
     """Let the next kernel start while this one runs: it waits before it reads what this makes."""
@@ -58,6 +372,57 @@ def wait_for_input(EARLY: constexpr):
     """Wait until the kernels before have written everything."""
     if EARLY:
         gdc_wait()
+
+
+# %% [markdown]
+r"""
+A picture. Each kernel has three phases: its launch, the reading of its weights, and its work (fetch
+the input, multiply, write). Plainly, all of that stands in one row. With an early launch, the
+launch of the next kernel and its reading overlap with the work of this one. The weights still
+follow each other, because the memory is one pipe for all, but the pipe does not run dry.
+"""
+
+
+# %%
+def timeline(n_kernels, launch, weights, work, early):
+    """Begin of launch, of reading and of work for each kernel of a chain, and the end of all."""
+    begins, read, done = [], 0.0, 0.0  # when all is read, and when all is done, so far
+    for i in range(n_kernels):
+        start = begins[-1][1] if early and i else done  # as soon as the one before reads
+        reading = max(start + launch, read)
+        working = max(reading + weights, done)
+        begins.append((start, reading, working))
+        read, done = reading + weights, working + work
+    return begins, done
+
+
+print([timeline(123, 0.7, 2.4, 1.2, early)[1] for early in (False, True)], "microseconds")
+
+# %%
+fig, ax = figure(
+    "An early launch keeps the memory busy",
+    "time (microseconds)", size=(6, 2.6),
+    alt="Timeline of four kernels: launch, reading, work one after the other in the upper half; "
+    "overlapping in the lower half, where reading never stops.",
+)  # fmt: skip
+for early in (False, True):
+    begins, end = timeline(4, 0.7, 2.4, 1.2, early)
+    for i, (start, reading, working) in enumerate(begins):
+        y, lengths = -i - 5 * early, (0.7, 2.4, 1.2)
+        for x0, length, color in zip((start, reading, working), lengths, COLORS):
+            ax.barh(y, length, left=x0, color=color, height=0.8)
+    ax.text(end + 0.3, -3 - 5 * early, f"{end:.1f}", va="center", fontsize=8)
+for color, name in zip(COLORS, ("launch", "read weights", "work")):
+    ax.barh(0, 0, color=color, label=name)
+ax.set_yticks([-1.5, -6.5], ["plain", "early"])
+ax.legend(fontsize=7, loc="upper right")
+plt.show()
+
+# %% [markdown]
+r"""
+Now we can write the product that we keep for one row. It loads everything, waits, and multiplies.
+Weights arrive in bfloat16 and are multiplied and added up in float32.
+"""
 
 
 # %%
@@ -76,6 +441,24 @@ def one_row(x, w, last, K: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr, EA
         vector = tl.load(x + i * BLOCK_K + k, i * BLOCK_K + k < K, 0.0)
         out += tiles[i].to(tl.float32) * vector.to(tl.float32)[None, :]
     return tl.sum(out, 1)
+
+
+# %% [markdown]
+r"""
+What may stand before the wait? Only what no kernel of this step writes. Weights do not change. The
+keys and values of *earlier* tokens were written in earlier steps. But the very first kernel of a
+step must wait before it lets anybody else start: then no kernel of this step can overtake the end
+of the last one. You will see it in section 8.
+
+> **Exercise A6-early**: the end of a chain whose kernels are not alike.
+
+## 5. Several rows, several programs
+
+For up to sixteen rows the processor's matrix units multiply a tile of weights with a tile of
+vectors: `tl.dot`. We give it at least eight rows, some of them copies of the last (again
+`tl.minimum`), whose products nobody stores. Here a pipelined loop (`num_stages`) has the next tiles
+under way while one is multiplied; what is launched early is the start.
+"""
 
 
 # %%
@@ -100,6 +483,20 @@ def some_rows(
             vector = tl.load(vectors + first, inside[:, None], 0.0)
         out = tl.dot(tile, vector, out, input_precision="ieee")
     return out
+
+
+# %% [markdown]
+r"""
+`SPAN` is for long rows. The `down` matrix of d24 has 1,536 rows of 6,144 numbers: 96 programs of
+sixteen rows, fewer than the GPU has processors. So eight programs share the rows, each takes an
+eighth of `K`, and their parts are added. A second kernel could add them, but kernels are what we
+are short of. Instead **the last program to arrive does it**. Each stores its part and then counts
+itself with an atomic addition; whoever finds that all others were there before reads the parts and
+goes on. The order of memory matters: the count must *release* our stores and *acquire* theirs
+(`acq_rel`), a barrier makes all threads of the program store before one of them counts, and the
+parts are read past the processor's own cache (`.cg`), which may hold something old. The last one
+also sets the counter back to zero, for the next step.
+"""
 
 
 # %%
@@ -127,6 +524,14 @@ def added_up(value, scratch, counter, ROWS: constexpr, BLOCK_N: constexpr, SPLIT
         for each in tl.static_range(SPLITS):
             value += tl.load(parts + each * BLOCK_N * ROWS, cache_modifier=".cg")
     return value, whole
+
+
+# %% [markdown]
+r"""
+The parts are added in the order of their numbers, not of their arrival. So the sum does not depend
+on who was last, and a text is the same twice. `product` chooses between the two ways and says where
+its numbers belong; the programs that were not last get an empty mask and store nothing.
+"""
 
 
 # %%
@@ -159,6 +564,43 @@ def product(
     return value, where, mask
 
 
+# %% [markdown]
+r"""
+## 6. The norm is a number for each row
+
+Before each product with the stream stands a norm: $\text{rms\_norm}(x) = x / r$ with $r =
+\sqrt{\text{mean}(x^2) + \epsilon}$. As a kernel of its own it would cost two microseconds for
+almost no work, 49 times a token. But $r$ is one number for a row, and a product is linear:
+
+$$W\, \frac{x}{r} = \frac{W x}{r}$$
+
+So we multiply the stream as it is, and divide *the result*. The squares are needed only at the very
+end, when the sum is complete.
+"""
+
+# %%
+x, w = torch.randn(3, 64), torch.randn(32, 64)
+before = rms_norm(x) @ w.T
+root = (x.square().sum(-1, keepdim=True) / 64 + torch.finfo(torch.float32).eps).rsqrt()
+after = (x @ w.T) * root
+print(f"norm before or after the product: they differ by {(before - after).abs().max():.1e}")
+
+# %% [markdown]
+r"""
+Who computes the sum of squares? The kernel that *writes* the stream has the numbers in its
+registers. But each of its programs has only some channels. So each writes the sum over its own:
+`squares` is (rows, parts). The reader adds some hundred numbers up, which is cheaper than one more
+arrival.
+
+> **Exercise A6-norm**: the norm from the parts.
+
+`read_stream` is the kernel of three products: queries, keys and values at once (the three matrices
+lie one after the other in memory, section 9), the MLP's first, and the head. An `ACT` at the end
+saves another kernel: relu squared, or the softcap of the logits, with $\tanh z = 1 - 2 / (e^{2z} +
+1)$. The number 1.19e-07 is the $\epsilon$ of `rms_norm` in float32.
+"""
+
+
 # %%
 #| export
 @kernel
@@ -188,6 +630,19 @@ def read_stream(
     if ACT == 2:
         value = softcap * (1.0 - 2.0 / (tl.exp(2.0 * value / softcap) + 1.0))  # tanh
     tl.store(out + where, value.to(out.dtype.element_ty), mask)
+
+
+# %% [markdown]
+r"""
+## 7. What happens to the stream happens at the end of a product
+
+The other two products *write* the stream: they add their result to it. In a modern model more
+follows (chapter 3, section 9): the stream is scaled and gets a share of its beginning before the
+next layer (`MIX` 1), the middle of the network is remembered (`KEEP`) and subtracted before the
+head (`MIX` 2). Each touches every channel alone, so all of it fits into the end, the *epilogue*,
+of the product before. The stream itself stays in float32; products read a `narrow` copy in the
+dtype of the weights. The parts of the sum of squares are written here.
+"""
 
 
 # %%
@@ -226,34 +681,193 @@ def write_stream(
         tl.store(squares + r * PARTS + program, tl.sum(value * value, 0), written)
 
 
+# %% [markdown]
+r"""
+These kernels need memory to write to. It is taken once and never moves, because a CUDA graph
+(chapter 8) records addresses. The sizes of blocks are tables, found by trying on an H200: rows of
+`w` for a program, its warps (groups of 32 threads), channels at a time and, for several rows, how
+many programs share a row.
+"""
+
 # %%
 #| export
-@kernel
-def embed(
-    ids, table, gate, scale, before, lengths, a, b, start, out, narrow, squares,
-    C: constexpr, BLOCK: constexpr, PARTS: constexpr, GATE: constexpr, SMEAR: constexpr,
-    MIX: constexpr, EARLY: constexpr,
-):  # fmt: skip
-    """Begin the stream of each row: its embedding, normalised, smeared, mixed for layer 0."""
-    wait_for_input(EARLY)
-    start_early(EARLY)  # after the wait: no kernel of this step starts before the last step ends
-    row, c = tl.program_id(0), tl.arange(0, BLOCK)
-    x = tl.load(table + tl.load(ids + row) * C + c, c < C, 0.0).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / C + 1.1920929e-07)
-    if SMEAR:
-        kept = before + row * C + c
-        last = tl.load(kept, c < C, 0.0).to(tl.float32)
-        last = tl.where(tl.load(lengths + row) > 0, last, 0.0)
-        tl.store(kept, x.to(before.dtype.element_ty), c < C)
-        weight = tl.load(gate + c, c < GATE, 0.0).to(tl.float32)
-        x += tl.load(scale).to(tl.float32) * tl.sigmoid(tl.sum(weight * x, 0)) * last
-    tl.store(start + row * C + c, x, c < C)
-    if MIX:
-        x *= tl.load(a).to(tl.float32) + tl.load(b).to(tl.float32)
-    tl.store(out + row * C + c, x, c < C)
-    tl.store(narrow + row * C + c, x.to(narrow.dtype.element_ty), c < C)
-    part = tl.arange(0, PARTS)
-    tl.store(squares + row * PARTS + part, tl.where(part == 0, tl.sum(x * x, 0), 0.0))
+ONE_ROW = {"read": (16, 8, 256), "proj": (8, 4, 256), "down": (4, 4, 1024)}  # see `sizes`
+SOME_ROWS = {"read": (16, 1, 256, 1), "proj": (16, 1, 256, 1), "down": (16, 1, 256, 8)}
+MOST_ROWS, STAGES, SLOTS_EACH, MOST_SPLITS = 16, 4, 64, 16
+
+
+def power_of_two(n: int) -> int:
+    """Return the smallest power of 2 from n on."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+# %%
+#| test
+assert [power_of_two(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
+
+
+# %% [markdown]
+r"""
+The Python side is thin, and comes in four steps, each a class upon the one before: the memory, the
+products, the other kernels, and the whole. First the memory, for a model and a ring cache of
+chapter 8.
+"""
+
+
+# %%
+#| export
+class Buffers:
+    """What the kernels of a Decoder write, for the B rows of a cache, in memory that never moves.
+
+    The stream as it starts, in the middle, before a block's attention and after it, is (B, C)
+    float32; `narrow` is the same in the weights' dtype, as the products read it.
+    """
+
+    def __init__(self, model: GPT, cache: Any):
+        config, device = model.config, model.device
+        self.model, self.cache, self.config, B = model, cache, config, len(cache.lengths)
+        self.n_rows, self.rows = B, 1 if B == 1 else max(8, power_of_two(B))
+        cuda = device.type == "cuda"
+        self.early = cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+        C, H, KV, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        self.shape, blocks = (C, H, KV, D), ONE_ROW if B == 1 else SOME_ROWS
+        parts = power_of_two(-(-C // min(size[0] for size in blocks.values())))
+        wide = dict(device=device, dtype=torch.float32)
+        narrow = dict(device=device, dtype=model.head.weight.dtype)
+        self.start, self.middle, self.stream, self.after = torch.zeros(4, B, C, **wide)
+        self.squares = torch.zeros(2, B, parts, **wide)  # of the stream into a block, and after it
+        self.qkv = torch.zeros(B, (H + 2 * KV) * D, **wide)
+        self.logits = torch.zeros(B, config.padded_vocab, **wide)
+        self.narrow = torch.zeros(B, C, **narrow)
+        self.heads, self.hidden = torch.zeros(B, H * D, **narrow), torch.zeros(B, 4 * C, **narrow)
+        most = max(B * H * MOST_SPLITS * (D + 2), 8 * self.rows * power_of_two(C))
+        self.scratch = torch.zeros(most, **wide)
+        self.counter = torch.zeros(max(B * H, C), device=device, dtype=torch.int32)
+
+
+# %% [markdown]
+r"""
+Then the launches of the products. `kernel[grid](...)` starts a kernel; `launch_pdl` is the flag of
+the early launch.
+"""
+
+
+# %%
+#| export
+class Products(Buffers):
+    """Starts the kernels that multiply."""
+
+    def run(self, function: Any, grid: tuple[int, ...], *args: Any, **sizes: Any) -> None:
+        """Launch a kernel; where it may, before the one before it has ended."""
+        early = {"launch_pdl": True} if self.early else {}
+        function[grid](*args, **sizes, **early, EARLY=self.early)
+
+    def sizes(self, name: str, K: int, N: int) -> tuple[tuple[int, ...], dict[str, int]]:
+        """Return the grid and the sizes of a product with w (N, K), from the tables above."""
+        if self.rows == 1:
+            (n, warps, k), splits = ONE_ROW[name], 1
+        else:
+            n, warps, k, splits = SOME_ROWS[name]
+            while splits > 1 and K % (splits * k):
+                splits //= 2
+        k = min(k, power_of_two(K))
+        found = dict(K=K, N=N, ROWS=self.rows, PARTS=self.squares.size(-1), BLOCK_N=n, BLOCK_K=k)
+        return (-(-N // n), splits), dict(found, SPLITS=splits, STAGES=STAGES, num_warps=warps)
+
+    def read(self, w: Tensor, n_out: int, out: Tensor, squares: Tensor, act: int) -> None:
+        """out = act(w rms_norm(stream)), for n_out rows of w."""
+        grid, sizes = self.sizes("read", w.size(1), n_out)
+        rest = self.scratch, self.counter, self.n_rows, self.model.softcap
+        self.run(read_stream, grid, self.narrow, squares, w, out, *rest, ACT=act, **sizes)
+
+    def write(
+        self, name: str, h: Tensor, w: Tensor, x: Tensor, out: Tensor, squares: Tensor,
+        mix: tuple = (), keep: bool = False,
+    ) -> None:  # fmt: skip
+        """out = x + w h, mixed; its squares and its narrow form as well."""
+        kind, y, a, b = mix or (0, x, x, x)
+        grid, sizes = self.sizes(name, w.size(1), len(w))
+        rest = self.narrow, squares, self.scratch, self.counter, self.n_rows
+        args = h, w, x, y, a, b, self.middle, out, *rest
+        self.run(write_stream, grid, *args, MIX=kind, KEEP=keep, **sizes)
+
+
+# %% [markdown]
+r"""
+Two launches make an MLP. We compare them with the model's own, for one row and for three: the
+stream is random, the squares of the first read are given in one part.
+"""
+
+# %%
+sizes = dict(seq_len=128, aspect=aspect, head_dim=head_dim)
+model = random_gpt(GPTConfig.modern(n_layer, vocab_size, **sizes), seed=1)
+mlp = model.blocks[0].mlp
+for batch in (1, n_rows):
+    products = Products(model, Batch(model, batch, slots, vocab_size).cache)
+    stream = torch.randn(batch, model.config.n_embd, device=device)
+    if triton:
+        products.narrow.copy_(stream)
+        products.squares[1, :, 0] = stream.square().sum(-1)
+        products.read(mlp.up.weight, len(mlp.up.weight), products.hidden, products.squares[1], 1)
+        out, down = torch.empty_like(stream), mlp.down.weight
+        products.write("down", products.hidden, down, stream, out, products.squares[0])
+        error = (out - (stream + mlp(rms_norm(stream)))).abs().max()
+        parts = (products.squares[0].sum(-1) - out.square().sum(-1)).abs().max()
+        print(f"{batch} rows: largest error {error:.1e}, of the sum of squares {parts:.1e}")
+    else:
+        print(NO_TRITON)
+
+# %% [markdown]
+r"""
+## 8. Attention, shared
+
+A row has $H$ heads, each with its own keys and values of every token so far. One program for a
+head would leave most of the GPU idle and read a long text alone. So a head's *slots* are split, 64
+or more for each program, and the parts put together. But attention is a softmax, and a program
+that sees some of the scores does not know the sum over all. The trick is that of flash attention
+(appendix A3): a part is remembered as three things, the highest score $m$, the sum $s$ of
+$e^{\text{score}
+- m}$, and the values weighed with the same. Two parts become one by shrinking the one with the
+  lower maximum:
+
+$$m = \max(m_1, m_2), \quad s = s_1 e^{m_1 - m} + s_2 e^{m_2 - m}, \quad
+r = r_1 e^{m_1 - m} + r_2 e^{m_2 - m}, \quad \text{result} = r / s$$
+"""
+
+
+# %%
+def part_of(scores, values):
+    """(highest, total, result) of some slots: scores (n,), values (n, D)."""
+    weights = (scores - scores.max()).exp()
+    return scores.max(), weights.sum(), weights @ values
+
+
+def merge(one, two):
+    """Two parts as one."""
+    highest = torch.maximum(one[0], two[0])
+    shrink = (one[0] - highest).exp(), (two[0] - highest).exp()
+    return highest, *(a * shrink[0] + b * shrink[1] for a, b in zip(one[1:], two[1:]))
+
+
+scores, values = 10 * torch.randn(100), torch.randn(100, 4)
+parts = [part_of(s, v) for s, v in zip(scores.split(30), values.split(30))]
+forward, backward = parts[0], parts[-1]
+for i in range(1, len(parts)):
+    forward, backward = merge(forward, parts[i]), merge(backward, parts[-1 - i])
+whole = scores.softmax(0) @ values
+print([f"{(r / s - whole).abs().max():.1e}" for _, s, r in (forward, backward)])
+
+# %% [markdown]
+r"""
+Exact, in any order and however the scores are spread.
+
+> **Exercise A6-together**: many parts at once, some of them empty.
+
+In the kernel the same happens with a tile of slots at a time (`look_at`). Here a tile may hold
+nothing that the row may see: then all scores are $-\infty$, and $-\infty - (-\infty)$ would be
+NaN. A floor under the maximum avoids it. The other two helpers load: a query or key, normed and
+turned by its angles (chapter 3) as two halves, and a tile of the ring.
+"""
 
 
 # %%
@@ -286,8 +900,85 @@ def look_at(highest, total, result, score, v):
     return top, total, result * shrink + tl.sum(weight[:, None] * v.to(tl.float32), 0)
 
 
+# %% [markdown]
+r"""
+Which slots may a row see? In chapter 8's ring a slot's *age* is the number of steps since it was
+written, and a row of length $n$ sees the ages 1 to $n$, as far as its layer's window reaches. Age
+0 is the slot that this step writes. We do not read it from the ring: the new token's key and value
+are in registers, and another program may be writing them.
+"""
+
+
 # %%
 #| export
+@kernel
+def scores_of(
+    left, right, q_left, q_right, slot, hand, length, window, SLOTS: constexpr
+):  # fmt: skip
+    """Return the scores (slots,) of a tile of keys, -inf where the row may not look."""
+    age = (hand - slot + SLOTS) % SLOTS
+    seen = (age > 0) & (age <= length) & (age <= window) & (slot < SLOTS)
+    score = tl.sum(left.to(tl.float32) * q_left[None, :], 1)
+    score += tl.sum(right.to(tl.float32) * q_right[None, :], 1)
+    return tl.where(seen, score, -float("inf"))
+
+
+# %% [markdown]
+r"""
+Some layers add looked-up values to the computed ones, weighed by a gate that reads the stream. The
+table and the gate's weights do not depend on this step, so they are loaded before the wait
+(`value_of_id`); the gate itself comes after it.
+"""
+
+
+# %%
+#| export
+@kernel
+def value_of_id(
+    table, gate, ids, row, group, KV: constexpr, D: constexpr, GATE: constexpr,
+    GATE_2: constexpr, VALUES: constexpr,
+):  # fmt: skip
+    """Load the value embedding (D,) of a row's id and its gate's weights (GATE_2,), if VALUES."""
+    looked_up, weight = 0.0, 0.0
+    if VALUES:
+        d, g = tl.arange(0, D), tl.arange(0, GATE_2)
+        looked_up = tl.load(table + (tl.load(ids + row) * KV + group) * D + d).to(tl.float32)
+        weight = tl.load(gate + group * GATE + g, g < GATE, 0.0).to(tl.float32)
+    return looked_up, weight
+
+
+@kernel
+def gate_of(
+    weight, narrow, squares, row, C: constexpr, PARTS: constexpr, GATE: constexpr,
+    GATE_2: constexpr,
+):  # fmt: skip
+    """Return how much a looked-up value counts, 0 to 3: the gate reads the normalised stream."""
+    g = tl.arange(0, GATE_2)
+    x = tl.load(narrow + row * C + g, g < GATE, 0.0).to(tl.float32)
+    parts = tl.load(squares + row * PARTS + tl.arange(0, PARTS))
+    share = tl.sum(weight * x, 0) * tl.rsqrt(tl.sum(parts, 0) / C + 1.1920929e-07)
+    return 3.0 * tl.sigmoid(share)
+
+
+# %% [markdown]
+r"""
+Two more: the new token is written into the ring, and the last program of a head to arrive puts the
+parts together, as we did with `merge`, but all at once.
+"""
+
+
+# %%
+#| export
+@kernel
+def fill_slot(keys, values, hand, k_left, k_right, v, D: constexpr):
+    """Write the new token's key and value into their slot of a ring."""
+    half, d = tl.arange(0, D // 2), tl.arange(0, D)
+    kind = keys.dtype.element_ty
+    tl.store(keys + hand * D + half, k_left.to(kind))
+    tl.store(keys + hand * D + D // 2 + half, k_right.to(kind))
+    tl.store(values + hand * D + d, v.to(kind))
+
+
 @kernel
 def put_together(highest, total, result, scratch, counter, out, D: constexpr, SPLITS: constexpr,
                  SPLITS_2: constexpr):  # fmt: skip
@@ -310,6 +1001,15 @@ def put_together(highest, total, result, scratch, counter, out, D: constexpr, SP
         tl.store(out + number * D + d, mean.to(kind))
 
 
+# %% [markdown]
+r"""
+Now the kernel reads like the description. Before the wait: the first tile of keys and values, the
+clock, the angles, the looked-up value. After it: the query, turned by the position; for split 0 the
+new token itself, whose softmax so far is (its score, 1, its value); then the tiles. Several query
+heads may share one key head (`group`); only the first of them writes to the ring.
+"""
+
+
 # %%
 #| export
 @kernel
@@ -323,18 +1023,14 @@ def attend_ring(
     """Attention of a new token in each row: program (row and head, split) reads some slots."""
     start_early(EARLY)
     row, head, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
-    group = head // (H // KV)
-    half, d, g = tl.arange(0, D // 2), tl.arange(0, D), tl.arange(0, GATE_2)
-    keys += (row * KV + group) * SLOTS * D
-    values += (row * KV + group) * SLOTS * D
+    group, half = head // (H // KV), tl.arange(0, D // 2)
+    keys, values = keys + (row * KV + group) * SLOTS * D, values + (row * KV + group) * SLOTS * D
     slot = split * TILES * BLOCK + tl.arange(0, BLOCK)
     left, right, v = read_slots(keys, values, slot, D, SLOTS)
     now, length = tl.load(clock), tl.load(lengths + row)
     angle = tl.minimum(length, last_position) * (D // 2) + half
     c, s = tl.load(cos + angle), tl.load(sin + angle)
-    if VALUES:
-        looked_up = tl.load(table + (tl.load(ids + row) * KV + group) * D + d).to(tl.float32)
-        weight = tl.load(gate + group * GATE + g, g < GATE, 0.0).to(tl.float32)
+    looked_up, weight = value_of_id(table, gate, ids, row, group, KV, D, GATE, GATE_2, VALUES)
     wait_for_input(EARLY)
     qkv += row * (H + 2 * KV) * D
     q_left, q_right = turned(qkv + head * D, half, c, s, qk_scale / tl.sqrt(D * 1.0), D)
@@ -342,28 +1038,83 @@ def attend_ring(
     highest, total, result = -float("inf"), 0.0, tl.zeros((D,), tl.float32)
     if split == 0:  # the new token itself
         k_left, k_right = turned(qkv + (H + group) * D, half, c, s, qk_scale, D)
-        result = tl.load(qkv + (H + KV + group) * D + d)
+        result = tl.load(qkv + (H + KV + group) * D + tl.arange(0, D))
         if VALUES:
-            x = tl.load(narrow + row * C + g, g < GATE, 0.0).to(tl.float32)
-            parts = tl.load(squares + row * PARTS + tl.arange(0, PARTS))
-            share = tl.sum(weight * x, 0) * tl.rsqrt(tl.sum(parts, 0) / C + 1.1920929e-07)
-            result += 3.0 * tl.sigmoid(share) * looked_up
+            result += gate_of(weight, narrow, squares, row, C, PARTS, GATE, GATE_2) * looked_up
         if head % (H // KV) == 0:
-            tl.store(keys + hand * D + half, k_left.to(keys.dtype.element_ty))
-            tl.store(keys + hand * D + D // 2 + half, k_right.to(keys.dtype.element_ty))
-            tl.store(values + hand * D + d, result.to(keys.dtype.element_ty))
+            fill_slot(keys, values, hand, k_left, k_right, result, D)
         highest, total = tl.sum(q_left * k_left + q_right * k_right, 0), 1.0
     for tile in tl.static_range(TILES):
         if tile > 0:
             slot += BLOCK
             left, right, v = read_slots(keys, values, slot, D, SLOTS)
-        age = (hand - slot + SLOTS) % SLOTS
-        seen = (age > 0) & (age <= length) & (age <= window) & (slot < SLOTS)
-        score = tl.sum(left.to(tl.float32) * q_left[None, :], 1)
-        score += tl.sum(right.to(tl.float32) * q_right[None, :], 1)
-        score = tl.where(seen, score, -float("inf"))
+        score = scores_of(left, right, q_left, q_right, slot, hand, length, window, SLOTS)
         highest, total, result = look_at(highest, total, result, score, v)
     put_together(highest, total, result, scratch, counter, out, D, SPLITS, SPLITS_2)
+
+
+# %% [markdown]
+r"""
+## 9. The first kernel and the last
+
+`embed` begins the stream: it looks the token up, norms it, adds a share of the token before
+(`smear`), and mixes for layer 0. It is the one that waits *before* it lets the next kernel start.
+Every later kernel may then read clock, lengths, ids and the ring before its own wait: whoever
+changes them, the end of the step before, has ended.
+"""
+
+
+# %%
+#| export
+@kernel
+def embed(
+    ids, table, gate, scale, before, lengths, a, b, start, out, narrow, squares,
+    C: constexpr, BLOCK: constexpr, PARTS: constexpr, GATE: constexpr, SMEAR: constexpr,
+    MIX: constexpr, EARLY: constexpr,
+):  # fmt: skip
+    """Begin the stream of each row: its embedding, normalised, smeared, mixed for layer 0."""
+    wait_for_input(EARLY)
+    start_early(EARLY)  # after the wait: no kernel of this step starts before the last step ends
+    row, c = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(table + tl.load(ids + row) * C + c, c < C, 0.0).to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / C + 1.1920929e-07)
+    if SMEAR:
+        kept = before + row * C + c
+        last = tl.load(kept, c < C, 0.0).to(tl.float32)
+        last = tl.where(tl.load(lengths + row) > 0, last, 0.0)
+        tl.store(kept, x.to(before.dtype.element_ty), c < C)
+        weight = tl.load(gate + c, c < GATE, 0.0).to(tl.float32)
+        x += tl.load(scale).to(tl.float32) * tl.sigmoid(tl.sum(weight * x, 0)) * last
+    tl.store(start + row * C + c, x, c < C)
+    if MIX:
+        x *= tl.load(a).to(tl.float32) + tl.load(b).to(tl.float32)
+    tl.store(out + row * C + c, x, c < C)
+    tl.store(narrow + row * C + c, x.to(narrow.dtype.element_ty), c < C)
+    part = tl.arange(0, PARTS)
+    tl.store(squares + row * PARTS + part, tl.where(part == 0, tl.sum(x * x, 0), 0.0))
+
+
+# %% [markdown]
+r"""
+`pick` ends a greedy step. In PyTorch that is a dozen small kernels: subtract the penalty, take the
+largest, look whether an id is forced, a log-sum-exp for the logprob, count, let the clock tick. The
+vocabulary is split between sixteen programs, each leaves four numbers, and the last to arrive
+finishes. Of equal logits the first wins, as with `argmax`.
+"""
+
+
+# %%
+#| export
+@kernel
+def best_of(parts, SPLITS: constexpr):
+    """Return a row's best id, int64, and the log of its sum of exponentials, from its parts."""
+    part = parts + tl.arange(0, SPLITS) * 4
+    high, sums = tl.load(part, cache_modifier=".cg"), tl.load(part + 1, cache_modifier=".cg")
+    best = tl.load(part + 2, cache_modifier=".cg")
+    where = tl.load(part + 3, cache_modifier=".cg")
+    total = tl.max(high, 0) + tl.log(tl.sum(sums * tl.exp(high - tl.max(high, 0)), 0))
+    first = tl.min(tl.where(best == tl.max(best, 0), where, float("inf")), 0).to(tl.int64)
+    return first, total
 
 
 # %%
@@ -388,12 +1139,7 @@ def pick(
     tl.store(parts + split * 4 + 2, tl.max(shown, 0))
     tl.store(parts + split * 4 + 3, (split * BLOCK + tl.argmax(shown, 0)).to(tl.float32))
     if arrive(counter, row, SPLITS):
-        part = parts + tl.arange(0, SPLITS) * 4
-        high, sums = tl.load(part, cache_modifier=".cg"), tl.load(part + 1, cache_modifier=".cg")
-        best = tl.load(part + 2, cache_modifier=".cg")
-        where = tl.load(part + 3, cache_modifier=".cg")
-        total = tl.max(high, 0) + tl.log(tl.sum(sums * tl.exp(high - tl.max(high, 0)), 0))
-        first = tl.min(tl.where(best == tl.max(best, 0), where, float("inf")), 0).to(tl.int64)
+        first, total = best_of(parts, SPLITS)
         must = tl.load(forced + row)
         id = tl.where(must >= 0, must, first)
         tl.store(ids + row, id)
@@ -407,104 +1153,32 @@ def pick(
             tl.store(clock, tl.load(clock) + 1)
 
 
-# %%
-#| export
-ONE_ROW = {"read": (16, 8, 256), "proj": (8, 4, 256), "down": (4, 4, 1024)}  # see `sizes`
-SOME_ROWS = {"read": (16, 1, 256, 1), "proj": (16, 1, 256, 1), "down": (16, 1, 256, 8)}
-MOST_ROWS, STAGES, SLOTS_EACH, MOST_SPLITS = 16, 4, 64, 16
-
-
-def power_of_two(n: int) -> int:
-    """Return the smallest power of 2 from n on."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-def pack_heads(model: GPT) -> None:
-    """Let the matrices of q, k and v of each layer lie one after the other in memory."""
-    for block in model.blocks:
-        layers = block.attention.q, block.attention.k, block.attention.v
-        whole = torch.cat([layer.weight for layer in layers])
-        for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers])):
-            layer.weight.data = part
-
-
-def is_packed(model: GPT) -> bool:
-    """Return whether every layer's matrices lie as `pack_heads` puts them."""
-    for block in model.blocks:
-        weights = [getattr(block.attention, name).weight for name in "qkv"]
-        ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
-        if [w.data_ptr() for w in weights[1:]] != ends[:-1]:
-            return False
-    return True
+# %% [markdown]
+r"""
+The launches of these three are the third class. `sizes` that a kernel must know when it is compiled
+come from the configuration.
+"""
 
 
 # %%
 #| export
-class Decoder:
-    """Reads one token of every row of a ring cache with five kernels a layer.
+class Kernels(Products):
+    """Starts the other kernels: the first, attention, and the last."""
 
-    `cache` is chapter 8's RingCache. Calling it with ids (B,) int64 returns logits (B, V) float32
-    and does what the model does to the cache; `step(batch)` makes a whole greedy step.
-    """
-
-    def __init__(self, model: GPT, cache: Any):
-        config, device = model.config, model.device
-        self.model, self.cache, self.config, B = model, cache, config, len(cache.lengths)
-        self.n_rows, self.rows = B, 1 if B == 1 else max(8, power_of_two(B))
-        cuda = device.type == "cuda"
-        self.early = cuda and torch.cuda.get_device_capability(device) >= (9, 0)
-        C, H, KV, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
-        self.shape, blocks = (C, H, KV, D), ONE_ROW if B == 1 else SOME_ROWS
-        parts = power_of_two(-(-C // min(size[0] for size in blocks.values())))
-        wide = dict(device=device, dtype=torch.float32)
-        narrow = dict(device=device, dtype=model.head.weight.dtype)
-        self.start, self.middle, self.stream, self.after = torch.zeros(4, B, C, **wide)
-        self.squares = torch.zeros(2, B, parts, **wide)  # of the stream into a block, and after it
-        self.qkv = torch.zeros(B, (H + 2 * KV) * D, **wide)
-        self.logits = torch.zeros(B, config.padded_vocab, **wide)
-        self.narrow = torch.zeros(B, C, **narrow)  # the stream as the products read it
-        self.heads, self.hidden = torch.zeros(B, H * D, **narrow), torch.zeros(B, 4 * C, **narrow)
-        most = max(B * H * MOST_SPLITS * (D + 2), 8 * self.rows * power_of_two(C))
-        self.scratch = torch.zeros(most, **wide)
-        self.counter = torch.zeros(max(B * H, C), device=device, dtype=torch.int32)
-
-    def run(self, function: Any, grid: tuple[int, ...], *args: Any, **sizes: Any) -> None:
-        """Launch a kernel; where it may, before the one before it has ended."""
-        early = {"launch_pdl": True} if self.early else {}
-        function[grid](*args, **sizes, **early, EARLY=self.early)
-
-    def sizes(self, name: str, K: int, N: int) -> tuple[tuple[int, ...], dict[str, int]]:
-        """Return the grid and the sizes of a product with w (N, K).
-
-        That is, from the tables above: rows of w for each program, its warps, the channels that it
-        takes at a time and, for several rows, by how many programs a row of w is shared.
-        """
-        if self.rows == 1:
-            (n, warps, k), splits = ONE_ROW[name], 1
-        else:
-            n, warps, k, splits = SOME_ROWS[name]
-            while splits > 1 and K % (splits * k):
-                splits //= 2
-        k = min(k, power_of_two(K))
-        found = dict(K=K, N=N, ROWS=self.rows, PARTS=self.squares.size(-1), BLOCK_N=n, BLOCK_K=k)
-        return (-(-N // n), splits), dict(found, SPLITS=splits, STAGES=STAGES, num_warps=warps)
-
-    def read(self, w: Tensor, n_out: int, out: Tensor, squares: Tensor, act: int) -> None:
-        """out = act(w rms_norm(stream)), for n_out rows of w."""
-        grid, sizes = self.sizes("read", w.size(1), n_out)
-        rest = self.scratch, self.counter, self.n_rows, self.model.softcap
-        self.run(read_stream, grid, self.narrow, squares, w, out, *rest, ACT=act, **sizes)
-
-    def write(
-        self, name: str, h: Tensor, w: Tensor, x: Tensor, out: Tensor, squares: Tensor,
-        mix: tuple = (), keep: bool = False,
-    ) -> None:  # fmt: skip
-        """out = x + w h, mixed; its squares and its narrow form as well."""
-        kind, y, a, b = mix or (0, x, x, x)
-        grid, sizes = self.sizes(name, w.size(1), len(w))
-        rest = self.narrow, squares, self.scratch, self.counter, self.n_rows
-        args = h, w, x, y, a, b, self.middle, out, *rest
-        self.run(write_stream, grid, *args, MIX=kind, KEEP=keep, **sizes)
+    def embed(self, ids: Tensor) -> None:
+        """Begin the stream."""
+        config, add, x = self.config, self.model.additions, self.start
+        gate, scale, before = x, x, x
+        if config.smear:
+            gate, scale, before = add.smear_gate.weight, add.smear_scale, self.cache.before
+        mixes, C = config.residual_scalars, self.shape[0]
+        scales = (add.stream_scale, add.start_scale) if mixes else (x, x)
+        args = (ids, self.model.embedding.weight, gate, scale, before, self.cache.lengths, *scales)
+        self.run(
+            embed, (self.n_rows,), *args, x, self.stream, self.narrow, self.squares[0], C=C,
+            BLOCK=power_of_two(C), PARTS=self.squares.size(-1), SMEAR=config.smear, MIX=mixes,
+            GATE=gate.size(-1), num_warps=4,
+        )  # fmt: skip
 
     def attend(self, layer: int, ids: Tensor) -> None:
         """heads = the attention of one layer."""
@@ -525,20 +1199,119 @@ class Decoder:
             GATE_2=power_of_two(gate), VALUES=looks, num_warps=2,
         )  # fmt: skip
 
-    def embed(self, ids: Tensor) -> None:
-        """Begin the stream."""
-        config, add, x = self.config, self.model.additions, self.start
-        gate, scale, before = x, x, x
-        if config.smear:
-            gate, scale, before = add.smear_gate.weight, add.smear_scale, self.cache.before
-        mixes, C = config.residual_scalars, self.shape[0]
-        scales = (add.stream_scale, add.start_scale) if mixes else (x, x)
-        args = (ids, self.model.embedding.weight, gate, scale, before, self.cache.lengths, *scales)
+    def pick(self, batch: Any) -> None:
+        """Choose the next ids of chapter 8's Batch from the logits, and let its clock tick."""
+        args = self.logits, batch.counts, batch.knobs, batch.forced, batch.ids, batch.results
+        args += (batch.made, self.cache.lengths, self.cache.clock, self.scratch, self.counter)
+        V, known = self.logits.size(1), batch.counts.size(1)
+        block = max(64, power_of_two(-(-V // MOST_SPLITS)))
         self.run(
-            embed, (self.n_rows,), *args, x, self.stream, self.narrow, self.squares[0], C=C,
-            BLOCK=power_of_two(C), PARTS=self.squares.size(-1), SMEAR=config.smear, MIX=mixes,
-            GATE=gate.size(-1), num_warps=4,
+            pick, (self.n_rows, MOST_SPLITS), *args, known, self.config.vocab_size, self.n_rows,
+            V=V, BLOCK=block, SPLITS=MOST_SPLITS, num_warps=4,
         )  # fmt: skip
+
+
+# %% [markdown]
+r"""
+Attention alone, against PyTorch: a ring in which the hand has gone around, three rows of different
+lengths, and the slots that each may see worked out in a plain way.
+"""
+
+
+# %%
+def attention_by_hand(model, cache, q, k, v):
+    """The attention of layer 0 over a ring: q, k, v (B, heads, D), normed and turned here."""
+    n = cache.slots[0]
+    place = cache.lengths.clamp(max=model.config.seq_len - 1)
+    cos, sin = (angles[place][:, None] for angles in (model.rotary.cos, model.rotary.sin))
+
+    def turn(x):
+        left, right = (model.config.qk_scale * rms_norm(x)).chunk(2, -1)
+        return torch.cat((left * cos + right * sin, right * cos - left * sin), -1)
+
+    hand = cache.clock % n
+    keys, values = cache.keys[0].clone(), cache.values[0].clone()
+    keys[:, :, hand], values[:, :, hand] = turn(k)[:, :, None], v[:, :, None]
+    age = (cache.clock - torch.arange(n, device=q.device)) % n
+    seen = (age <= cache.lengths[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(turn(q)[:, :, None], keys, values, attn_mask=seen)
+
+
+# %%
+cache = Batch(model, n_rows, 100, vocab_size).cache
+cache.clock += 130
+cache.lengths += torch.tensor([0, 37, 99], device=device)[:n_rows]
+for tensor in (cache.keys[0], cache.values[0]):
+    tensor.normal_()
+launches = Kernels(model, cache)
+launches.qkv.normal_()
+_, H, KV, D = launches.shape
+heads = launches.qkv.unflatten(-1, (-1, D)).split((H, KV, KV), dim=1)
+expected = attention_by_hand(model, cache, *heads).flatten(1)
+if triton:
+    launches.attend(0, torch.zeros(n_rows, dtype=torch.int64, device=device))
+    print(f"2 programs a head; largest error {(launches.heads - expected).abs().max():.1e}")
+else:
+    print(NO_TRITON)
+
+# %% [markdown]
+r"""
+## 10. The whole
+
+One preparation is left. Queries, keys and values come from three matrices, and we want one kernel.
+We need no new matrix: the three are moved so that they lie one after the other in memory, and stay
+three parameters. A kernel that is told the first and the number of all rows reads on into the
+others. Whoever copies a model must do this last; `is_packed` looks whether it was done.
+"""
+
+
+# %%
+#| export
+def pack_heads(model: GPT) -> None:
+    """Let the matrices of q, k and v of each layer lie one after the other in memory."""
+    for block in model.blocks:
+        layers = block.attention.q, block.attention.k, block.attention.v
+        whole = torch.cat([layer.weight for layer in layers])
+        for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers])):
+            layer.weight.data = part
+
+
+def is_packed(model: GPT) -> bool:
+    """Return whether every layer's matrices lie as `pack_heads` puts them."""
+    for block in model.blocks:
+        weights = [getattr(block.attention, name).weight for name in "qkv"]
+        ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
+        if [w.data_ptr() for w in weights[1:]] != ends[:-1]:
+            return False
+    return True
+
+
+# %%
+#| test
+_model = GPT(GPTConfig(50, 16, n_layer=2, n_head=4, n_kv_head=2, n_embd=32))
+_before, _kept = _model(torch.arange(5)[None]), _model.blocks[1].attention.v.weight.clone()
+with torch.no_grad():
+    pack_heads(_model)
+assert is_packed(_model) and torch.equal(_model.blocks[1].attention.v.weight, _kept)
+assert torch.equal(_model(torch.arange(5)[None]), _before)
+_model.blocks[1].attention.k.weight.data = _model.blocks[1].attention.k.weight.data.clone()
+assert not is_packed(_model)
+
+# %% [markdown]
+r"""
+And the step itself, in the order of section 2. `mix_after` says what happens to the stream at the
+end of a layer.
+"""
+
+
+# %%
+#| export
+class Decoder(Kernels):
+    """Reads one token of every row of a ring cache with five kernels a layer.
+
+    `cache` is chapter 8's RingCache. Calling it with ids (B,) int64 returns logits (B, V) float32
+    and does what the model does to the cache; `step(batch)` makes a whole greedy step.
+    """
 
     def mix_after(self, layer: int) -> tuple:
         """Return how the stream is mixed after a layer: for the next one, or for the head."""
@@ -574,13 +1347,15 @@ class Decoder:
     def step(self, batch: Any) -> None:
         """Make a greedy step of chapter 8's Batch: read its ids and choose the next."""
         self.forward(batch.ids)
-        args = self.logits, batch.counts, batch.knobs, batch.forced, batch.ids, batch.results
-        args += (batch.made, self.cache.lengths, self.cache.clock, self.scratch, self.counter)
-        V, splits = self.logits.size(1), MOST_SPLITS
-        block = max(64, power_of_two(-(-V // splits)))
-        sizes = dict(V=V, BLOCK=block, SPLITS=splits, num_warps=4)
-        known = batch.counts.size(1), self.config.vocab_size, self.n_rows
-        self.run(pick, (self.n_rows, splits), *args, *known, **sizes)
+        self.pick(batch)
+
+
+# %% [markdown]
+r"""
+The engine of chapter 8 asks `decoder` and takes what it gets: a Decoder, or None where the model
+itself must do. A group of up to sixteen rows is small enough to be memory's business; beyond that,
+cuBLAS does well. Low-rank layers and other guests in the model (chapter 9) do not fit our kernels.
+"""
 
 
 # %%
@@ -596,3 +1371,228 @@ def decoder(model: GPT, cache: Any) -> Decoder | None:
     fits = 1 <= rows <= MOST_ROWS and config.head_dim == power_of_two(config.head_dim)
     there = model.device.type == "cuda" and triton is not None
     return Decoder(model, cache) if there and fits and plain and is_packed(model) else None
+
+
+# %% [markdown]
+r"""
+## 11. The same tokens from a tenth of the kernels
+
+The result of this appendix has two halves. First: is it the same? The **baseline** is the model
+itself, through `Batch.advance`. The **control** must differ, or the comparison proves nothing: a
+decoder in which the norm forgets one of its parts, the very mistake that fusion invites. We compare
+the logits of a modern model after some steps, with one row and with three that stand at different
+lengths in a ring whose hand has gone around.
+"""
+
+
+# %%
+def two_batches(rows):
+    """Two batches in the same state, the first for PyTorch."""
+    pair = [Batch(model, rows, slots, vocab_size) for _ in range(2)]
+    for batch in pair:
+        torch.manual_seed(2)
+        batch.decode, cache = None, batch.cache
+        cache.clock += slots + 5
+        cache.lengths += torch.arange(rows, device=device) * 7 + 3
+        batch.ids += torch.arange(rows, device=device) + 11
+        for tensor in (*cache.keys, *cache.values, cache.before):
+            tensor.normal_()
+    return pair
+
+
+class Forgetful(Decoder):
+    """The control: the second part of each sum of squares is lost."""
+
+    def read(self, w, n_out, out, squares, act):
+        squares[:, 1] = 0
+        super().read(w, n_out, out, squares, act)
+
+
+# %%
+def compare(kind, rows):
+    """Steps in which all tokens agree, and the largest difference of a logprob."""
+    plain, quick = two_batches(rows)
+    quick.decode, same, worst = kind(model, quick.cache), 0, 0.0
+    with torch.inference_mode():
+        for _ in range(n_steps):
+            plain.advance(0), quick.advance(0)
+            same += int(torch.equal(plain.ids, quick.ids))
+            worst = max(worst, float((plain.results - quick.results)[1].abs().max()))
+            quick.ids.copy_(plain.ids)
+    return same, worst
+
+
+found = {}
+if triton:
+    for kind in (Decoder, Forgetful):
+        for rows in (1, n_rows):
+            found[kind.__name__, rows] = same, worst = compare(kind, rows)
+            print(f"{kind.__name__:9} {rows} rows: {same} of {n_steps} steps agree, "
+                  f"logprobs differ by {worst:.0e}")  # fmt: skip
+    assert found["Decoder", 1][0] == found["Decoder", n_rows][0] == n_steps
+else:
+    print(NO_TRITON)
+
+# %% [markdown]
+r"""
+Rounding apart, they are the same, and the control is not. Second: how many kernels is it? We do not
+trust the formula $5 L + 3$ but count the launches.
+"""
+
+
+# %%
+class Ledger(Decoder):
+    """Writes down the names of the launches and starts nothing."""
+
+    def run(self, function, grid, *args, **sizes):
+        self.names.append(getattr(function, "__name__", str(function)))
+
+
+def launches_of(depth):
+    """The names of the kernels of one greedy step."""
+    deep = GPT(GPTConfig.modern(depth, 256, 512, aspect=4, head_dim=16))
+    batch = Batch(deep, 1, 64, 256)
+    ledger = Ledger(deep, batch.cache)
+    ledger.names = []
+    ledger.step(batch)
+    return ledger.names
+
+
+print(launches_of(1))
+rows = [(d, sum(count_step(d).values()), len(launches_of(d))) for d in (4, 12, 24)]
+for depth, theirs, ours in rows:
+    print(f"d{depth}: {theirs} operations of PyTorch, {ours} kernels of ours")
+
+# %%
+fig, ax = figure(
+    "Latency falls with the kernels; the floor stays",
+    "", "modelled time of a step, H200 (ms)", size=(5.5, 3),
+    alt="Stacked bars for d12 and d24, PyTorch and ours: the part of latency shrinks eightfold, "
+    "the part of memory is the same.",
+)  # fmt: skip
+bars = [(depth, n) for depth, *both in rows[1:] for n in both]
+floors = [step_ms(0, step_bytes(GPTConfig.classic(d, 32768, 2048), 1, 512)) for d, _ in bars]
+latencies = [step_ms(n, 0) for _, n in bars]
+ax.bar(range(len(bars)), floors, color=COLORS[0], label="memory: the floor")
+ax.bar(range(len(bars)), latencies, bottom=floors, color=COLORS[1], label="latency, 1.9 us each")
+names = [f"d{depth} {name}" for depth, *_ in rows[1:] for name in ("PyTorch", "ours")]
+ax.set_xticks(range(len(bars)), names)
+ax.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+r"""
+That is a model, and it takes an operation for one kernel. What counts is the clock. This cell
+times a greedy step of a random model where there is a GPU: PyTorch's and ours, both recorded as
+CUDA graphs.
+"""
+
+
+# %% tags=["gpu"]
+def time_steps(batch, n=50):
+    """Milliseconds of a recorded greedy step."""
+    replay, ends = record(batch, 0), [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    for i in range(n + 5):
+        if i == 5:
+            ends[0].record()
+        replay()
+    ends[1].record()
+    ends[1].synchronize()
+    return ends[0].elapsed_time(ends[1]) / n
+
+
+if torch.cuda.is_available() and triton:
+    with torch.device("meta"):
+        big = GPT(GPTConfig.modern(gpu_depth, 32768, 1024))
+    big = big.to_empty(device="cuda").requires_grad_(False)
+    big.restore_angles()
+    for weight in big.parameters():
+        weight.normal_(0, 0.02)
+    big = prepared_copy(big, torch.bfloat16)
+    speed_here = memory_bandwidth(torch.cuda.get_device_name()) or float("nan")
+    for batch in (1, 2, 4, 8, 16):
+        ours = Batch(big, batch, 640, 32768)
+        theirs = Batch(big, batch, 640, 32768)
+        theirs.decode = None
+        with torch.inference_mode():
+            times = time_steps(theirs), time_steps(ours)
+        floor = step_bytes(big.config, batch, 0) / speed_here * 1e3
+        print(f"batch {batch:2}: PyTorch {times[0]:.2f} ms, ours {times[1]:.2f}, floor {floor:.2f}")
+else:
+    print("This cell needs a GPU and Triton; it is skipped.")
+
+# %% [markdown]
+r"""
+On one H200 (machine B of `benchmarks/RESULTS.md`) a d24 in bfloat16 takes, with one row, **0.59
+ms** with our kernels against 3.11 ms with PyTorch's: 5.3 times as fast, and twice the floor. That
+is less than cuBLAS needs for the products alone (1.08 ms). The picture of section 4 promised more.
+A kernel that lasts three microseconds spends much of its life filling and emptying its loads, and
+an early start hides only part of that.
+
+### What did not help
+
+We tried more than we kept, and measured it on the same machine.
+
+- **Asking for the next kernel's weights beforehand**, with `cp.async.bulk.prefetch.L2`. In pieces
+  of 128 bytes it made a step three times *slower*: the requests themselves fill the queues that
+  the real loads need. In one piece for each program it changed nothing, since the early start
+  already does the same.
+- **One warp for several rows of a matrix**, in groups of small programs: no gain. What matters is
+  the number of bytes under way on a processor, however they are divided.
+
+Each of them looked right on paper. So: one change at a time, and the clock decides.
+
+> **Play.** Would fewer, larger layers be faster? A model of half the depth with as many weights has
+> half the kernels.
+"""
+
+# %%
+for depth, width in ((24, 1536), (12, 2172), (6, 3072)):
+    nbytes = 2 * (12 * depth * width**2 + 32768 * 1536)
+    ms = step_ms(5 * depth + 3, nbytes)
+    print(f"{depth:2} layers of {width}: {nbytes / 1e9:.2f} GB, {ms:.2f} ms")
+
+# %% [markdown]
+r"""
+## Recap
+
+`nanochat.decode` has `decoder(model, cache)`, which gives the engine a `Decoder` where one can
+serve; `Decoder` reads a token of up to sixteen rows with five kernels a layer, or makes a whole
+greedy step (`step`); `pack_heads` and `is_packed` prepare a model. The kernels are `embed`,
+`read_stream`, `attend_ring`, `write_stream` and `pick`. `Engine` (chapter 8) uses all of it by
+itself, so chat, the server and reinforcement learning write faster, and nothing else has changed.
+
+The idea outlives the kernels: in a chain of small steps, count the steps before you count the
+operations. Move what is a number for each row across a product, give each kernel the work around
+it, and start what needs no input before the input is there.
+
+### Pitfalls
+
+- **Reading too early.** A load that slips in front of the wait reads what an earlier kernel is
+  still writing. It nearly always works, and fails on a busy machine. Only weights and what earlier
+  *steps* wrote may stand there.
+- **Forgetting the first wait.** If `embed` let others start before it waited, the attention of
+  layer 0 could read the clock of the step before. Nothing crashes; the text is a little wrong.
+- **Counters that are not set back.** The last program to arrive must leave zero behind, or the
+  next step never finds a last one. A step that is interrupted half-way leaves a broken counter.
+- **Sums in the order of arrival.** Atomic additions of floats give another sum each time. A greedy
+  text then changes from run to run at a near tie.
+- **Softmax over nothing.** A part that sees no slot has the maximum $-\infty$. NaN appears only
+  for short texts in long rings, that is, in the first answer of a user and in no benchmark.
+- **Timing without a graph.** Plain launches from Python cost more than these kernels take. A test
+  without recording shows Python's speed, not the GPU's.
+
+### Readings
+
+- Dao, Fu, Ermon, Rudra and Ré (2022), *FlashAttention: Fast and Memory-Efficient Exact Attention
+  with IO-Awareness*: softmax in tiles.
+- Dao, Haziza, Massa and Sizov (2023), *Flash-Decoding for long-context inference*: splitting the
+  keys.
+- Milakov and Gimelshein (2018), *Online normalizer calculation for softmax*: where the running
+  maximum comes from.
+- Tillet, Kung and Cox (2019), *Triton: an intermediate language and compiler for tiled neural
+  network computations*.
+- NVIDIA, *CUDA C++ Programming Guide*, "Programmatic Dependent Launch and Synchronization".
+- Spector, Juravsky and others (2025), *Look Ma, No Bubbles! Designing a Low-Latency Megakernel for
+  Llama-1B*: the next step, a whole model in one kernel.
+"""

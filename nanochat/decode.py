@@ -12,19 +12,25 @@ from torch import Tensor
 from nanochat.model import GPT, Linear, ValueGate
 
 __all__ = [
+    "Buffers",
     "Decoder",
+    "Kernels",
     "MOST_ROWS",
     "MOST_SPLITS",
     "ONE_ROW",
+    "Products",
     "SLOTS_EACH",
     "SOME_ROWS",
     "STAGES",
     "added_up",
     "arrive",
     "attend_ring",
+    "best_of",
     "constexpr",
     "decoder",
     "embed",
+    "fill_slot",
+    "gate_of",
     "gdc_launch_dependents",
     "gdc_wait",
     "is_packed",
@@ -38,11 +44,13 @@ __all__ = [
     "put_together",
     "read_slots",
     "read_stream",
+    "scores_of",
     "some_rows",
     "start_early",
     "tl",
     "triton",
     "turned",
+    "value_of_id",
     "wait_for_input",
     "write_stream",
 ]
@@ -231,32 +239,81 @@ def write_stream(
         tl.store(squares + r * PARTS + program, tl.sum(value * value, 0), written)
 
 
-@kernel
-def embed(
-    ids, table, gate, scale, before, lengths, a, b, start, out, narrow, squares,
-    C: constexpr, BLOCK: constexpr, PARTS: constexpr, GATE: constexpr, SMEAR: constexpr,
-    MIX: constexpr, EARLY: constexpr,
-):  # fmt: skip
-    """Begin the stream of each row: its embedding, normalised, smeared, mixed for layer 0."""
-    wait_for_input(EARLY)
-    start_early(EARLY)  # after the wait: no kernel of this step starts before the last step ends
-    row, c = tl.program_id(0), tl.arange(0, BLOCK)
-    x = tl.load(table + tl.load(ids + row) * C + c, c < C, 0.0).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / C + 1.1920929e-07)
-    if SMEAR:
-        kept = before + row * C + c
-        last = tl.load(kept, c < C, 0.0).to(tl.float32)
-        last = tl.where(tl.load(lengths + row) > 0, last, 0.0)
-        tl.store(kept, x.to(before.dtype.element_ty), c < C)
-        weight = tl.load(gate + c, c < GATE, 0.0).to(tl.float32)
-        x += tl.load(scale).to(tl.float32) * tl.sigmoid(tl.sum(weight * x, 0)) * last
-    tl.store(start + row * C + c, x, c < C)
-    if MIX:
-        x *= tl.load(a).to(tl.float32) + tl.load(b).to(tl.float32)
-    tl.store(out + row * C + c, x, c < C)
-    tl.store(narrow + row * C + c, x.to(narrow.dtype.element_ty), c < C)
-    part = tl.arange(0, PARTS)
-    tl.store(squares + row * PARTS + part, tl.where(part == 0, tl.sum(x * x, 0), 0.0))
+ONE_ROW = {"read": (16, 8, 256), "proj": (8, 4, 256), "down": (4, 4, 1024)}  # see `sizes`
+SOME_ROWS = {"read": (16, 1, 256, 1), "proj": (16, 1, 256, 1), "down": (16, 1, 256, 8)}
+MOST_ROWS, STAGES, SLOTS_EACH, MOST_SPLITS = 16, 4, 64, 16
+
+
+def power_of_two(n: int) -> int:
+    """Return the smallest power of 2 from n on."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+class Buffers:
+    """What the kernels of a Decoder write, for the B rows of a cache, in memory that never moves.
+
+    The stream as it starts, in the middle, before a block's attention and after it, is (B, C)
+    float32; `narrow` is the same in the weights' dtype, as the products read it.
+    """
+
+    def __init__(self, model: GPT, cache: Any):
+        config, device = model.config, model.device
+        self.model, self.cache, self.config, B = model, cache, config, len(cache.lengths)
+        self.n_rows, self.rows = B, 1 if B == 1 else max(8, power_of_two(B))
+        cuda = device.type == "cuda"
+        self.early = cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+        C, H, KV, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        self.shape, blocks = (C, H, KV, D), ONE_ROW if B == 1 else SOME_ROWS
+        parts = power_of_two(-(-C // min(size[0] for size in blocks.values())))
+        wide = dict(device=device, dtype=torch.float32)
+        narrow = dict(device=device, dtype=model.head.weight.dtype)
+        self.start, self.middle, self.stream, self.after = torch.zeros(4, B, C, **wide)
+        self.squares = torch.zeros(2, B, parts, **wide)  # of the stream into a block, and after it
+        self.qkv = torch.zeros(B, (H + 2 * KV) * D, **wide)
+        self.logits = torch.zeros(B, config.padded_vocab, **wide)
+        self.narrow = torch.zeros(B, C, **narrow)
+        self.heads, self.hidden = torch.zeros(B, H * D, **narrow), torch.zeros(B, 4 * C, **narrow)
+        most = max(B * H * MOST_SPLITS * (D + 2), 8 * self.rows * power_of_two(C))
+        self.scratch = torch.zeros(most, **wide)
+        self.counter = torch.zeros(max(B * H, C), device=device, dtype=torch.int32)
+
+
+class Products(Buffers):
+    """Starts the kernels that multiply."""
+
+    def run(self, function: Any, grid: tuple[int, ...], *args: Any, **sizes: Any) -> None:
+        """Launch a kernel; where it may, before the one before it has ended."""
+        early = {"launch_pdl": True} if self.early else {}
+        function[grid](*args, **sizes, **early, EARLY=self.early)
+
+    def sizes(self, name: str, K: int, N: int) -> tuple[tuple[int, ...], dict[str, int]]:
+        """Return the grid and the sizes of a product with w (N, K), from the tables above."""
+        if self.rows == 1:
+            (n, warps, k), splits = ONE_ROW[name], 1
+        else:
+            n, warps, k, splits = SOME_ROWS[name]
+            while splits > 1 and K % (splits * k):
+                splits //= 2
+        k = min(k, power_of_two(K))
+        found = dict(K=K, N=N, ROWS=self.rows, PARTS=self.squares.size(-1), BLOCK_N=n, BLOCK_K=k)
+        return (-(-N // n), splits), dict(found, SPLITS=splits, STAGES=STAGES, num_warps=warps)
+
+    def read(self, w: Tensor, n_out: int, out: Tensor, squares: Tensor, act: int) -> None:
+        """out = act(w rms_norm(stream)), for n_out rows of w."""
+        grid, sizes = self.sizes("read", w.size(1), n_out)
+        rest = self.scratch, self.counter, self.n_rows, self.model.softcap
+        self.run(read_stream, grid, self.narrow, squares, w, out, *rest, ACT=act, **sizes)
+
+    def write(
+        self, name: str, h: Tensor, w: Tensor, x: Tensor, out: Tensor, squares: Tensor,
+        mix: tuple = (), keep: bool = False,
+    ) -> None:  # fmt: skip
+        """out = x + w h, mixed; its squares and its narrow form as well."""
+        kind, y, a, b = mix or (0, x, x, x)
+        grid, sizes = self.sizes(name, w.size(1), len(w))
+        rest = self.narrow, squares, self.scratch, self.counter, self.n_rows
+        args = h, w, x, y, a, b, self.middle, out, *rest
+        self.run(write_stream, grid, *args, MIX=kind, KEEP=keep, **sizes)
 
 
 @kernel
@@ -285,6 +342,55 @@ def look_at(highest, total, result, score, v):
     weight, shrink = tl.exp(score - safe), tl.exp(highest - safe)
     total = total * shrink + tl.sum(weight, 0)
     return top, total, result * shrink + tl.sum(weight[:, None] * v.to(tl.float32), 0)
+
+
+@kernel
+def scores_of(
+    left, right, q_left, q_right, slot, hand, length, window, SLOTS: constexpr
+):  # fmt: skip
+    """Return the scores (slots,) of a tile of keys, -inf where the row may not look."""
+    age = (hand - slot + SLOTS) % SLOTS
+    seen = (age > 0) & (age <= length) & (age <= window) & (slot < SLOTS)
+    score = tl.sum(left.to(tl.float32) * q_left[None, :], 1)
+    score += tl.sum(right.to(tl.float32) * q_right[None, :], 1)
+    return tl.where(seen, score, -float("inf"))
+
+
+@kernel
+def value_of_id(
+    table, gate, ids, row, group, KV: constexpr, D: constexpr, GATE: constexpr,
+    GATE_2: constexpr, VALUES: constexpr,
+):  # fmt: skip
+    """Load the value embedding (D,) of a row's id and its gate's weights (GATE_2,), if VALUES."""
+    looked_up, weight = 0.0, 0.0
+    if VALUES:
+        d, g = tl.arange(0, D), tl.arange(0, GATE_2)
+        looked_up = tl.load(table + (tl.load(ids + row) * KV + group) * D + d).to(tl.float32)
+        weight = tl.load(gate + group * GATE + g, g < GATE, 0.0).to(tl.float32)
+    return looked_up, weight
+
+
+@kernel
+def gate_of(
+    weight, narrow, squares, row, C: constexpr, PARTS: constexpr, GATE: constexpr,
+    GATE_2: constexpr,
+):  # fmt: skip
+    """Return how much a looked-up value counts, 0 to 3: the gate reads the normalised stream."""
+    g = tl.arange(0, GATE_2)
+    x = tl.load(narrow + row * C + g, g < GATE, 0.0).to(tl.float32)
+    parts = tl.load(squares + row * PARTS + tl.arange(0, PARTS))
+    share = tl.sum(weight * x, 0) * tl.rsqrt(tl.sum(parts, 0) / C + 1.1920929e-07)
+    return 3.0 * tl.sigmoid(share)
+
+
+@kernel
+def fill_slot(keys, values, hand, k_left, k_right, v, D: constexpr):
+    """Write the new token's key and value into their slot of a ring."""
+    half, d = tl.arange(0, D // 2), tl.arange(0, D)
+    kind = keys.dtype.element_ty
+    tl.store(keys + hand * D + half, k_left.to(kind))
+    tl.store(keys + hand * D + D // 2 + half, k_right.to(kind))
+    tl.store(values + hand * D + d, v.to(kind))
 
 
 @kernel
@@ -320,18 +426,14 @@ def attend_ring(
     """Attention of a new token in each row: program (row and head, split) reads some slots."""
     start_early(EARLY)
     row, head, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
-    group = head // (H // KV)
-    half, d, g = tl.arange(0, D // 2), tl.arange(0, D), tl.arange(0, GATE_2)
-    keys += (row * KV + group) * SLOTS * D
-    values += (row * KV + group) * SLOTS * D
+    group, half = head // (H // KV), tl.arange(0, D // 2)
+    keys, values = keys + (row * KV + group) * SLOTS * D, values + (row * KV + group) * SLOTS * D
     slot = split * TILES * BLOCK + tl.arange(0, BLOCK)
     left, right, v = read_slots(keys, values, slot, D, SLOTS)
     now, length = tl.load(clock), tl.load(lengths + row)
     angle = tl.minimum(length, last_position) * (D // 2) + half
     c, s = tl.load(cos + angle), tl.load(sin + angle)
-    if VALUES:
-        looked_up = tl.load(table + (tl.load(ids + row) * KV + group) * D + d).to(tl.float32)
-        weight = tl.load(gate + group * GATE + g, g < GATE, 0.0).to(tl.float32)
+    looked_up, weight = value_of_id(table, gate, ids, row, group, KV, D, GATE, GATE_2, VALUES)
     wait_for_input(EARLY)
     qkv += row * (H + 2 * KV) * D
     q_left, q_right = turned(qkv + head * D, half, c, s, qk_scale / tl.sqrt(D * 1.0), D)
@@ -339,28 +441,59 @@ def attend_ring(
     highest, total, result = -float("inf"), 0.0, tl.zeros((D,), tl.float32)
     if split == 0:  # the new token itself
         k_left, k_right = turned(qkv + (H + group) * D, half, c, s, qk_scale, D)
-        result = tl.load(qkv + (H + KV + group) * D + d)
+        result = tl.load(qkv + (H + KV + group) * D + tl.arange(0, D))
         if VALUES:
-            x = tl.load(narrow + row * C + g, g < GATE, 0.0).to(tl.float32)
-            parts = tl.load(squares + row * PARTS + tl.arange(0, PARTS))
-            share = tl.sum(weight * x, 0) * tl.rsqrt(tl.sum(parts, 0) / C + 1.1920929e-07)
-            result += 3.0 * tl.sigmoid(share) * looked_up
+            result += gate_of(weight, narrow, squares, row, C, PARTS, GATE, GATE_2) * looked_up
         if head % (H // KV) == 0:
-            tl.store(keys + hand * D + half, k_left.to(keys.dtype.element_ty))
-            tl.store(keys + hand * D + D // 2 + half, k_right.to(keys.dtype.element_ty))
-            tl.store(values + hand * D + d, result.to(keys.dtype.element_ty))
+            fill_slot(keys, values, hand, k_left, k_right, result, D)
         highest, total = tl.sum(q_left * k_left + q_right * k_right, 0), 1.0
     for tile in tl.static_range(TILES):
         if tile > 0:
             slot += BLOCK
             left, right, v = read_slots(keys, values, slot, D, SLOTS)
-        age = (hand - slot + SLOTS) % SLOTS
-        seen = (age > 0) & (age <= length) & (age <= window) & (slot < SLOTS)
-        score = tl.sum(left.to(tl.float32) * q_left[None, :], 1)
-        score += tl.sum(right.to(tl.float32) * q_right[None, :], 1)
-        score = tl.where(seen, score, -float("inf"))
+        score = scores_of(left, right, q_left, q_right, slot, hand, length, window, SLOTS)
         highest, total, result = look_at(highest, total, result, score, v)
     put_together(highest, total, result, scratch, counter, out, D, SPLITS, SPLITS_2)
+
+
+@kernel
+def embed(
+    ids, table, gate, scale, before, lengths, a, b, start, out, narrow, squares,
+    C: constexpr, BLOCK: constexpr, PARTS: constexpr, GATE: constexpr, SMEAR: constexpr,
+    MIX: constexpr, EARLY: constexpr,
+):  # fmt: skip
+    """Begin the stream of each row: its embedding, normalised, smeared, mixed for layer 0."""
+    wait_for_input(EARLY)
+    start_early(EARLY)  # after the wait: no kernel of this step starts before the last step ends
+    row, c = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(table + tl.load(ids + row) * C + c, c < C, 0.0).to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / C + 1.1920929e-07)
+    if SMEAR:
+        kept = before + row * C + c
+        last = tl.load(kept, c < C, 0.0).to(tl.float32)
+        last = tl.where(tl.load(lengths + row) > 0, last, 0.0)
+        tl.store(kept, x.to(before.dtype.element_ty), c < C)
+        weight = tl.load(gate + c, c < GATE, 0.0).to(tl.float32)
+        x += tl.load(scale).to(tl.float32) * tl.sigmoid(tl.sum(weight * x, 0)) * last
+    tl.store(start + row * C + c, x, c < C)
+    if MIX:
+        x *= tl.load(a).to(tl.float32) + tl.load(b).to(tl.float32)
+    tl.store(out + row * C + c, x, c < C)
+    tl.store(narrow + row * C + c, x.to(narrow.dtype.element_ty), c < C)
+    part = tl.arange(0, PARTS)
+    tl.store(squares + row * PARTS + part, tl.where(part == 0, tl.sum(x * x, 0), 0.0))
+
+
+@kernel
+def best_of(parts, SPLITS: constexpr):
+    """Return a row's best id, int64, and the log of its sum of exponentials, from its parts."""
+    part = parts + tl.arange(0, SPLITS) * 4
+    high, sums = tl.load(part, cache_modifier=".cg"), tl.load(part + 1, cache_modifier=".cg")
+    best = tl.load(part + 2, cache_modifier=".cg")
+    where = tl.load(part + 3, cache_modifier=".cg")
+    total = tl.max(high, 0) + tl.log(tl.sum(sums * tl.exp(high - tl.max(high, 0)), 0))
+    first = tl.min(tl.where(best == tl.max(best, 0), where, float("inf")), 0).to(tl.int64)
+    return first, total
 
 
 @kernel
@@ -383,12 +516,7 @@ def pick(
     tl.store(parts + split * 4 + 2, tl.max(shown, 0))
     tl.store(parts + split * 4 + 3, (split * BLOCK + tl.argmax(shown, 0)).to(tl.float32))
     if arrive(counter, row, SPLITS):
-        part = parts + tl.arange(0, SPLITS) * 4
-        high, sums = tl.load(part, cache_modifier=".cg"), tl.load(part + 1, cache_modifier=".cg")
-        best = tl.load(part + 2, cache_modifier=".cg")
-        where = tl.load(part + 3, cache_modifier=".cg")
-        total = tl.max(high, 0) + tl.log(tl.sum(sums * tl.exp(high - tl.max(high, 0)), 0))
-        first = tl.min(tl.where(best == tl.max(best, 0), where, float("inf")), 0).to(tl.int64)
+        first, total = best_of(parts, SPLITS)
         must = tl.load(forced + row)
         id = tl.where(must >= 0, must, first)
         tl.store(ids + row, id)
@@ -402,14 +530,53 @@ def pick(
             tl.store(clock, tl.load(clock) + 1)
 
 
-ONE_ROW = {"read": (16, 8, 256), "proj": (8, 4, 256), "down": (4, 4, 1024)}  # see `sizes`
-SOME_ROWS = {"read": (16, 1, 256, 1), "proj": (16, 1, 256, 1), "down": (16, 1, 256, 8)}
-MOST_ROWS, STAGES, SLOTS_EACH, MOST_SPLITS = 16, 4, 64, 16
+class Kernels(Products):
+    """Starts the other kernels: the first, attention, and the last."""
 
+    def embed(self, ids: Tensor) -> None:
+        """Begin the stream."""
+        config, add, x = self.config, self.model.additions, self.start
+        gate, scale, before = x, x, x
+        if config.smear:
+            gate, scale, before = add.smear_gate.weight, add.smear_scale, self.cache.before
+        mixes, C = config.residual_scalars, self.shape[0]
+        scales = (add.stream_scale, add.start_scale) if mixes else (x, x)
+        args = (ids, self.model.embedding.weight, gate, scale, before, self.cache.lengths, *scales)
+        self.run(
+            embed, (self.n_rows,), *args, x, self.stream, self.narrow, self.squares[0], C=C,
+            BLOCK=power_of_two(C), PARTS=self.squares.size(-1), SMEAR=config.smear, MIX=mixes,
+            GATE=gate.size(-1), num_warps=4,
+        )  # fmt: skip
 
-def power_of_two(n: int) -> int:
-    """Return the smallest power of 2 from n on."""
-    return 1 << max(0, n - 1).bit_length()
+    def attend(self, layer: int, ids: Tensor) -> None:
+        """heads = the attention of one layer."""
+        (C, H, KV, D), cache, config = self.shape, self.cache, self.config
+        attention, values = self.model.blocks[layer].attention, self.model.additions.values
+        slots, keys, looks = cache.slots[layer], cache.keys[layer], str(layer) in values
+        splits = min(MOST_SPLITS, -(-slots // SLOTS_EACH))
+        gate = attention.gate.in_features if looks else 1
+        tables = (attention.gate.weight, values[str(layer)].weight) if looks else (keys, keys)
+        window = 1 << 30 if attention.window is None else attention.window
+        args = (self.qkv, self.narrow, self.squares[0], *tables, ids, keys, cache.values[layer])
+        args += (self.model.rotary.cos, self.model.rotary.sin, cache.clock, cache.lengths)
+        args += (self.scratch, self.counter, self.heads, window, config.seq_len - 1)
+        self.run(
+            attend_ring, (self.n_rows * H, splits), *args, config.qk_scale, C=C, H=H, KV=KV, D=D,
+            PARTS=self.squares.size(-1), SLOTS=slots, SPLITS=splits, SPLITS_2=power_of_two(splits),
+            TILES=-(-slots // (splits * SLOTS_EACH)), BLOCK=SLOTS_EACH, GATE=gate,
+            GATE_2=power_of_two(gate), VALUES=looks, num_warps=2,
+        )  # fmt: skip
+
+    def pick(self, batch: Any) -> None:
+        """Choose the next ids of chapter 8's Batch from the logits, and let its clock tick."""
+        args = self.logits, batch.counts, batch.knobs, batch.forced, batch.ids, batch.results
+        args += (batch.made, self.cache.lengths, self.cache.clock, self.scratch, self.counter)
+        V, known = self.logits.size(1), batch.counts.size(1)
+        block = max(64, power_of_two(-(-V // MOST_SPLITS)))
+        self.run(
+            pick, (self.n_rows, MOST_SPLITS), *args, known, self.config.vocab_size, self.n_rows,
+            V=V, BLOCK=block, SPLITS=MOST_SPLITS, num_warps=4,
+        )  # fmt: skip
 
 
 def pack_heads(model: GPT) -> None:
@@ -431,105 +598,12 @@ def is_packed(model: GPT) -> bool:
     return True
 
 
-class Decoder:
+class Decoder(Kernels):
     """Reads one token of every row of a ring cache with five kernels a layer.
 
     `cache` is chapter 8's RingCache. Calling it with ids (B,) int64 returns logits (B, V) float32
     and does what the model does to the cache; `step(batch)` makes a whole greedy step.
     """
-
-    def __init__(self, model: GPT, cache: Any):
-        config, device = model.config, model.device
-        self.model, self.cache, self.config, B = model, cache, config, len(cache.lengths)
-        self.n_rows, self.rows = B, 1 if B == 1 else max(8, power_of_two(B))
-        cuda = device.type == "cuda"
-        self.early = cuda and torch.cuda.get_device_capability(device) >= (9, 0)
-        C, H, KV, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
-        self.shape, blocks = (C, H, KV, D), ONE_ROW if B == 1 else SOME_ROWS
-        parts = power_of_two(-(-C // min(size[0] for size in blocks.values())))
-        wide = dict(device=device, dtype=torch.float32)
-        narrow = dict(device=device, dtype=model.head.weight.dtype)
-        self.start, self.middle, self.stream, self.after = torch.zeros(4, B, C, **wide)
-        self.squares = torch.zeros(2, B, parts, **wide)  # of the stream into a block, and after it
-        self.qkv = torch.zeros(B, (H + 2 * KV) * D, **wide)
-        self.logits = torch.zeros(B, config.padded_vocab, **wide)
-        self.narrow = torch.zeros(B, C, **narrow)  # the stream as the products read it
-        self.heads, self.hidden = torch.zeros(B, H * D, **narrow), torch.zeros(B, 4 * C, **narrow)
-        most = max(B * H * MOST_SPLITS * (D + 2), 8 * self.rows * power_of_two(C))
-        self.scratch = torch.zeros(most, **wide)
-        self.counter = torch.zeros(max(B * H, C), device=device, dtype=torch.int32)
-
-    def run(self, function: Any, grid: tuple[int, ...], *args: Any, **sizes: Any) -> None:
-        """Launch a kernel; where it may, before the one before it has ended."""
-        early = {"launch_pdl": True} if self.early else {}
-        function[grid](*args, **sizes, **early, EARLY=self.early)
-
-    def sizes(self, name: str, K: int, N: int) -> tuple[tuple[int, ...], dict[str, int]]:
-        """Return the grid and the sizes of a product with w (N, K).
-
-        That is, from the tables above: rows of w for each program, its warps, the channels that it
-        takes at a time and, for several rows, by how many programs a row of w is shared.
-        """
-        if self.rows == 1:
-            (n, warps, k), splits = ONE_ROW[name], 1
-        else:
-            n, warps, k, splits = SOME_ROWS[name]
-            while splits > 1 and K % (splits * k):
-                splits //= 2
-        k = min(k, power_of_two(K))
-        found = dict(K=K, N=N, ROWS=self.rows, PARTS=self.squares.size(-1), BLOCK_N=n, BLOCK_K=k)
-        return (-(-N // n), splits), dict(found, SPLITS=splits, STAGES=STAGES, num_warps=warps)
-
-    def read(self, w: Tensor, n_out: int, out: Tensor, squares: Tensor, act: int) -> None:
-        """out = act(w rms_norm(stream)), for n_out rows of w."""
-        grid, sizes = self.sizes("read", w.size(1), n_out)
-        rest = self.scratch, self.counter, self.n_rows, self.model.softcap
-        self.run(read_stream, grid, self.narrow, squares, w, out, *rest, ACT=act, **sizes)
-
-    def write(
-        self, name: str, h: Tensor, w: Tensor, x: Tensor, out: Tensor, squares: Tensor,
-        mix: tuple = (), keep: bool = False,
-    ) -> None:  # fmt: skip
-        """out = x + w h, mixed; its squares and its narrow form as well."""
-        kind, y, a, b = mix or (0, x, x, x)
-        grid, sizes = self.sizes(name, w.size(1), len(w))
-        rest = self.narrow, squares, self.scratch, self.counter, self.n_rows
-        args = h, w, x, y, a, b, self.middle, out, *rest
-        self.run(write_stream, grid, *args, MIX=kind, KEEP=keep, **sizes)
-
-    def attend(self, layer: int, ids: Tensor) -> None:
-        """heads = the attention of one layer."""
-        (C, H, KV, D), cache, config = self.shape, self.cache, self.config
-        attention, values = self.model.blocks[layer].attention, self.model.additions.values
-        slots, keys, looks = cache.slots[layer], cache.keys[layer], str(layer) in values
-        splits = min(MOST_SPLITS, -(-slots // SLOTS_EACH))
-        gate = attention.gate.in_features if looks else 1
-        tables = (attention.gate.weight, values[str(layer)].weight) if looks else (keys, keys)
-        window = 1 << 30 if attention.window is None else attention.window
-        args = (self.qkv, self.narrow, self.squares[0], *tables, ids, keys, cache.values[layer])
-        args += (self.model.rotary.cos, self.model.rotary.sin, cache.clock, cache.lengths)
-        args += (self.scratch, self.counter, self.heads, window, config.seq_len - 1)
-        self.run(
-            attend_ring, (self.n_rows * H, splits), *args, config.qk_scale, C=C, H=H, KV=KV, D=D,
-            PARTS=self.squares.size(-1), SLOTS=slots, SPLITS=splits, SPLITS_2=power_of_two(splits),
-            TILES=-(-slots // (splits * SLOTS_EACH)), BLOCK=SLOTS_EACH, GATE=gate,
-            GATE_2=power_of_two(gate), VALUES=looks, num_warps=2,
-        )  # fmt: skip
-
-    def embed(self, ids: Tensor) -> None:
-        """Begin the stream."""
-        config, add, x = self.config, self.model.additions, self.start
-        gate, scale, before = x, x, x
-        if config.smear:
-            gate, scale, before = add.smear_gate.weight, add.smear_scale, self.cache.before
-        mixes, C = config.residual_scalars, self.shape[0]
-        scales = (add.stream_scale, add.start_scale) if mixes else (x, x)
-        args = (ids, self.model.embedding.weight, gate, scale, before, self.cache.lengths, *scales)
-        self.run(
-            embed, (self.n_rows,), *args, x, self.stream, self.narrow, self.squares[0], C=C,
-            BLOCK=power_of_two(C), PARTS=self.squares.size(-1), SMEAR=config.smear, MIX=mixes,
-            GATE=gate.size(-1), num_warps=4,
-        )  # fmt: skip
 
     def mix_after(self, layer: int) -> tuple:
         """Return how the stream is mixed after a layer: for the next one, or for the head."""
@@ -565,13 +639,7 @@ class Decoder:
     def step(self, batch: Any) -> None:
         """Make a greedy step of chapter 8's Batch: read its ids and choose the next."""
         self.forward(batch.ids)
-        args = self.logits, batch.counts, batch.knobs, batch.forced, batch.ids, batch.results
-        args += (batch.made, self.cache.lengths, self.cache.clock, self.scratch, self.counter)
-        V, splits = self.logits.size(1), MOST_SPLITS
-        block = max(64, power_of_two(-(-V // splits)))
-        sizes = dict(V=V, BLOCK=block, SPLITS=splits, num_warps=4)
-        known = batch.counts.size(1), self.config.vocab_size, self.n_rows
-        self.run(pick, (self.n_rows, splits), *args, *known, **sizes)
+        self.pick(batch)
 
 
 def decoder(model: GPT, cache: Any) -> Decoder | None:
