@@ -185,6 +185,7 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.groups = {max_len: (list(range(config.n_layer)), self.keys, self.values)}
         padded = starts is not None and any(starts)
         self.starts = torch.tensor(starts, device=device) if padded else None  # (B,)
         self.positions: Tensor | None = None  # (B, T): the model's rotary positions
@@ -920,7 +921,8 @@ class RingCache:
 
     All rows write into slot `clock % slots`; row b is the last `lengths[b]` slots before it. Layers
     have `size` slots, those with a window at most window + 1. Clock and lengths are tensors, so
-    that a step needs nothing from Python.
+    that a step needs nothing from Python. `groups` holds layers with the same number of slots in
+    one piece: by that number their layers, keys and values (layers, B, n_kv_head, slots, head_dim).
     """
 
     def __init__(
@@ -933,9 +935,14 @@ class RingCache:
     ):
         self.config, self.size, self.length = config, size, 0
         self.slots = [size if w is None else min(size, w + 1) for w in config.window_sizes()]
-        shapes = [(batch_size, config.n_kv_head, n, config.head_dim) for n in self.slots]
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.keys, self.values, self.groups = [None] * config.n_layer, [None] * config.n_layer, {}
+        for n in set(self.slots):
+            layers = [i for i, slots in enumerate(self.slots) if slots == n]
+            shape = (2, len(layers), batch_size, config.n_kv_head, n, config.head_dim)
+            keys, values = torch.zeros(shape, device=device, dtype=dtype)
+            self.groups[n] = layers, keys, values
+            for i, k, v in zip(layers, keys, values):
+                self.keys[i], self.values[i] = k, v
         self.clock = torch.zeros(1, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.last = self.before = None
@@ -978,27 +985,32 @@ class RingCache:
 # %% [markdown]
 r"""
 Two more moves. Rows come in together, from a `KVCache`, where their prompts were read, or from
-another ring. A shorter row brings along what stood before it, which its length hides. And a row
-goes out into a `KVCache`, to be kept. A ring that has forgotten old tokens leaves zeros there; no
-window reaches them.
+another ring, and layers with equally many slots are copied at once. A shorter row brings along what
+stood before it, which its length hides. And a row goes out into a `KVCache`, to be kept. A ring
+that has forgotten old tokens leaves zeros there; no window reaches them.
 """
 
 
 # %%
 #| export engine
+CHUNK, GROUP_TOKENS = 512, 16384  # of one prompt, and of several together, read at a time
+
+
 def copy_in(
     ring: RingCache, seats: Tensor, source: KVCache | RingCache, numbers: Tensor,
     lengths: Sequence[int],
 ) -> None:  # fmt: skip
     """Seat rows `numbers` (R,) of a cache, of so many tokens each, as rows `seats` of the ring."""
-    longest, places = max(lengths), {}
-    for layer, slots in enumerate(zip(ring.slots, source.slots)):
-        n = min(longest, *slots)
-        if slots not in places:
-            places[slots] = ring.recent(slots[0], n), source.recent(slots[1], n)
-        to, of = places[slots]
-        for mine, theirs in ((ring.keys, source.keys), (ring.values, source.values)):
-            mine[layer][seats[:, None], :, to] = theirs[layer][numbers[:, None], :, of]
+    for here, there in set(zip(ring.slots, source.slots)):
+        mine, theirs, n = ring.groups[here], source.groups[there], min(max(lengths), here, there)
+        both = [i for i in mine[0] if i in theirs[0]]
+        places = [[group[0].index(i) for i in both] for group in (mine, theirs)]
+        places = torch.tensor(places, device=seats.device)[:, :, None, None]  # (2, layers, 1, 1)
+        to, of = ring.recent(here, n), source.recent(there, n)
+        some = max(1, GROUP_TOKENS // (n * len(lengths)))  # layers at a time: copies take memory
+        for a, b in zip(*(each.split(some) for each in places)):
+            for new, old in zip(mine[1:], theirs[1:]):
+                new[a, seats[:, None], :, to] = old[b, numbers[:, None], :, of]
     ring.lengths[seats] = torch.tensor(lengths, device=ring.clock.device)
     if ring.before is not None:
         ring.before[seats] = source.last[numbers]
@@ -1476,7 +1488,7 @@ def next_group(waiting: deque[Row], free: int, max_tokens: int) -> list[Row]:
 def prefill(
     model: GPT, rows: Sequence[Row], prefixes: Prefixes, chunk: int, beginnings: Any = None
 ) -> Iterator[tuple[KVCache, list[int], Tensor] | None]:
-    """Read the prompts of rows in chunks; yields None after each, at last the whole.
+    """Read the prompts of rows in chunks; yields None between two, at last the whole.
 
     That is (cache, numbers, logits): the i-th row is row numbers[i] of the cache, since equal
     prompts are read once, and logits (B, V) are those after its prompt. `beginnings` (see
@@ -1492,6 +1504,7 @@ def prefill(
         prefixes.start(model, prompts[0], cache)
     filled = [[0] * start + list(prompt) for start, prompt in zip(starts, prompts)]
     idx = torch.tensor(filled, device=device)  # (B, T)
+    order = torch.tensor(numbers, device=device)
     while cache.length < longest:
         part = idx[:, cache.length : cache.length + chunk]
         if beginnings and len(idx) == 1 and cache.length == 0:
@@ -1499,8 +1512,9 @@ def prefill(
         else:
             cache.prepare(part.size(1))
             logits = model(part, kv_cache=cache, last_only=True)[:, -1]
-        yield None
-    yield cache, numbers, logits[torch.tensor(numbers, device=device)]
+        if cache.length < longest:
+            yield None
+    yield cache, numbers, logits[order]
 
 
 # %% [markdown]
@@ -1572,13 +1586,16 @@ we can see that what stands behind is harmless.
 
 # %%
 #| test
-_one = Beginning(_model, 16)
+_model = GPT(GPTConfig(50, 32, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, smear=True))
+for _i, _param in enumerate(_model.parameters()):
+    torch.nn.init.normal_(_param, std=0.3, generator=torch.Generator().manual_seed(_i))
+_one, _idx = Beginning(_model, 16), torch.arange(20)[None]
 with torch.inference_mode():
     for _n in (16, 5, 11, 1):
         _plain, _cache = KVCache(_model.config, 1, 20), KVCache(_model.config, 1, 20)
-        _logits = _model(_idx[:1, :_n], kv_cache=_plain)[:, -1]
-        assert torch.allclose(_one.read(_idx[:1, :_n], _cache, _one.advance), _logits, atol=1e-4)
-        _next = [_model(_idx[:1, _n : _n + 1], kv_cache=_each) for _each in (_plain, _cache)]
+        _logits = _model(_idx[:, :_n], kv_cache=_plain)[:, -1]
+        assert torch.allclose(_one.read(_idx[:, :_n], _cache, _one.advance), _logits, atol=1e-4)
+        _next = [_model(_idx[:, _n : _n + 1], kv_cache=_each) for _each in (_plain, _cache)]
         assert torch.allclose(*_next, atol=1e-4)
 
 # %% [markdown]
@@ -1591,8 +1608,9 @@ The logits after a prompt give its row the first token. From there on the batch 
 #| export engine
 def first_tokens(rows: Sequence[Row], logits: Tensor, known: int) -> None:
     """Choose the first token of each row from logits (B, V); a row that has ended takes none."""
-    knobs = torch.tensor([row.sampling.numbers() for row in rows], device=logits.device)
-    uniform = torch.stack([row.uniforms[0] for row in rows]).to(logits.device)
+    knobs = torch.tensor([row.sampling.numbers() for row in rows])
+    uniform = torch.stack([row.uniforms[0] for row in rows])
+    knobs, uniform = (t.to(logits.device, non_blocking=True) for t in (knobs, uniform))
     counts, forced = logits.new_zeros(len(rows), known), torch.full_like(uniform, -1).long()
     effort = max(row.effort for row in rows)
     ids, logprobs = choose(logits, knobs, uniform, counts, forced, effort)
@@ -1612,9 +1630,6 @@ All requests share one house. Rows wait at the door; the prompts of some are bei
 
 # %%
 #| export engine
-CHUNK, GROUP_TOKENS = 512, 16384
-
-
 class Door:
     """Rows that wait, and those whose prompts are being read."""
 

@@ -100,6 +100,7 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.groups = {max_len: (list(range(config.n_layer)), self.keys, self.values)}
         padded = starts is not None and any(starts)
         self.starts = torch.tensor(starts, device=device) if padded else None  # (B,)
         self.positions: Tensor | None = None  # (B, T): the model's rotary positions
@@ -370,7 +371,8 @@ class RingCache:
 
     All rows write into slot `clock % slots`; row b is the last `lengths[b]` slots before it. Layers
     have `size` slots, those with a window at most window + 1. Clock and lengths are tensors, so
-    that a step needs nothing from Python.
+    that a step needs nothing from Python. `groups` holds layers with the same number of slots in
+    one piece: by that number their layers, keys and values (layers, B, n_kv_head, slots, head_dim).
     """
 
     def __init__(
@@ -383,9 +385,14 @@ class RingCache:
     ):
         self.config, self.size, self.length = config, size, 0
         self.slots = [size if w is None else min(size, w + 1) for w in config.window_sizes()]
-        shapes = [(batch_size, config.n_kv_head, n, config.head_dim) for n in self.slots]
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.keys, self.values, self.groups = [None] * config.n_layer, [None] * config.n_layer, {}
+        for n in set(self.slots):
+            layers = [i for i, slots in enumerate(self.slots) if slots == n]
+            shape = (2, len(layers), batch_size, config.n_kv_head, n, config.head_dim)
+            keys, values = torch.zeros(shape, device=device, dtype=dtype)
+            self.groups[n] = layers, keys, values
+            for i, k, v in zip(layers, keys, values):
+                self.keys[i], self.values[i] = k, v
         self.clock = torch.zeros(1, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.last = self.before = None
@@ -425,19 +432,24 @@ class RingCache:
         return (self.clock + torch.arange(-n, 0, device=self.clock.device)) % slots
 
 
+CHUNK, GROUP_TOKENS = 512, 16384  # of one prompt, and of several together, read at a time
+
+
 def copy_in(
     ring: RingCache, seats: Tensor, source: KVCache | RingCache, numbers: Tensor,
     lengths: Sequence[int],
 ) -> None:  # fmt: skip
     """Seat rows `numbers` (R,) of a cache, of so many tokens each, as rows `seats` of the ring."""
-    longest, places = max(lengths), {}
-    for layer, slots in enumerate(zip(ring.slots, source.slots)):
-        n = min(longest, *slots)
-        if slots not in places:
-            places[slots] = ring.recent(slots[0], n), source.recent(slots[1], n)
-        to, of = places[slots]
-        for mine, theirs in ((ring.keys, source.keys), (ring.values, source.values)):
-            mine[layer][seats[:, None], :, to] = theirs[layer][numbers[:, None], :, of]
+    for here, there in set(zip(ring.slots, source.slots)):
+        mine, theirs, n = ring.groups[here], source.groups[there], min(max(lengths), here, there)
+        both = [i for i in mine[0] if i in theirs[0]]
+        places = [[group[0].index(i) for i in both] for group in (mine, theirs)]
+        places = torch.tensor(places, device=seats.device)[:, :, None, None]  # (2, layers, 1, 1)
+        to, of = ring.recent(here, n), source.recent(there, n)
+        some = max(1, GROUP_TOKENS // (n * len(lengths)))  # layers at a time: copies take memory
+        for a, b in zip(*(each.split(some) for each in places)):
+            for new, old in zip(mine[1:], theirs[1:]):
+                new[a, seats[:, None], :, to] = old[b, numbers[:, None], :, of]
     ring.lengths[seats] = torch.tensor(lengths, device=ring.clock.device)
     if ring.before is not None:
         ring.before[seats] = source.last[numbers]
@@ -715,7 +727,7 @@ def next_group(waiting: deque[Row], free: int, max_tokens: int) -> list[Row]:
 def prefill(
     model: GPT, rows: Sequence[Row], prefixes: Prefixes, chunk: int, beginnings: Any = None
 ) -> Iterator[tuple[KVCache, list[int], Tensor] | None]:
-    """Read the prompts of rows in chunks; yields None after each, at last the whole.
+    """Read the prompts of rows in chunks; yields None between two, at last the whole.
 
     That is (cache, numbers, logits): the i-th row is row numbers[i] of the cache, since equal
     prompts are read once, and logits (B, V) are those after its prompt. `beginnings` (see
@@ -731,6 +743,7 @@ def prefill(
         prefixes.start(model, prompts[0], cache)
     filled = [[0] * start + list(prompt) for start, prompt in zip(starts, prompts)]
     idx = torch.tensor(filled, device=device)  # (B, T)
+    order = torch.tensor(numbers, device=device)
     while cache.length < longest:
         part = idx[:, cache.length : cache.length + chunk]
         if beginnings and len(idx) == 1 and cache.length == 0:
@@ -738,8 +751,9 @@ def prefill(
         else:
             cache.prepare(part.size(1))
             logits = model(part, kv_cache=cache, last_only=True)[:, -1]
-        yield None
-    yield cache, numbers, logits[torch.tensor(numbers, device=device)]
+        if cache.length < longest:
+            yield None
+    yield cache, numbers, logits[order]
 
 
 class Beginning:
@@ -787,17 +801,15 @@ class Beginnings:
 
 def first_tokens(rows: Sequence[Row], logits: Tensor, known: int) -> None:
     """Choose the first token of each row from logits (B, V); a row that has ended takes none."""
-    knobs = torch.tensor([row.sampling.numbers() for row in rows], device=logits.device)
-    uniform = torch.stack([row.uniforms[0] for row in rows]).to(logits.device)
+    knobs = torch.tensor([row.sampling.numbers() for row in rows])
+    uniform = torch.stack([row.uniforms[0] for row in rows])
+    knobs, uniform = (t.to(logits.device, non_blocking=True) for t in (knobs, uniform))
     counts, forced = logits.new_zeros(len(rows), known), torch.full_like(uniform, -1).long()
     effort = max(row.effort for row in rows)
     ids, logprobs = choose(logits, knobs, uniform, counts, forced, effort)
     for row, id, logprob in zip(rows, *torch.stack((ids.double(), logprobs.double())).tolist()):
         if not row.ended():
             row.take(int(id), logprob)
-
-
-CHUNK, GROUP_TOKENS = 512, 16384
 
 
 class Door:
