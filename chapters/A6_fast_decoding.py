@@ -46,8 +46,8 @@ def random_gpt(config, seed=0):
     return model
 
 
-newborn = random_gpt(GPTConfig.modern(2, 256, 64, aspect=32, head_dim=32))
-plain, quick = (Batch(newborn, 1, 64, 256) for _ in range(2))
+newborn = random_gpt(GPTConfig.modern(2, 128, 64, aspect=16, head_dim=16))
+plain, quick = (Batch(newborn, 1, 64, 128) for _ in range(2))
 plain.decode = None
 if finished.triton:
     quick.decode = finished.Decoder(newborn, quick.cache)
@@ -76,8 +76,8 @@ plain PyTorch and the cells that start kernels say that they are skipped.
 
 # %% tags=["parameters"]
 profile = "quick"
-n_layer, aspect, head_dim, vocab_size = 3, 24, 16, 200
-slots, n_rows, n_steps = 48, 3, 5
+n_layer, aspect, head_dim, vocab_size = 2, 16, 16, 100
+slots, n_rows, n_steps = 48, 3, 4
 gpu_depth = 24  # the model that is timed where there is a GPU
 
 # %%
@@ -314,7 +314,6 @@ def naive_product(x, w, out, K: constexpr, N: constexpr, BLOCK_N: constexpr, BLO
     tl.store(out + n, total, n < N)
 
 
-# %%
 torch.manual_seed(0)
 x, w = torch.randn(72, device=device), torch.randn(50, 72, device=device)
 if triton:
@@ -326,9 +325,8 @@ else:
 
 # %% [markdown]
 r"""
-It is right, and on a GPU it reads at a fraction of the bandwidth. Why? Memory answers after about
-0.8 microseconds. To receive 4.8 TB each second, so many bytes must be *on their way* at any moment
-(Little's law: rate times delay):
+It is right. Would it be fast? A GPU's memory answers after about 0.8 microseconds. To receive 4.8
+TB each second, so many bytes must be *on their way* at any moment (Little's law: rate times delay):
 """
 
 # %%
@@ -396,7 +394,8 @@ def timeline(n_kernels, launch, weights, work, early):
     return begins, done
 
 
-print([timeline(123, 0.7, 2.4, 1.2, early)[1] for early in (False, True)], "microseconds")
+ends = [timeline(123, 0.7, 2.4, 1.2, early)[1] for early in (False, True)]
+print(f"123 kernels: {ends[0]:.0f} microseconds plainly, {ends[1]:.0f} with an early launch")
 
 # %%
 fig, ax = figure(
@@ -448,7 +447,7 @@ r"""
 What may stand before the wait? Only what no kernel of this step writes. Weights do not change. The
 keys and values of *earlier* tokens were written in earlier steps. But the very first kernel of a
 step must wait before it lets anybody else start: then no kernel of this step can overtake the end
-of the last one. You will see it in section 8.
+of the last one. You will see it in section 9.
 
 > **Exercise A6-early**: the end of a chain whose kernels are not alike.
 
@@ -595,7 +594,7 @@ arrival.
 > **Exercise A6-norm**: the norm from the parts.
 
 `read_stream` is the kernel of three products: queries, keys and values at once (the three matrices
-lie one after the other in memory, section 9), the MLP's first, and the head. An `ACT` at the end
+lie one after the other in memory, section 10), the MLP's first, and the head. An `ACT` at the end
 saves another kernel: relu squared, or the softcap of the logits, with $\tanh z = 1 - 2 / (e^{2z} +
 1)$. The number 1.19e-07 is the $\epsilon$ of `rms_norm` in float32.
 """
@@ -728,7 +727,7 @@ class Buffers:
         self.model, self.cache, self.config, B = model, cache, config, len(cache.lengths)
         self.n_rows, self.rows = B, 1 if B == 1 else max(8, power_of_two(B))
         cuda = device.type == "cuda"
-        self.early = cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.early = cuda and torch.cuda.get_device_capability(device) >= (9, 0)  # since Hopper
         C, H, KV, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.shape, blocks = (C, H, KV, D), ONE_ROW if B == 1 else SOME_ROWS
         parts = power_of_two(-(-C // min(size[0] for size in blocks.values())))
@@ -772,7 +771,8 @@ class Products(Buffers):
                 splits //= 2
         k = min(k, power_of_two(K))
         found = dict(K=K, N=N, ROWS=self.rows, PARTS=self.squares.size(-1), BLOCK_N=n, BLOCK_K=k)
-        return (-(-N // n), splits), dict(found, SPLITS=splits, STAGES=STAGES, num_warps=warps)
+        stages = 2 * STAGES // self.narrow.element_size()  # wide numbers need more room in each
+        return (-(-N // n), splits), dict(found, SPLITS=splits, STAGES=stages, num_warps=warps)
 
     def read(self, w: Tensor, n_out: int, out: Tensor, squares: Tensor, act: int) -> None:
         """out = act(w rms_norm(stream)), for n_out rows of w."""
@@ -1360,8 +1360,14 @@ cuBLAS does well. Low-rank layers and other guests in the model (chapter 9) do n
 
 # %%
 #| export
+def runs_kernels(device: torch.device) -> bool:
+    """Return whether the kernels run on a device: NVIDIA's GPUs since Ampere, with Triton."""
+    there = triton is not None and device.type == "cuda" and torch.version.cuda is not None
+    return there and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def decoder(model: GPT, cache: Any) -> Decoder | None:
-    """Return a Decoder where it can serve: on CUDA with Triton, for 1 to 16 rows of a packed copy.
+    """Return a Decoder where it can serve: on such a GPU, for 1 to 16 rows of a packed copy.
 
     Elsewhere None. The heads need a power of 2 of channels, the layers must be plain ones.
     """
@@ -1369,7 +1375,7 @@ def decoder(model: GPT, cache: Any) -> Decoder | None:
     layers = [m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
     plain = all(type(layer) in (Linear, ValueGate) for layer in layers)
     fits = 1 <= rows <= MOST_ROWS and config.head_dim == power_of_two(config.head_dim)
-    there = model.device.type == "cuda" and triton is not None
+    there = runs_kernels(model.device)
     return Decoder(model, cache) if there and fits and plain and is_packed(model) else None
 
 
@@ -1430,6 +1436,7 @@ if triton:
             print(f"{kind.__name__:9} {rows} rows: {same} of {n_steps} steps agree, "
                   f"logprobs differ by {worst:.0e}")  # fmt: skip
     assert found["Decoder", 1][0] == found["Decoder", n_rows][0] == n_steps
+    assert found["Decoder", 1][1] < 1e-4 < 1e-2 < found["Forgetful", 1][1]
 else:
     print(NO_TRITON)
 
@@ -1534,11 +1541,11 @@ an early start hides only part of that.
 We tried more than we kept, and measured it on the same machine.
 
 - **Asking for the next kernel's weights beforehand**, with `cp.async.bulk.prefetch.L2`. In pieces
-  of 128 bytes it made a step three times *slower*: the requests themselves fill the queues that
-  the real loads need. In one piece for each program it changed nothing, since the early start
-  already does the same.
-- **One warp for several rows of a matrix**, in groups of small programs: no gain. What matters is
-  the number of bytes under way on a processor, however they are divided.
+  of 128 bytes it made a step three times *slower*; we suppose that so many requests stand in the
+  way of the real loads. In one piece for each program there was no gain: the early start already
+  does the same.
+- **A group of programs of one warp each**, for several rows: no gain. What seems to matter is the
+  number of bytes under way on a processor, however they are divided.
 
 Each of them looked right on paper. So: one change at a time, and the clock decides.
 

@@ -44,6 +44,7 @@ __all__ = [
     "put_together",
     "read_slots",
     "read_stream",
+    "runs_kernels",
     "scores_of",
     "some_rows",
     "start_early",
@@ -261,7 +262,7 @@ class Buffers:
         self.model, self.cache, self.config, B = model, cache, config, len(cache.lengths)
         self.n_rows, self.rows = B, 1 if B == 1 else max(8, power_of_two(B))
         cuda = device.type == "cuda"
-        self.early = cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.early = cuda and torch.cuda.get_device_capability(device) >= (9, 0)  # since Hopper
         C, H, KV, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.shape, blocks = (C, H, KV, D), ONE_ROW if B == 1 else SOME_ROWS
         parts = power_of_two(-(-C // min(size[0] for size in blocks.values())))
@@ -296,7 +297,8 @@ class Products(Buffers):
                 splits //= 2
         k = min(k, power_of_two(K))
         found = dict(K=K, N=N, ROWS=self.rows, PARTS=self.squares.size(-1), BLOCK_N=n, BLOCK_K=k)
-        return (-(-N // n), splits), dict(found, SPLITS=splits, STAGES=STAGES, num_warps=warps)
+        stages = 2 * STAGES // self.narrow.element_size()  # wide numbers need more room in each
+        return (-(-N // n), splits), dict(found, SPLITS=splits, STAGES=stages, num_warps=warps)
 
     def read(self, w: Tensor, n_out: int, out: Tensor, squares: Tensor, act: int) -> None:
         """out = act(w rms_norm(stream)), for n_out rows of w."""
@@ -642,8 +644,14 @@ class Decoder(Kernels):
         self.pick(batch)
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """Return whether the kernels run on a device: NVIDIA's GPUs since Ampere, with Triton."""
+    there = triton is not None and device.type == "cuda" and torch.version.cuda is not None
+    return there and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def decoder(model: GPT, cache: Any) -> Decoder | None:
-    """Return a Decoder where it can serve: on CUDA with Triton, for 1 to 16 rows of a packed copy.
+    """Return a Decoder where it can serve: on such a GPU, for 1 to 16 rows of a packed copy.
 
     Elsewhere None. The heads need a power of 2 of channels, the layers must be plain ones.
     """
@@ -651,5 +659,5 @@ def decoder(model: GPT, cache: Any) -> Decoder | None:
     layers = [m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
     plain = all(type(layer) in (Linear, ValueGate) for layer in layers)
     fits = 1 <= rows <= MOST_ROWS and config.head_dim == power_of_two(config.head_dim)
-    there = model.device.type == "cuda" and triton is not None
+    there = runs_kernels(model.device)
     return Decoder(model, cache) if there and fits and plain and is_packed(model) else None
