@@ -6,7 +6,8 @@ Weights are random: speed does not depend on what they say. Decoding is greedy a
 The share of the bandwidth counts the bytes that a step cannot avoid (weights that multiply, and
 the cache at its mean length) against what this device reads in a plain sum. `--naive` times the
 whole forward pass for every token beside it, at batch 1. On a GPU steps are replayed as CUDA graphs
-and looked at one step late; `--plain` does neither. The last line is JSON.
+and looked at one step late, and at batch 1 the first 512 tokens of the prompt are read by a graph
+as well; `--plain` does none of this. The last line is JSON.
 """
 
 import argparse

@@ -1,14 +1,17 @@
 """Every stage on real text and real questions, in calls of limited length; then one table.
 
-    python benchmarks/real_run.py --data CORPUS --chat FOLDER --minutes 9
-    python benchmarks/real_run.py --data CORPUS --chat FOLDER --minutes 9      # ... and again
+    python benchmarks/real_run.py --data CORPUS --chat FOLDER --until base    # one call
+    python benchmarks/real_run.py --data CORPUS --chat FOLDER --minutes 9     # ... and another
 
 CORPUS holds parquet shards with a column `text`, the last one for validation. FOLDER holds `sft/`
-and `chat_eval/` (gsm8k, mmlu, arc) with the columns that these data sets have on the hub. The
-default sizes are for one GPU of 80 GB or more and about 25 minutes of training; `--set` changes any
-setting of the recipe. When the minutes are up, the stage under way is stopped and the exit code is
-3: call again, and it goes on from its last checkpoint. Measurements are kept one by one, too. The
-last call prints a Markdown report; its last line is JSON.
+and `chat_eval/` (gsm8k, mmlu, arc) with the columns that these data sets have on the hub.
+`--tokenizer` takes a file of ranks instead of training one. The sizes are for about ten minutes of
+one H200 and should fit 80 GB; `--set` changes any setting of the recipe. The rates follow the root
+of the batch. All stages of a call run in one process, which compiles the model once.
+
+When the minutes are up, the stage under way is stopped and the exit code is 3: call again, and it
+goes on from its last checkpoint. `--until STAGE` ends after that stage. Measurements are kept one
+by one, too. The last call prints a Markdown report; its last line is JSON.
 """
 
 import argparse
@@ -19,18 +22,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from train_gpu import batch_rates, tokenizer_of
+
 from nanochat.chat import parse, render_prompt, reply_text
-from nanochat.common import UserError, read_json, write_json
-from nanochat.recipe import GSM8K, MODELS, STAGES, Recipe, Run, real_task
+from nanochat.common import UserError, pick_device, read_json, write_json
+from nanochat.recipe import MODELS, STAGES, Recipe, Run, real_task, rows_at_once
 from nanochat.report import markdown_table, stage_scores
 from nanochat.rl import evaluate_pass, problem_prompt, task_problems
-from nanochat.tasks import TinyWorldTask, proportion_interval
+from nanochat.tasks import ARC, GSM8K, MMLU, TinyWorldTask, proportion_interval
 from nanochat.tinyworld import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,19 +44,21 @@ AGAIN = 3  # the exit code that says: not finished, call again
 SETTINGS = dict(
     name="real",
     depth=12,
-    batch_tokens=2**18,
-    pretrain_steps=1500,
-    mid_steps=250,
-    sft_steps=150,
+    batch_tokens=2**16,
+    micro_batch=32,
+    pretrain_steps=940,
+    mid_steps=480,  # an epoch of its mixture
+    sft_steps=250,
     rl_steps=80,
     rl_questions=32,
     rl_samples=16,
-    rl_task="gsm8k",
+    rl_task="spelling",
+    max_tokens=160,
     tokenizer_chars=100_000_000,
     val_tokens=2**20,
-    exam_items=1000,
-    saves=25,
-    evals=5,
+    exam_items=1000,  # MMLU and ARC are asked whole
+    saves=2,
+    evals=4,
     processes=1,
 )
 QUESTIONS = (
@@ -68,10 +76,18 @@ QUESTIONS = (
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    """Return the recipe of the arguments: the sizes above, the two folders, and every --set."""
+    """Return the recipe of the arguments: the sizes above, the two folders, and every --set.
+
+    The rates of the base follow the root of the batch. Those of RL, whose batch is another, are
+    factors on them and must not: they are divided by it.
+    """
     folders = dict(data=f"folder:{args.data}", chat=f"folder:{args.chat}")
-    changes = dict(pair.split("=", 1) for pair in args.set)
-    return Recipe.for_profile("gpu1", **{**SETTINGS, **folders}).changed(**changes)
+    changes = {**SETTINGS, **folders, **dict(pair.split("=", 1) for pair in args.set)}
+    recipe = Recipe.for_profile("gpu1")
+    rates = batch_rates(recipe, int(changes["batch_tokens"]))
+    settings = {**rates, **changes}
+    unscaled = recipe.matrix_lr / float(settings["matrix_lr"])
+    return recipe.changed(**{"rl_lr": recipe.rl_lr * unscaled, **settings})
 
 
 class Clock:
@@ -91,17 +107,17 @@ class Clock:
             raise SystemExit(AGAIN)
 
 
-def train(run: Run, stage: str, clock: Clock) -> None:
-    """Run one stage in a child process; stop it when the time is up."""
+def train(run: Run, stages: list[str], clock: Clock) -> None:
+    """Run stages in one child process; stop it when the time is up."""
     code = (
-        "import sys; from nanochat import recipe; "
-        f"recipe.run_stage(recipe.Run(sys.argv[1]), {stage!r})"
+        "import sys; from nanochat.recipe import Run, run_stage; run = Run(sys.argv[1]); "
+        "[run_stage(run, stage) for stage in sys.argv[2:]]"
     )
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-c", code, str(run.directory)]
+    command = [sys.executable, "-c", code, str(run.directory), *stages]
     child = subprocess.Popen(command, env=env, start_new_session=os.name == "posix")
     try:
         code = child.wait(max(clock.left(), 1))
@@ -111,7 +127,7 @@ def train(run: Run, stage: str, clock: Clock) -> None:
         else:
             child.kill()
         child.wait()
-        print(f"{stage}: stopped, the time is up; call again to go on.", flush=True)
+        print("stopped, the time is up; call again to go on.", flush=True)
         raise SystemExit(AGAIN) from None
     if code:
         raise SystemExit(code)
@@ -135,49 +151,66 @@ def tool_calls(engine, n: int, max_tokens: int) -> dict[str, float]:
 
 def passes(run: Run, engine, task: str) -> dict[str, float]:
     """Return pass@1 and pass@8 with intervals on held-out problems of GSM8K or of the spelling."""
-    size = min(400, run.recipe.exam_items)
+    most, rows = run.recipe.max_tokens, rows_at_once(engine.model.device)
     if task == "gsm8k":
-        problems = task_problems(real_task(run.recipe, GSM8K, "test"), size)
+        problems = task_problems(
+            real_task(run.recipe, GSM8K, "test"), run.recipe.exam_items * 2 // 5
+        )
     else:
+        size, most = run.recipe.exam_items * 3 // 5, min(most, 80)
         problems = task_problems(TinyWorldTask(World(), task, "test", size=size))
-    room = run.recipe.seq_len - min(run.recipe.max_tokens, run.recipe.seq_len // 4)
+    room = run.recipe.seq_len - min(most, run.recipe.seq_len // 4)
     problems = [p for p in problems if len(problem_prompt(p, engine.tokenizer)) <= room]
-    options = dict(samples=8, max_tokens=run.recipe.max_tokens, batch=256)
-    return evaluate_pass(engine, problems, **options)
+    return evaluate_pass(engine, problems, samples=8, max_tokens=most, batch=rows)
 
 
 def dialogues(engine, max_tokens: int) -> list[list[str]]:
     """Return [question, reply, calls] for the ten questions, answered greedily."""
+    asked = [{"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    prompts = [render_prompt(each, engine.tokenizer) for each in asked]
     found = []
-    for question in QUESTIONS:
-        prompt = {"messages": [{"role": "user", "content": question}]}
-        ids = render_prompt(prompt, engine.tokenizer)
-        done = engine.generate_batch([ids], max_tokens=max_tokens, temperature=0.0)[0]
-        parts = parse(done.ids, engine.tokenizer)
+    done = engine.generate_batch(prompts, max_tokens=max_tokens, temperature=0.0)
+    for question, reply in zip(QUESTIONS, done):
+        parts = parse(reply.ids, engine.tokenizer)
         calls = " ".join(part["text"] for part in parts if part["type"] == "python")
         found.append([question, reply_text(parts).strip(), calls])
     return found
+
+
+def measurements(run: Run, stage: str) -> dict:
+    """Return {name: function of an engine} of what is measured beyond the table of a stage."""
+    most, n = run.recipe.max_tokens, run.recipe.exam_items // 2
+    work = {f"{stage} calls": lambda engine: tool_calls(engine, n, most)}
+    if stage in ("sft", "rl"):
+        for task in ("gsm8k", "spelling"):
+            work[f"{stage} {task}"] = lambda engine, task=task: passes(run, engine, task)
+    work[f"{stage} dialogues"] = lambda engine: dialogues(engine, most)
+    return work
 
 
 def measure(run: Run, clock: Clock) -> dict:
     """Make the measurements that are missing, one by one; return all."""
     path = run.directory / "measured.json"
     found = read_json(path) if path.exists() else {}
-    work = {
-        f"{stage} calls": lambda e: tool_calls(e, run.recipe.exam_items // 2, run.recipe.max_tokens)
-        for stage in MODELS[1:]
-    }
-    for task in ("gsm8k", "spelling"):
-        for stage in ("sft", "rl"):
-            work[f"{stage} {task}"] = lambda e, task=task: passes(run, e, task)
-    work["rl dialogues"] = lambda e: dialogues(e, run.recipe.max_tokens)
-    for name, make in work.items():
-        if name not in found:
+    for stage in MODELS[1:]:
+        work = {k: make for k, make in measurements(run, stage).items() if k not in found}
+        clock.check(f"measuring {stage}")
+        rows = rows_at_once(pick_device(run.recipe.device))
+        engine = run.engine(stage, max_batch=rows) if work else None
+        for name, make in work.items():
             clock.check(f"measuring {name}")
-            print(f"measuring {name}", flush=True)
-            found[name] = make(run.engine(name.split()[0]))
+            began = time.monotonic()
+            found[name] = make(engine)
             write_json(path, found)
+            print(f"measured {name} in {time.monotonic() - began:.1f} s", flush=True)
     return found
+
+
+def always_one(run: Run, kind: type) -> float:
+    """Return what a model scores on an exam that always names the letter which is right most."""
+    task = real_task(run.recipe, kind, "test")
+    golds = Counter(task.item(i)[2] for i in range(len(task)))
+    return max(golds.values()) / len(task)
 
 
 def standard_errors(score: float, chance: float, n: int) -> float:
@@ -194,22 +227,26 @@ def gain(before: dict, after: dict, name: str, low: str, high: str) -> tuple[flo
 
 def report(run: Run, found: dict) -> dict:
     """Print the table of all stages and what the issue asks for; return the numbers."""
-    scores, n = stage_scores(run), run.recipe.exam_items
+    scores = stage_scores(run)
     done = {stage: run.done(stage) for stage in STAGES}
     names = ["bits_per_byte", "mmlu", "arc_easy", "gsm8k", "arithmetic", "spelling", "identity"]
     rows = [["metric", *MODELS]]
     for name in names:
         cells = [scores[stage].get(name) for stage in MODELS]
         rows.append([name, *("-" if cell is None else f"{cell:.3f}" for cell in cells)])
-    rows.append(["seconds of training", *(f"{done[stage]['seconds']:.0f}" for stage in MODELS)])
+    for name in ("seconds", "judge_seconds"):
+        rows.append([name, *(f"{done[stage][name]:.0f}" for stage in MODELS)])
     print(markdown_table(rows))
-    above = {
-        f"{name}, {stage}": standard_errors(scores[stage][name], 0.25, n)
-        for name in ("mmlu", "arc_easy")
-        for stage in ("mid", "sft", "rl")
-    }
-    for name, value in above.items():
-        print(f"- {name}: {value:+.1f} standard errors above chance (n = {n})")
+    above = {}
+    for name, kind in (("mmlu", MMLU), ("arc_easy", ARC)):
+        letter = always_one(run, kind)
+        for stage in MODELS[1:]:
+            score, n = scores[stage][name], scores[stage][f"{name}_n"]
+            above[f"{name}, {stage}"] = standard_errors(score, 0.25, n)
+            over = standard_errors(score, letter, n)
+            print(f"- {name}, {stage}: {above[f'{name}, {stage}']:+.1f} standard errors above "
+                  f"chance, {over:+.1f} above always naming the commonest letter ({letter:.3f}); "
+                  f"n = {n}")  # fmt: skip
     for stage in MODELS[1:]:
         calls = found[f"{stage} calls"]
         print(f"- {stage}: {calls['share']:.1%} of replies to sums call the calculator well "
@@ -225,7 +262,8 @@ def report(run: Run, found: dict) -> dict:
     for question, reply, calls in found["rl dialogues"]:
         print(f"\n> {question}" + (f"\n> [calculator: {calls}]" if calls else "") + f"\n\n{reply}")
     seconds = {stage: done[stage]["seconds"] for stage in STAGES}
-    return dict(scores=scores, above=above, gains=gains, seconds=seconds, measured=found)
+    numbers = {name: part for name, part in found.items() if not name.endswith("dialogues")}
+    return dict(scores=scores, above=above, gains=gains, seconds=seconds, measured=numbers)
 
 
 def main() -> int:
@@ -234,6 +272,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of text, parquet")
     parser.add_argument("--chat", type=Path, required=True, help="folder with sft/ and chat_eval/")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "real", help="of the run")
+    parser.add_argument("--tokenizer", type=Path, help="folder or file of ranks; default: train")
+    parser.add_argument("--until", choices=STAGES, help="end after this stage; default: report")
     parser.add_argument("--minutes", type=float, default=9.0, help="length of this call")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     args = parser.parse_args()
@@ -243,10 +283,16 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    for stage in STAGES:
-        if not run.done(stage):
-            clock.check(f"the stage {stage}")
-            train(run, stage, clock)
+    if args.tokenizer and not run.done("tokenizer"):
+        tokenizer_of(args.tokenizer).save(run.directory / "tokenizer")
+    stages = STAGES[: STAGES.index(args.until) + 1] if args.until else STAGES
+    missing = [stage for stage in stages if not run.done(stage)]
+    if missing:
+        train(run, missing, clock)
+    if args.until:
+        seconds = {stage: round(run.done(stage)["seconds"]) for stage in stages}
+        print(f"done until {args.until}; seconds of the stages: {seconds}")
+        return 0
     print(json.dumps(report(run, measure(run, clock))))
     return 0
 

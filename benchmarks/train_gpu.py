@@ -75,6 +75,11 @@ class GivenRows:
         return len(self.batches)
 
 
+def tokenizer_of(path):
+    """Return the tokenizer in a folder of ours, or of a file of ranks (base64 and rank a line)."""
+    return Tokenizer.load(path) if path.is_dir() else Tokenizer(read_ranks(path))
+
+
 class Text:
     """What T1 trains on and is judged on: tokens on disk, validation rows, bytes of each token."""
 
@@ -83,10 +88,8 @@ class Text:
         if args.tokenizer is None:
             texts = itertools.islice(source.documents("train"), 3000)
             tokenizer = Tokenizer.train(texts, recipe.vocab_size)
-        elif args.tokenizer.is_dir():
-            tokenizer = Tokenizer.load(args.tokenizer)
         else:
-            tokenizer = Tokenizer(read_ranks(args.tokenizer))
+            tokenizer = tokenizer_of(args.tokenizer)
         n_tokens = recipe.pretrain_steps * recipe.batch_tokens + recipe.seq_len + 1
         self.train = prepare_tokens(source, tokenizer, folder, "train", n_tokens)
         if args.rows:
@@ -95,6 +98,12 @@ class Text:
             val = prepare_tokens(source, tokenizer, folder, "val", recipe.val_tokens)
             self.rows = ValidationBatches(val, 16, recipe.seq_len)
         self.token_bytes, self.vocab_size = tokenizer.token_bytes(), tokenizer.vocab_size
+
+
+def batch_rates(recipe, batch_tokens):
+    """Return the rates of a recipe for another batch: they follow the root of its size."""
+    rate = (batch_tokens / recipe.batch_tokens) ** 0.5
+    return {f: rate * getattr(recipe, f) for f in ("matrix_lr", "embedding_lr", "head_lr")}
 
 
 def build(recipe, args, vocab_size, device):
@@ -198,9 +207,9 @@ def recipe_of(args):
     changes |= {"batch_tokens": args.batch_tokens} if args.batch_tokens else {}
     changes |= dict(pair.split("=", 1) for pair in args.set)
     recipe = Recipe.for_depth(args.depth)
-    rate = args.rate * (int(changes.get("batch_tokens", recipe.batch_tokens)) / 2**19) ** 0.5
-    usual = dict(matrix_lr=0.02, embedding_lr=0.3, head_lr=0.008)
-    recipe = recipe.changed(**{**{name: rate * lr for name, lr in usual.items()}, **changes})
+    rates = batch_rates(recipe, int(changes.get("batch_tokens", recipe.batch_tokens)))
+    rates = {name: args.rate * rate for name, rate in rates.items()}
+    recipe = recipe.changed(**{**rates, **changes})
     rows = recipe.batch_tokens // recipe.seq_len
     return recipe.changed(
         micro_batch=max(n for n in range(1, rows + 1) if rows % n == 0 and n <= recipe.micro_batch)

@@ -452,10 +452,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from torch.nn.attention import sdpa_kernel
 
 from nanochat import tinyworld
 from nanochat.chat import parse, render_prompt, reply_text, turns
 from nanochat.common import UserError, atomic_write
+from nanochat.evaluation import KERNELS, length_batches, send
 from nanochat.sandbox import run_python
 
 LETTERS = tuple("ABCDEFGHIJ")
@@ -647,13 +649,14 @@ class TableTask(ChatTask):
                 f"{self.name} needs the columns {', '.join(self.columns)}; {source} ({split}) has "
                 f"{', '.join(self.table.column_names)}."
             )
+        self.cells = {name: self.table[name] for name in self.table.column_names}
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def row(self, index: int) -> dict:
         """Return row `index` as a dict of its columns."""
-        return self.table.slice(index, 1).to_pylist()[0]
+        return {name: column[index].as_py() for name, column in self.cells.items()}
 
 
 # %% [markdown]
@@ -685,30 +688,72 @@ four choices.
 
 # %%
 #| export tasks
-class MMLU(TableTask):
-    """Multiple-choice exam questions: columns question, choices (list), answer (index)."""
+class ChoiceTask(TableTask):
+    """A multiple-choice exam: a subclass says with `item` what a row asks."""
 
-    name, kind, chance = "mmlu", "categorical", 0.25
-    columns = ("question", "choices", "answer")
+    kind, chance = "categorical", 0.25
+
+    def item(self, index: int) -> tuple[str, list[str], int, Sequence[str]]:
+        """Return row `index` as (question, choices, position of the right one, letters)."""
+        raise NotImplementedError
 
     def conversation(self, index: int) -> dict:
         """Return row `index` as a multiple-choice conversation."""
+        return choice_conversation(*self.item(index))
+
+
+class MMLU(ChoiceTask):
+    """Multiple-choice exam questions: columns question, choices (list), answer (index)."""
+
+    name, columns = "mmlu", ("question", "choices", "answer")
+
+    def item(self, index: int) -> tuple[str, list[str], int, Sequence[str]]:
+        """Return row `index`, with letters A, B, ..."""
         row = self.row(index)
-        return choice_conversation(row["question"], row["choices"], row["answer"])
+        return row["question"], row["choices"], row["answer"], LETTERS
 
 
-class ARC(TableTask):
+class ARC(ChoiceTask):
     """Science questions: columns question, choices {text, label}, answerKey."""
 
-    name, kind, chance = "arc", "categorical", 0.25
-    columns = ("question", "choices", "answerKey")
+    name, columns = "arc", ("question", "choices", "answerKey")
 
-    def conversation(self, index: int) -> dict:
-        """Return row `index` as a multiple-choice conversation; labels may be letters or digits."""
+    def item(self, index: int) -> tuple[str, list[str], int, Sequence[str]]:
+        """Return row `index`; its labels may be letters or digits."""
         row = self.row(index)
         labels = row["choices"]["label"]
-        gold = labels.index(row["answerKey"])
-        return choice_conversation(row["question"], row["choices"]["text"], gold, labels)
+        return row["question"], row["choices"]["text"], labels.index(row["answerKey"]), labels
+
+
+# %% [markdown]
+r"""
+A small model that reads an exam three times remembers the letter of each question, and learns
+nothing about letters. So each time the choices stand in another order: the letter is new, the
+answer is the same.
+"""
+
+
+# %%
+#| export tasks
+class Reordered(ChatTask):
+    """Every question of a `ChoiceTask` so many `times`, its choices in another order each time."""
+
+    kind = "categorical"
+
+    def __init__(self, task: ChoiceTask, times: int, seed: int = 0):
+        self.task, self.times, self.seed = task, times, seed
+        self.name, self.chance = task.name, task.chance
+
+    def __len__(self) -> int:
+        return self.times * len(self.task)
+
+    def conversation(self, index: int) -> dict:
+        """Return conversation `index`: row `index` modulo the task's length, reordered."""
+        question, choices, gold, letters = self.task.item(index % len(self.task))
+        order = np.random.default_rng([self.seed, index]).permutation(len(choices)).tolist()
+        return choice_conversation(
+            question, [choices[i] for i in order], order.index(gold), letters
+        )
 
 
 # %% [markdown]
@@ -1246,30 +1291,45 @@ same: a model that would never *say* a letter still gets a score.
 # %%
 #| export tasks
 @torch.no_grad()
+@sdpa_kernel(KERNELS)
 def letter_choices(
-    model, tokenizer, conversations: Sequence[dict], batch_size: int = 32
+    model, tokenizer, conversations: Sequence[dict], batch_tokens: int | None = None
 ) -> list[int]:
     """Return for each conversation the index of the letter with the highest logit.
 
-    Looks at the position of assistant_start only; nothing is generated. Prompts are padded on the
-    right, which causal attention never sees. Raises UserError for a letter of several tokens.
+    Looks at the position of assistant_start only; nothing is generated. Prompts of similar length
+    are read together, padded on the right, which causal attention never sees: `batch_tokens` at a
+    time (default 2,048, on a GPU 32,768). Raises UserError for a letter of several tokens.
     """
-    chosen = []
-    for start in range(0, len(conversations), batch_size):
-        batch = conversations[start : start + batch_size]
-        prompts = [render_prompt(item, tokenizer) for item in batch]
-        idx = torch.full((len(batch), max(map(len, prompts))), tokenizer.bos_id)
-        for row, prompt in enumerate(prompts):
-            idx[row, : len(prompt)] = torch.tensor(prompt)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        logits = model(idx.to(model.device))  # (B, T, V)
-        logits = logits[torch.arange(len(batch)), last.to(model.device)]  # (B, V)
-        for row, item in enumerate(batch):
-            letters = [tokenizer.encode(letter) for letter in item["letters"]]
-            if any(len(ids) != 1 for ids in letters):
-                raise UserError(f"Each letter of {item['letters']} must be one token.")
-            chosen.append(int(logits[row, [ids[0] for ids in letters]].argmax()))
-    return chosen
+    prompts = [render_prompt(item, tokenizer) for item in conversations]
+    letters = [letter_ids(item["letters"], tokenizer) for item in conversations]
+    size = batch_tokens or (32768 if model.device.type == "cuda" else 2048)
+    order, chosen = [], []
+    for numbers in length_batches([len(prompt) for prompt in prompts], size):
+        idx = padded([prompts[n] for n in numbers], tokenizer.bos_id)  # (B, T)
+        last = [row * idx.shape[1] + len(prompts[n]) - 1 for row, n in enumerate(numbers)]
+        logits = model(send(idx, model), positions=send(np.array(last), model))  # (B, V)
+        ids = padded([letters[n] for n in numbers])  # (B, letters)
+        chosen.append(logits.gather(1, send(ids, model)).argmax(dim=1))
+        order += numbers
+    found = torch.cat(chosen).tolist() if chosen else []  # here we wait for the device
+    return [number for _, number in sorted(zip(order, found))]
+
+
+def letter_ids(letters: Sequence[str], tokenizer) -> list[int]:
+    """Return the id of each letter; UserError for one of several tokens."""
+    ids = [tokenizer.encode(letter) for letter in letters]
+    if any(len(each) != 1 for each in ids):
+        raise UserError(f"Each letter of {list(letters)} must be one token.")
+    return [each[0] for each in ids]
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int | None = None) -> np.ndarray:
+    """Return rows of ids as one int64 array, filled up with `fill` (default: a row's first id)."""
+    table = np.empty((len(rows), max(map(len, rows))), dtype=np.int64)
+    for line, row in zip(table, rows):
+        line[: len(row)], line[len(row) :] = row, row[0] if fill is None else fill
+    return table
 
 
 # %% [markdown]
@@ -1350,7 +1410,7 @@ def count_correct(
     asked = [n for n, prompt in enumerate(prompts) if len(prompt) < model.config.seq_len]
     items = [conversations[n] for n in asked]
     if task.kind == "categorical":
-        chosen = letter_choices(model, tokenizer, items, max(1, len(items)))
+        chosen = letter_choices(model, tokenizer, items)
         return sum(item["letters"][i] == item["answer"] for item, i in zip(items, chosen))
     if task.kind == "likelihood":
         chosen = likely_choices(model, tokenizer, items)
@@ -1368,7 +1428,7 @@ def evaluate_chat(
     tokenizer,
     task: ChatTask,
     limit: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     max_tokens: int = 128,
     seed: int = 0,
     world=None,
@@ -1376,10 +1436,12 @@ def evaluate_chat(
 ) -> dict:
     """Put a task to a chat model and return dict(accuracy, chance, centered, n, low, high).
 
-    `limit` takes a random part of the task, the same for every model; `count_correct` judges it.
-    With `world` every process judges its share. `low` and `high` are a 95 % interval of the
-    accuracy, `centered` is its share of the way from chance to 1.
+    `limit` takes a random part of the task, the same for every model; `count_correct` judges
+    `batch_size` items at a time (default 128, of letters 4,096). With `world` every process judges
+    its share. `low` and `high` are a 95 % interval of the accuracy, `centered` is its share of the
+    way from chance to 1.
     """
+    batch_size = batch_size or (4096 if task.kind == "categorical" else 128)
     rows = np.random.default_rng(seed).permutation(len(task))[:limit]
     rank, world_size = (world.rank, world.world_size) if world else (0, 1)
     mine, correct = [int(row) for row in rows[rank::world_size]], 0
@@ -1445,8 +1507,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.chat import render
-from nanochat.common import UserError
+from nanochat.chat import render, turns
+from nanochat.common import UserError, usable_cores
 from nanochat.model import GPT, Linear
 from nanochat.tasks import Mixture
 
@@ -1550,27 +1612,50 @@ r"""
 What does a conversation become for training? Pieces of ids and mask. For midtraining every token
 has the mask 1, except `<|bos|>`: nothing before it says that a conversation begins. If a
 conversation is malformed, the error names its task and row.
+
+A GPU reads half a million tokens a second, and Python alone does not render them as fast. Encoding
+is the largest part of the work, and threads can share it. So we render a few hundred conversations
+at a time: `EncodedAhead` encodes all of their texts first and stands in for the tokenizer.
 """
 
 
 # %%
 #| export finetune
+class EncodedAhead:
+    """Stands in for a tokenizer: it has encoded the texts of some conversations, in threads."""
+
+    def __init__(self, tokenizer, conversations: Sequence[list[tuple[str, list[dict]]]]):
+        spoken = (part["text"] for turns in conversations for _, parts in turns for part in parts)
+        texts = list(dict.fromkeys(spoken))  # each once
+        known = tokenizer.encode_batch(texts, num_threads=min(8, usable_cores()))
+        self.known, self.tokenizer = dict(zip(texts, known)), tokenizer
+        self.bos_id, self.special = tokenizer.bos_id, tokenizer.special
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return self.known[text] if text in self.known else self.tokenizer.encode(text)
+
+
 def training_pieces(
-    mixture: Mixture, place: int, tokenizer, max_tokens: int, train_on: str
-) -> list[tuple[list[int], list[int]]]:
-    """Return conversation `place` of a mixture as pieces (ids, mask), see `split_conversation`.
+    mixture: Mixture, places: Sequence[int], tokenizer, max_tokens: int, train_on: str
+) -> list[list[tuple[list[int], list[int]]]]:
+    """Return conversations of a mixture, each as pieces (ids, mask), see `split_conversation`.
 
     `train_on` "assistant" keeps the mask of `render`, "all" trains on all but bos. Raises UserError
     that names the task and its row for a malformed conversation.
     """
-    try:
-        pieces = split_conversation(mixture[place], tokenizer, max_tokens)
-    except UserError as error:
-        task, row = mixture.origin(place)
-        name = mixture.tasks[task].name
-        raise UserError(f"Conversation {row} of task {name!r}: {error}") from error
+    conversations, checked = [mixture[place] for place in places], []
+    for place, each in zip(places, conversations):
+        try:
+            checked.append(turns(each, training=True))
+        except UserError as error:
+            task, row = mixture.origin(place)
+            name = mixture.tasks[task].name
+            raise UserError(f"Conversation {row} of task {name!r}: {error}") from error
+    ahead = EncodedAhead(tokenizer, checked)
+    pieces = [split_conversation(each, ahead, max_tokens) for each in conversations]
     if train_on == "all":
-        pieces = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in pieces]
+        pieces = [[(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in each] for each in pieces]
     return pieces
 
 
@@ -1583,6 +1668,9 @@ The place in the data is three things: the epoch, how far we are in its order, a
 
 # %%
 #| export finetune
+AHEAD = 256  # conversations that are rendered together
+
+
 class ConversationStream:
     """Endless rows of packed conversations; every conversation exactly once in an epoch.
 
@@ -1605,19 +1693,26 @@ class ConversationStream:
         """Go to the beginning of an epoch, whose order follows from the seed and its number."""
         rng = np.random.default_rng([self.seed, epoch])
         self.epoch, self.cursor, self.order = epoch, 0, rng.permutation(len(self.mixture))
+        self.rendered = {}
 
-    def _pieces(self, position: int) -> list[tuple[int, int, list[int], list[int]]]:
-        """Return (position, piece, ids, mask) of the conversation at a place of this epoch."""
-        where, row_len = (self.mixture, int(self.order[position])), self.seq_len + 1
-        pieces = training_pieces(*where, self.tokenizer, row_len, self.train_on)
-        return [(position, piece, ids, mask) for piece, (ids, mask) in enumerate(pieces)]
+    def _render(self, positions: Sequence[int]) -> None:
+        """Keep the pieces of the conversations at some places of this epoch, as in `waiting`."""
+        places, settings = self.order[positions].tolist(), (self.seq_len + 1, self.train_on)
+        pieces = training_pieces(self.mixture, places, self.tokenizer, *settings)
+        self.rendered = {
+            position: [(position, piece, ids, mask) for piece, (ids, mask) in enumerate(several)]
+            for position, several in zip(positions, pieces)
+        }
 
     def _fill(self) -> None:
         """Fill the window from this epoch; start the next one when this one is used up."""
         if not self.waiting and self.cursor == len(self.order):
             self._start_epoch(self.epoch + 1)
         while len(self.waiting) < self.window and self.cursor < len(self.order):
-            pieces = self._pieces(self.cursor)
+            if self.cursor not in self.rendered:
+                end = min(self.cursor + AHEAD, len(self.order))
+                self._render(range(self.cursor, end))
+            pieces = self.rendered[self.cursor]
             self.truncated += sum(len(ids) > self.seq_len + 1 for _, _, ids, _ in pieces)
             self.waiting += pieces
             self.cursor += 1
@@ -1639,8 +1734,9 @@ class ConversationStream:
     def restore(self, epoch: int, cursor: int, waiting: Sequence[Sequence[int]]) -> None:
         """Go to a place in the data; `waiting` holds the window as pairs (position, piece)."""
         self._start_epoch(epoch)
+        self._render([position for position, _ in waiting])
         self.cursor = cursor
-        self.waiting = [self._pieces(position)[piece] for position, piece in waiting]
+        self.waiting = [self.rendered[position][piece] for position, piece in waiting]
 
 
 # %% [markdown]
@@ -2260,8 +2356,8 @@ word it asks about can be checked.
 
 * `nanochat.chat`: `render`, `render_prompt`, `parse`, `turns`, `TokenView`, `CHAT_TEMPLATE`
 * `nanochat.tasks`: `ChatTask`, `TinyWorldTask`, `ExamTask`, `Messages`, `MMLU`, `ARC`, `GSM8K`,
-  `HumanEval`, `Persona`, `JsonLines`, `write_conversations`, `Mixture`, `tinyworld_mixture`,
-  `evaluate_chat`, `chat_exam`
+  `HumanEval`, `Reordered`, `Persona`, `JsonLines`, `write_conversations`, `Mixture`,
+  `tinyworld_mixture`, `evaluate_chat`, `chat_exam`
 * `nanochat.finetune`: `ConversationBatches`, `split_conversation`, `estimate_rows`,
   `held_out_loss`, `add_lora`, `lora_groups`, `merge_lora`
 

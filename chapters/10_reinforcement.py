@@ -80,10 +80,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
 
 from nanochat.chat import parse, render_prompt, reply_text
 from nanochat.common import MetricsLog, Progress, UserError
-from nanochat.evaluation import bootstrap_interval, centered
+from nanochat.evaluation import KERNELS, bootstrap_interval, centered
 from nanochat.optim import lr_multiplier, muon_momentum
 from nanochat.tasks import ChatTask, final_answer
 from nanochat.train import SingleProcess
@@ -410,6 +411,7 @@ which models learn to ramble (Liu et al. 2025).
 
 # %%
 #| export
+@sdpa_kernel(KERNELS)  # every batch has another length: no kernel that plans anew for each
 def token_logprobs(model, inputs, targets, temperature: float = 1.0) -> torch.Tensor:
     """Return log p(target) under the sampling distribution, float32 (B, T), 0 where target is -1.
 
@@ -737,6 +739,7 @@ def train_rl(
         bar.skip(start_step)
         for step in range(start_step, n_steps):
             if evaluate and eval_every and step % eval_every == 0:
+                engine.refresh()
                 log.write("eval", step=step, **evaluate(step))
             factor = lr * lr_multiplier(step, n_steps, warmdown=1.0, final=0.0)
             optimizer.set_schedule(factor, muon_momentum(step))
@@ -752,6 +755,7 @@ def train_rl(
             if save and save_every and (step + 1) % save_every == 0 and step + 1 < n_steps:
                 save(step + 1)
     if evaluate:
+        engine.refresh()
         log.write("eval", step=n_steps, **evaluate(n_steps))
     return history
 

@@ -690,9 +690,11 @@ class Run:
         """Load the run's tokenizer."""
         return Tokenizer.load(self.directory / "tokenizer")
 
-    def checkpoint(self, stage: str, device: str | torch.device = "cpu") -> Checkpoint:
+    def checkpoint(
+        self, stage: str, device: str | torch.device = "cpu", optimizer: bool = True
+    ) -> Checkpoint:
         """Load a stage's newest checkpoint; UserError when it belongs to another vocabulary."""
-        found = load_checkpoint(self.directory / stage, device=device)
+        found = load_checkpoint(self.directory / stage, device=device, optimizer=optimizer)
         ours, theirs = self.tokenizer().fingerprint(), found.meta.get("tokenizer")
         if ours != theirs:
             raise UserError(
@@ -701,18 +703,15 @@ class Run:
             )
         return found
 
-    def engine(self, stage: str, remember: int = 0) -> Engine:
-        """Load a stage's model, ready to chat; it may `remember` prompts (chapter 8)."""
+    def engine(self, stage: str, **options: Any) -> Engine:
+        """Load a stage's model, ready to chat; `options` are those of the Engine (chapter 8)."""
         use_mine(self.recipe)
         device = pick_device(self.recipe.device)
-        model, dtype = (
-            self.checkpoint(stage, device).model.eval(),
-            compute_dtype(self.recipe, device),
-        )
-        model.compute_dtype = dtype
+        model = self.checkpoint(stage, device, optimizer=False).model.eval()
+        model.compute_dtype = dtype = compute_dtype(self.recipe, device)
         if device.type == "cuda":  # weights of half the bytes, as a rule
             model = prepared_copy(model, dtype)
-        return Engine(model, self.tokenizer(), remember=remember)
+        return Engine(model, self.tokenizer(), **options)
 
 
 # %%
@@ -745,7 +744,8 @@ alone, again, or in another process.
 | `rl` | `sft`, word problems | `rl/step_NNNNNN/` |
 
 The first two are short. The tokenizer reads the beginning of the text, and of no document more
-than 10,000 characters, so that one long document does not decide the vocabulary.
+than 10,000 characters, so that one long document does not decide the vocabulary. If you have put a
+tokenizer into the folder, it stays.
 """
 
 # %%
@@ -757,7 +757,10 @@ from nanochat.data import TokenShards, TokenStream, check_space, open_source, pr
 # %%
 #| export
 def train_tokenizer(run: Run) -> dict[str, Any]:
-    """Train the run's tokenizer on the first `tokenizer_chars` characters of its source."""
+    """Train the run's tokenizer on the first `tokenizer_chars` characters of its source.
+
+    One that lies in the run's folder already is taken as it is.
+    """
     recipe, source = run.recipe, open_source(run.recipe.data)
 
     def texts(bar: Progress):
@@ -767,9 +770,13 @@ def train_tokenizer(run: Run) -> dict[str, Any]:
             if bar.done >= recipe.tokenizer_chars:
                 return
 
-    with Progress(recipe.tokenizer_chars, "tokenizer", "character") as bar:
-        tokenizer = Tokenizer.train(texts(bar), recipe.vocab_size)
-    tokenizer.save(run.directory / "tokenizer")
+    folder = run.directory / "tokenizer"
+    if (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer.load(folder)
+    else:
+        with Progress(recipe.tokenizer_chars, "tokenizer", "character") as bar:
+            tokenizer = Tokenizer.train(texts(bar), recipe.vocab_size)
+        tokenizer.save(folder)
     sample = "".join(t for t, _ in zip(source.documents("val"), range(200)))
     n_tokens = max(len(tokenizer.encode(sample)), 1)
     return {
@@ -1228,7 +1235,8 @@ def stage_optimizer(model: GPT, recipe: Recipe, world: Any, lora: bool) -> MuonA
 r"""
 A class holds these together. The optimizer keeps its memory from base to mid to SFT (chapter 9). It
 begins afresh for reinforcement learning, where gradients are of another kind, and for LoRA, which
-trains other tensors. `save` writes what `__init__` reads, and the score of the step if it has one.
+trains other tensors. `save` writes what `__init__` reads, and the score of the step if it has one;
+the memory, two thirds of a checkpoint, only if somebody goes on with it.
 """
 
 
@@ -1273,8 +1281,9 @@ class Training:
         data = batches.state_dict() if batches else None
         meta = dict(stage=self.stage, data=data, seconds=self.seconds(), result=result)
         meta["tokenizer"] = self.tokenizer.fingerprint()
-        state = self.optimizer.named_state(self.model)  # every rank takes part, and in the next
-        model = gather_model(self.model)
+        needed = result is None or self.stage in ("base", "mid")  # to go on, here or in the next
+        state = self.optimizer.named_state(self.model) if needed else {}  # every rank takes part
+        model = gather_model(self.model)  # and here
         if self.lora:
             state, model = {**state, **lora_state(self.model)}, merged_copy(self.model)
         behind = result is None and self.device.type == "cuda"
@@ -1471,6 +1480,7 @@ from nanochat.tasks import (
     JsonLines,
     Messages,
     Mixture,
+    Reordered,
     TinyWorldTask,
     tinyworld_mixture,
 )
@@ -1508,13 +1518,29 @@ def real_task(recipe: Recipe, kind: Any, split: str) -> Any:
 # %% [markdown]
 r"""
 With real conversations some generated ones stay in the mixture: nobody else will teach the model
-its name and its calculator. With conversations of your own, a tenth of the mixture is yours: beside
-nine thousand others a file of fifty is repeated twenty times.
+its name and its calculator. Exams come several times, their choices reordered (chapter 9): what a
+letter stands for takes a small model many questions to learn. With conversations of your own, a
+tenth of the mixture is yours: beside nine thousand others a file of fifty is repeated twenty times.
 """
 
 
 # %%
 #| export
+TIMES = {  # how often a stage reads the training questions of each exam
+    "mid": {MMLU: 3, ARC: 6, GSM8K: 2},
+    "sft": {MMLU: 1, ARC: 3, GSM8K: 2},
+}
+
+
+def real_mixture(recipe: Recipe, stage: str, seed: int) -> list[tuple[Any, float]]:
+    """Return a stage's real tasks and their epochs: the conversations once, exams as in `TIMES`."""
+    tasks = [(real_task(recipe, Messages, "train"), 1.0)]
+    for kind, times in TIMES[stage].items():
+        task = real_task(recipe, kind, "train")
+        tasks.append((task, times) if kind is GSM8K else (Reordered(task, times, seed), 1.0))
+    return tasks
+
+
 def chat_mixture(recipe: Recipe, stage: str) -> Mixture:
     """Return the conversations that a stage ("mid" or "sft") learns from, shuffled by the seed.
 
@@ -1526,15 +1552,14 @@ def chat_mixture(recipe: Recipe, stage: str) -> Mixture:
     size, shares, real = 30_000, SHARES[stage], []
     seed = 2 * recipe.seed + (stage == "sft")
     if recipe.chat != "tinyworld":
-        size, shares = size // 3, {"identity": 20, "arithmetic": 50, "spelling": 30}
-        kinds = [Messages, MMLU, GSM8K, ARC] if stage == "mid" else [Messages, GSM8K, ARC]
-        real = [(real_task(recipe, kind, "train"), 1.0) for kind in kinds]
+        size, shares = size // 3, {"identity": 20, "arithmetic": 70, "spelling": 10}
+        real = real_mixture(recipe, stage, seed)
     if recipe.own_chats:
         shares = {kind: share for kind, share in shares.items() if kind != "identity"}
     generated = tinyworld_mixture(World(), stage, size, seed, shares)
     tasks = [(task, 1.0) for task in generated.tasks] + real
     if recipe.own_chats:
-        own, others = JsonLines(recipe.own_chats), sum(len(task) for task, _ in tasks)
+        own, others = JsonLines(recipe.own_chats), sum(n * len(task) for task, n in tasks)
         tasks.append((own, max(1.0, others / 9 / len(own))))
     return Mixture(tasks, seed) if real or recipe.own_chats else generated
 
@@ -1602,7 +1627,8 @@ def finetune(run: Run, stage_name: str, world: Any = None) -> dict[str, Any]:
         return {"reply_loss": held_out_loss(stage.model, held_out, world)}
 
     accumulation = passes_per_step(recipe, micro, world)
-    return train_stage(stage, batches, n_steps, accumulation, schedule, evaluate)
+    with Prefetch(batches) as ahead:
+        return train_stage(stage, ahead, n_steps, accumulation, schedule, evaluate)
 
 
 # %% [markdown]
@@ -1637,26 +1663,36 @@ def rl_problems(recipe: Recipe, split: str, tokenizer: Tokenizer) -> list[dict]:
 
 # %% [markdown]
 r"""
-It has its own loop (chapter 10), but starts, saves and resumes by the same rule. On a GPU the
-replies come from a copy of the model in the dtype of the products, which takes over the weights
-before it is asked: half the bytes a step, and steps that are recorded once for the whole stage.
+It has its own loop (chapter 10), but starts, saves and resumes by the same rule. What takes its
+time is writing replies, so as many as possible are written together. On a GPU they come from a copy
+of the model in the dtype of the products, which takes over the weights before it is asked: half the
+bytes a step, and steps that are recorded once for the whole stage.
 """
 
 
 # %%
 #| export
+def rows_at_once(device: torch.device) -> int:
+    """Return how many replies are written together: a GPU has room for more."""
+    return 512 if device.type == "cuda" else 128
+
+
 def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
     """Improve the SFT model on a task with verifiable answers, `rl_task` (chapter 10)."""
     recipe, stage = run.recipe, Training(run, "rl", world)
     if stage.kept.get("result"):  # killed between its last checkpoint and its mark
         return stage.kept["result"]
-    copied = compute_dtype(recipe, stage.device) if stage.device.type == "cuda" else None
-    engine = Engine(stage.model, stage.tokenizer, copied)
+    rows, on_gpu = rows_at_once(stage.device), stage.device.type == "cuda"
+    copied = compute_dtype(recipe, stage.device) if on_gpu else None
+    engine = Engine(stage.model, stage.tokenizer, copied, max_batch=rows)
     tests = rl_problems(recipe, "test", stage.tokenizer)[: max(1, recipe.exam_items // 2)]
+    reference = None  # of a fresh start: the model as it is
+    if stage.kept:
+        reference = run.checkpoint("sft", stage.device, optimizer=False).model
+        reference.compute_dtype = stage.model.compute_dtype
 
     def evaluate(step: int) -> dict[str, float]:
-        engine.refresh()
-        options = dict(samples=8, max_tokens=recipe.max_tokens, world=stage.world)
+        options = dict(samples=8, max_tokens=recipe.max_tokens, batch=rows, world=stage.world)
         return evaluate_pass(engine, tests, **options)
 
     history = train_rl(
@@ -1669,7 +1705,7 @@ def reinforce(run: Run, world: Any = None) -> dict[str, Any]:
         samples=recipe.rl_samples,
         max_tokens=recipe.max_tokens,
         lr=recipe.rl_lr,
-        reference=run.checkpoint("sft", stage.device).model,
+        reference=reference,
         seed=recipe.seed,
         start_step=stage.start_step,
         world=stage.world,
@@ -1719,6 +1755,8 @@ def chance_levels(run: Run) -> dict[str, float]:
 r"""
 The exams of the tiny world (chapter 9) have three kinds of questions; one is asked a second time,
 with letters to choose from. Runs on real conversations sit MMLU, ARC-Easy and GSM8K in their place.
+A letter takes a single pass, a written reply a hundred: so twenty times as many letters are asked
+for, which on GPUs is all that there are, and the intervals are narrow.
 """
 
 
@@ -1739,12 +1777,18 @@ def exam_scores(engine: Engine, world: World, n: int) -> dict[str, Any]:
 
 
 def real_exam_scores(engine: Engine, recipe: Recipe) -> dict[str, float]:
-    """Return the shares of right answers in [0, 1] on MMLU, ARC-Easy and GSM8K."""
-    scores = {}
+    """Return the shares of right answers in [0, 1] on MMLU, ARC-Easy and GSM8K.
+
+    Beside each stands as "NAME_n" how many questions were asked.
+    """
+    scores, rows = {}, rows_at_once(engine.model.device)
     for name, kind in (("mmlu", MMLU), ("arc_easy", ARC), ("gsm8k", GSM8K)):
-        task, most = real_task(recipe, kind, "test"), recipe.max_tokens
-        found = evaluate_chat(engine, engine.tokenizer, task, recipe.exam_items, max_tokens=most)
-        scores[name] = found["accuracy"]
+        limit, how = 20 * recipe.exam_items, {}
+        if kind is GSM8K:
+            limit, how = recipe.exam_items, dict(batch_size=rows, max_tokens=recipe.max_tokens)
+        task = real_task(recipe, kind, "test")
+        found = evaluate_chat(engine, engine.tokenizer, task, limit, **how)
+        scores[name], scores[f"{name}_n"] = found["accuracy"], found["n"]
     return scores
 
 
@@ -1765,7 +1809,8 @@ def judge(run: Run, stage: str) -> dict[str, Any]:
     The same items are put to every stage. Scores are shares of right answers in [0, 1];
     `arithmetic` is pass@1 at temperature 1, with its interval beside it.
     """
-    recipe, engine, world = run.recipe, run.engine(stage), World()
+    recipe, world, rows = run.recipe, World(), rows_at_once(pick_device(run.recipe.device))
+    engine = run.engine(stage, max_batch=rows)
     tokenizer, n, most = engine.tokenizer, recipe.exam_items, recipe.max_tokens
     fixed = ValidationBatches(TokenShards.load(run.directory / "tokens", "val"), 8, recipe.seq_len)
     token_bytes = tokenizer.token_bytes().to(engine.model.device)
@@ -1777,8 +1822,8 @@ def judge(run: Run, stage: str) -> dict[str, Any]:
         scores.update(exam_scores(engine, world, n))
     elif stage != "base":
         scores.update(real_exam_scores(engine, recipe))
-    sums = task_problems(TinyWorldTask(world, "arithmetic", "test", size=n))
-    passed = evaluate_pass(engine, sums, samples=4, max_tokens=most, seed=1)
+    sums = task_problems(TinyWorldTask(world, "arithmetic", "test", size=min(n, 250)))
+    passed = evaluate_pass(engine, sums, samples=4, max_tokens=most, batch=rows, seed=1)
     scores["arithmetic"], scores["arithmetic_low"] = passed["pass_at_1"], passed["low"]
     scores["arithmetic_high"], scores["arithmetic_pass_at_4"] = passed["high"], passed["pass_at_k"]
     for name, split in (("spelling", "test"), ("identity", "train")):

@@ -125,11 +125,15 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    directory: str | Path, step: int | None = None, device: str | torch.device = "cpu"
+    directory: str | Path,
+    step: int | None = None,
+    device: str | torch.device = "cpu",
+    optimizer: bool = True,
 ) -> Checkpoint:
     """Read a checkpoint (the newest, unless a step is named) and build its model on `device`.
 
-    Raises UserError when there is none or a file is broken. Only tensors and JSON are read:
+    Who does not train on leaves the state of the `optimizer`, two thirds of all, unread. Raises
+    UserError when there is no checkpoint or a file is broken. Only tensors and JSON are read:
     nothing in a checkpoint is executed.
     """
     directory = Path(directory)
@@ -139,19 +143,23 @@ def load_checkpoint(
         found = ", ".join(map(str, saved_steps(directory))) or "none"
         raise UserError(f"no checkpoint {step or ''} in {directory} (steps there: {found}).")
     meta = read_json(folder / "meta.json")
+    optimizer_file = folder / "optimizer.safetensors"
+    optimizer = optimizer and optimizer_file.exists()
     try:
         for name, expected in meta["sha256"].items():
-            if file_digest(folder / name, "sha256") != expected:
+            wanted = optimizer or name != optimizer_file.name
+            if wanted and file_digest(folder / name, "sha256") != expected:
                 raise OSError(f"{name} is not the file that was saved")
-        model = GPT(GPTConfig(**meta["config"]))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        optimizer_file = folder / "optimizer.safetensors"
-        state = load_file(optimizer_file) if optimizer_file.exists() else {}
+        with torch.device("meta"):  # sizes only: fresh weights would be drawn for nothing
+            model = GPT(GPTConfig(**meta["config"]))
+        model.to_empty(device=device).load_state_dict(load_file(folder / "model.safetensors"))
+        model.restore_angles()
+        state = load_file(optimizer_file) if optimizer else {}
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(
             f"the checkpoint {folder} is broken ({error}); delete this folder and run again."
         ) from error
-    return Checkpoint(model.to(device), state, meta)
+    return Checkpoint(model, state, meta)
 
 
 class BackgroundSaver:

@@ -655,9 +655,10 @@ def decoder(model: GPT, cache: Any) -> Decoder | None:
 
     Elsewhere None. The heads need a power of 2 of channels, the layers must be plain ones.
     """
+    if not runs_kernels(model.device):
+        return None
     config, rows = model.config, len(cache.lengths)
     layers = [m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
     plain = all(type(layer) in (Linear, ValueGate) for layer in layers)
     fits = 1 <= rows <= MOST_ROWS and config.head_dim == power_of_two(config.head_dim)
-    there = runs_kernels(model.device)
-    return Decoder(model, cache) if there and fits and plain and is_packed(model) else None
+    return Decoder(model, cache) if fits and plain and is_packed(model) else None

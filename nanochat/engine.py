@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from nanochat.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
 __all__ = [
     "Batch",
+    "Beginning",
+    "Beginnings",
     "CHUNK",
     "Completion",
     "Door",
@@ -98,6 +100,7 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.groups = {max_len: (list(range(config.n_layer)), self.keys, self.values)}
         padded = starts is not None and any(starts)
         self.starts = torch.tensor(starts, device=device) if padded else None  # (B,)
         self.positions: Tensor | None = None  # (B, T): the model's rotary positions
@@ -124,6 +127,12 @@ class KVCache:
     def recent(self, slots: int, n: int) -> Tensor:
         """Return the slots of the last n tokens of a layer, oldest first, int64."""
         return torch.arange(self.length - n, self.length, device=self.keys.device)
+
+    def begin_like(self, other: "KVCache", n: int, last: Tensor | None) -> None:
+        """Copy the first n tokens of another cache into this empty one; `last` is as above."""
+        self.keys[:, :, :, :n] = other.keys[:, :, :, :n]
+        self.values[:, :, :, :n] = other.values[:, :, :, :n]
+        self.length, self.last = n, last
 
 
 def padded_view(
@@ -362,7 +371,8 @@ class RingCache:
 
     All rows write into slot `clock % slots`; row b is the last `lengths[b]` slots before it. Layers
     have `size` slots, those with a window at most window + 1. Clock and lengths are tensors, so
-    that a step needs nothing from Python.
+    that a step needs nothing from Python. `groups` holds layers with the same number of slots in
+    one piece: by that number their layers, keys and values (layers, B, n_kv_head, slots, head_dim).
     """
 
     def __init__(
@@ -375,9 +385,14 @@ class RingCache:
     ):
         self.config, self.size, self.length = config, size, 0
         self.slots = [size if w is None else min(size, w + 1) for w in config.window_sizes()]
-        shapes = [(batch_size, config.n_kv_head, n, config.head_dim) for n in self.slots]
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.keys, self.values, self.groups = [None] * config.n_layer, [None] * config.n_layer, {}
+        for n in set(self.slots):
+            layers = [i for i, slots in enumerate(self.slots) if slots == n]
+            shape = (2, len(layers), batch_size, config.n_kv_head, n, config.head_dim)
+            keys, values = torch.zeros(shape, device=device, dtype=dtype)
+            self.groups[n] = layers, keys, values
+            for i, k, v in zip(layers, keys, values):
+                self.keys[i], self.values[i] = k, v
         self.clock = torch.zeros(1, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.last = self.before = None
@@ -417,19 +432,24 @@ class RingCache:
         return (self.clock + torch.arange(-n, 0, device=self.clock.device)) % slots
 
 
+CHUNK, GROUP_TOKENS = 512, 16384  # of one prompt, and of several together, read at a time
+
+
 def copy_in(
     ring: RingCache, seats: Tensor, source: KVCache | RingCache, numbers: Tensor,
     lengths: Sequence[int],
 ) -> None:  # fmt: skip
     """Seat rows `numbers` (R,) of a cache, of so many tokens each, as rows `seats` of the ring."""
-    longest, places = max(lengths), {}
-    for layer, slots in enumerate(zip(ring.slots, source.slots)):
-        n = min(longest, *slots)
-        if slots not in places:
-            places[slots] = ring.recent(slots[0], n), source.recent(slots[1], n)
-        to, of = places[slots]
-        for mine, theirs in ((ring.keys, source.keys), (ring.values, source.values)):
-            mine[layer][seats[:, None], :, to] = theirs[layer][numbers[:, None], :, of]
+    for here, there in set(zip(ring.slots, source.slots)):
+        mine, theirs, n = ring.groups[here], source.groups[there], min(max(lengths), here, there)
+        both = [i for i in mine[0] if i in theirs[0]]
+        places = [[group[0].index(i) for i in both] for group in (mine, theirs)]
+        places = torch.tensor(places, device=seats.device)[:, :, None, None]  # (2, layers, 1, 1)
+        to, of = ring.recent(here, n), source.recent(there, n)
+        some = max(1, GROUP_TOKENS // (n * len(lengths)))  # layers at a time: copies take memory
+        for a, b in zip(*(each.split(some) for each in places)):
+            for new, old in zip(mine[1:], theirs[1:]):
+                new[a, seats[:, None], :, to] = old[b, numbers[:, None], :, of]
     ring.lengths[seats] = torch.tensor(lengths, device=ring.clock.device)
     if ring.before is not None:
         ring.before[seats] = source.last[numbers]
@@ -593,17 +613,19 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def record(batch: Batch, effort: int) -> Callable[[], None]:
-    """Record `batch.advance(effort)` as a CUDA graph, and return what replays it."""
-    side, graph = side_stream(batch.ids.device), torch.cuda.CUDAGraph()
-    now = torch.cuda.current_stream(batch.ids.device)
+def record(
+    device: torch.device, work: Callable[[], None], rehearsal: Callable[[], None]
+) -> Callable[[], None]:
+    """Record what `work` asks of a CUDA device as a graph, and return what replays it."""
+    side, graph = side_stream(device), torch.cuda.CUDAGraph()
+    now = torch.cuda.current_stream(device)
     side.wait_stream(now)
     with torch.cuda.stream(side):
-        rehearse(batch, effort)
+        rehearsal()
         torch.cuda.empty_cache()  # what is free may be needed, and cannot be had while recording
         graph.capture_begin(capture_error_mode="thread_local")
         try:
-            batch.advance(effort)  # recorded, not run
+            work()  # recorded, not run
         finally:
             graph.capture_end()
     now.wait_stream(side)
@@ -633,17 +655,17 @@ def begin_step(batch: Batch, live: list[tuple[int, Row]], graph: bool) -> None:
         batch.advance(effort)
     else:
         if effort not in batch.graphs:
-            batch.graphs[effort] = record(batch, effort)
+            step, rehearsal = partial(batch.advance, effort), partial(rehearse, batch, effort)
+            batch.graphs[effort] = record(batch.ids.device, step, rehearsal)
         batch.graphs[effort]()
     batch.post.send(batch.results, live)
 
 
-def last_embedding(model: GPT, id: int) -> Tensor | None:
-    """Return what `smear` needs of the token before the next, (1, 1, C); None without smear."""
+def last_embedding(model: GPT, last: Tensor) -> Tensor | None:
+    """Return what `smear` needs of the last tokens (B, 1), (B, 1, C); None without smear."""
     if not model.config.smear:
         return None
-    before = torch.tensor([[id]], device=model.device)
-    return rms_norm(model.embedding(before).to(model.compute_dtype))
+    return rms_norm(model.embedding(last).to(model.compute_dtype))
 
 
 class Prefixes:
@@ -664,9 +686,8 @@ class Prefixes:
         n, old = max(found, key=lambda pair: pair[0], default=(0, None))
         if n == 0:
             return
-        cache.keys[:, :, :, :n] = old.keys[:, :, :, :n]
-        cache.values[:, :, :, :n] = old.values[:, :, :, :n]
-        cache.length, cache.last = n, last_embedding(model, prompt[n - 1])
+        last = torch.tensor([[prompt[n - 1]]], device=model.device)
+        cache.begin_like(old, n, last_embedding(model, last))
 
     @staticmethod
     def usable(ids: list[int], prompt: Sequence[int], config: GPTConfig) -> int:
@@ -704,12 +725,13 @@ def next_group(waiting: deque[Row], free: int, max_tokens: int) -> list[Row]:
 
 
 def prefill(
-    model: GPT, rows: Sequence[Row], prefixes: Prefixes, chunk: int
+    model: GPT, rows: Sequence[Row], prefixes: Prefixes, chunk: int, beginnings: Any = None
 ) -> Iterator[tuple[KVCache, list[int], Tensor] | None]:
-    """Read the prompts of rows in chunks; yields None after each, at last the whole.
+    """Read the prompts of rows in chunks; yields None between two, at last the whole.
 
     That is (cache, numbers, logits): the i-th row is row numbers[i] of the cache, since equal
-    prompts are read once, and logits (B, V) are those after its prompt.
+    prompts are read once, and logits (B, V) are those after its prompt. `beginnings` (see
+    Beginnings) reads the first chunk of a single prompt.
     """
     prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
     numbers = [prompts.index(tuple(row.prompt)) for row in rows]
@@ -721,18 +743,67 @@ def prefill(
         prefixes.start(model, prompts[0], cache)
     filled = [[0] * start + list(prompt) for start, prompt in zip(starts, prompts)]
     idx = torch.tensor(filled, device=device)  # (B, T)
+    order = torch.tensor(numbers, device=device)
     while cache.length < longest:
         part = idx[:, cache.length : cache.length + chunk]
-        cache.prepare(part.size(1))
-        logits = model(part, kv_cache=cache, last_only=True)[:, -1]
-        yield None
-    yield cache, numbers, logits[torch.tensor(numbers, device=device)]
+        if beginnings and len(idx) == 1 and cache.length == 0:
+            logits = beginnings.read(part, cache)
+        else:
+            cache.prepare(part.size(1))
+            logits = model(part, kv_cache=cache, last_only=True)[:, -1]
+        if cache.length < longest:
+            yield None
+    yield cache, numbers, logits[order]
+
+
+class Beginning:
+    """Reads the first tokens of a prompt, at most `size`, always by the same operations."""
+
+    def __init__(self, model: GPT, size: int):
+        self.model, device = model, model.device
+        self.cache = KVCache(model.config, 1, size, device, model.compute_dtype)
+        self.ids = torch.zeros(1, size, dtype=torch.int64, device=device)
+        self.end = torch.zeros(1, dtype=torch.int64, device=device)  # the place of the last token
+
+    def advance(self) -> None:
+        """Read all of `ids`; logits (1, V) and the last embedding are those at `end`."""
+        self.cache.length, self.cache.last = 0, None
+        self.logits = self.model(self.ids, kv_cache=self.cache, positions=self.end)
+        self.last = last_embedding(self.model, self.ids[:, self.end])
+
+    def read(self, part: Tensor, cache: KVCache, replay: Callable[[], None]) -> Tensor:
+        """Read tokens (1, n) into an empty cache, and return the logits (1, V) after them."""
+        n = part.size(1)
+        self.ids[:, :n] = part  # behind it stands what an earlier prompt has left
+        self.end.fill_(n - 1)
+        replay()
+        cache.begin_like(self.cache, n, None if self.last is None else self.last.clone())
+        return self.logits.clone()
+
+
+class Beginnings:
+    """Recordings of `Beginning`, by size: powers of two from 64 to 512, made when first needed."""
+
+    def __init__(self, model: GPT):
+        self.model = model
+        self.kept: dict[int, tuple[Beginning, Callable[[], None]]] = {}
+
+    def read(self, part: Tensor, cache: KVCache) -> Tensor:
+        """Read tokens (1, n), n <= CHUNK, into an empty cache; return the logits (1, V)."""
+        size = bucket(max(part.size(1), SMALLEST), coarse=True)
+        size = min(size, CHUNK, self.model.config.seq_len)
+        if size not in self.kept:
+            one = Beginning(self.model, size)
+            self.kept[size] = one, record(part.device, one.advance, one.advance)
+        one, replay = self.kept[size]
+        return one.read(part, cache, replay)
 
 
 def first_tokens(rows: Sequence[Row], logits: Tensor, known: int) -> None:
     """Choose the first token of each row from logits (B, V); a row that has ended takes none."""
-    knobs = torch.tensor([row.sampling.numbers() for row in rows], device=logits.device)
-    uniform = torch.stack([row.uniforms[0] for row in rows]).to(logits.device)
+    knobs = torch.tensor([row.sampling.numbers() for row in rows])
+    uniform = torch.stack([row.uniforms[0] for row in rows])
+    knobs, uniform = (t.to(logits.device, non_blocking=True) for t in (knobs, uniform))
     counts, forced = logits.new_zeros(len(rows), known), torch.full_like(uniform, -1).long()
     effort = max(row.effort for row in rows)
     ids, logprobs = choose(logits, knobs, uniform, counts, forced, effort)
@@ -741,14 +812,12 @@ def first_tokens(rows: Sequence[Row], logits: Tensor, known: int) -> None:
             row.take(int(id), logprob)
 
 
-CHUNK, GROUP_TOKENS = 512, 16384
-
-
 class Door:
     """Rows that wait, and those whose prompts are being read."""
 
-    def __init__(self, model: GPT, prefixes: Prefixes):
+    def __init__(self, model: GPT, prefixes: Prefixes, graph: bool):
         self.model, self.prefixes = model, prefixes
+        self.beginnings = Beginnings(model) if graph else None
         self.waiting: deque[Row] = deque()
         self.arriving: list[Row] = []
         self.reading: Iterator | None = None
@@ -766,7 +835,7 @@ class Door:
         if self.reading is None:
             most = 1 if self.prefixes.limit else free  # each prompt has its own beginning
             self.arriving = next_group(self.waiting, most, GROUP_TOKENS)
-            self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK)
+            self.reading = prefill(self.model, self.arriving, self.prefixes, CHUNK, self.beginnings)
         found = next(self.reading)
         if found is None:
             return None
@@ -781,9 +850,11 @@ class Door:
             self.waiting = deque(row for row in self.waiting if not row.ended())
 
     def clear(self) -> None:
-        """Forget everybody."""
+        """Forget everybody, and all that was recorded."""
         self.waiting.clear()
         self.arriving, self.reading = [], None
+        if self.beginnings:
+            self.beginnings.kept.clear()
 
 
 SMALLEST = 64  # slots of a cache
@@ -889,14 +960,14 @@ class Loop:
     """One loop for all requests of an engine: rows join and leave between two steps.
 
     Whoever wants a token calls `run` from any thread; who holds the lock makes a step for all. With
-    `graph` steps are recorded, with `late` they are looked at one step late.
+    `graph` steps and short prompts are recorded, with `late` steps are looked at one step late.
     """
 
     def __init__(
         self, model: GPT, known: int, max_batch: int, remember: int, graph: bool, late: bool
     ):
         self.prefixes, self.lock, self.late = Prefixes(remember), threading.Lock(), late
-        self.door = Door(model, self.prefixes)
+        self.door = Door(model, self.prefixes, graph)
         self.table = Table(model, known, max_batch, graph)
 
     def run(self, rows: Sequence[Row], done: Callable[[], bool]) -> None:
@@ -1088,8 +1159,9 @@ class Engine:
     The model is the caller's own, so every change of its weights is seen; `dtype` makes a copy in
     that dtype instead (bfloat16 is best on a GPU), until `refresh()`. At most `max_batch` rows
     decode together. `remember` keeps keys and values of so many finished rows for prompts that
-    continue them: for weights that do not change. `graph` records steps as CUDA graphs (then
-    weights must stay where they are), `late` looks at tokens a step late; both are done on CUDA.
+    continue them: for weights that do not change. `graph` records steps, and how one prompt is
+    read, as CUDA graphs (then weights must stay where they are); `late` looks at tokens a step
+    late. Both are done on CUDA.
     """
 
     def __init__(
@@ -1248,6 +1320,6 @@ def generate_with_lookup(
         right = next((i for i, id in enumerate(guess) if id != best[i]), len(guess))
         ids += best[: right + 1]
         cache.length -= len(guess) - right  # what was guessed wrongly has never been read
-        cache.last = last_embedding(model, ids[-2])
+        cache.last = last_embedding(model, torch.tensor([ids[-2:-1]], device=model.device))
         new, passes = ids[-1:], passes + 1
     return ids[len(prompt) :], passes

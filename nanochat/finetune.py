@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.chat import render
-from nanochat.common import UserError
+from nanochat.chat import render, turns
+from nanochat.common import UserError, usable_cores
 from nanochat.model import GPT, Linear
 from nanochat.tasks import Mixture
 
 __all__ = [
+    "AHEAD",
     "ConversationBatches",
     "ConversationStream",
+    "EncodedAhead",
     "LowRank",
     "add_lora",
     "best_fit",
@@ -89,23 +91,45 @@ def pack_row(pieces: Sequence[tuple[list[int], list[int]]], seq_len: int, pad_id
     return torch.from_numpy(row[:-1].copy()), torch.from_numpy(targets)
 
 
+class EncodedAhead:
+    """Stands in for a tokenizer: it has encoded the texts of some conversations, in threads."""
+
+    def __init__(self, tokenizer, conversations: Sequence[list[tuple[str, list[dict]]]]):
+        spoken = (part["text"] for turns in conversations for _, parts in turns for part in parts)
+        texts = list(dict.fromkeys(spoken))  # each once
+        known = tokenizer.encode_batch(texts, num_threads=min(8, usable_cores()))
+        self.known, self.tokenizer = dict(zip(texts, known)), tokenizer
+        self.bos_id, self.special = tokenizer.bos_id, tokenizer.special
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return self.known[text] if text in self.known else self.tokenizer.encode(text)
+
+
 def training_pieces(
-    mixture: Mixture, place: int, tokenizer, max_tokens: int, train_on: str
-) -> list[tuple[list[int], list[int]]]:
-    """Return conversation `place` of a mixture as pieces (ids, mask), see `split_conversation`.
+    mixture: Mixture, places: Sequence[int], tokenizer, max_tokens: int, train_on: str
+) -> list[list[tuple[list[int], list[int]]]]:
+    """Return conversations of a mixture, each as pieces (ids, mask), see `split_conversation`.
 
     `train_on` "assistant" keeps the mask of `render`, "all" trains on all but bos. Raises UserError
     that names the task and its row for a malformed conversation.
     """
-    try:
-        pieces = split_conversation(mixture[place], tokenizer, max_tokens)
-    except UserError as error:
-        task, row = mixture.origin(place)
-        name = mixture.tasks[task].name
-        raise UserError(f"Conversation {row} of task {name!r}: {error}") from error
+    conversations, checked = [mixture[place] for place in places], []
+    for place, each in zip(places, conversations):
+        try:
+            checked.append(turns(each, training=True))
+        except UserError as error:
+            task, row = mixture.origin(place)
+            name = mixture.tasks[task].name
+            raise UserError(f"Conversation {row} of task {name!r}: {error}") from error
+    ahead = EncodedAhead(tokenizer, checked)
+    pieces = [split_conversation(each, ahead, max_tokens) for each in conversations]
     if train_on == "all":
-        pieces = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in pieces]
+        pieces = [[(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in each] for each in pieces]
     return pieces
+
+
+AHEAD = 256  # conversations that are rendered together
 
 
 class ConversationStream:
@@ -130,19 +154,26 @@ class ConversationStream:
         """Go to the beginning of an epoch, whose order follows from the seed and its number."""
         rng = np.random.default_rng([self.seed, epoch])
         self.epoch, self.cursor, self.order = epoch, 0, rng.permutation(len(self.mixture))
+        self.rendered = {}
 
-    def _pieces(self, position: int) -> list[tuple[int, int, list[int], list[int]]]:
-        """Return (position, piece, ids, mask) of the conversation at a place of this epoch."""
-        where, row_len = (self.mixture, int(self.order[position])), self.seq_len + 1
-        pieces = training_pieces(*where, self.tokenizer, row_len, self.train_on)
-        return [(position, piece, ids, mask) for piece, (ids, mask) in enumerate(pieces)]
+    def _render(self, positions: Sequence[int]) -> None:
+        """Keep the pieces of the conversations at some places of this epoch, as in `waiting`."""
+        places, settings = self.order[positions].tolist(), (self.seq_len + 1, self.train_on)
+        pieces = training_pieces(self.mixture, places, self.tokenizer, *settings)
+        self.rendered = {
+            position: [(position, piece, ids, mask) for piece, (ids, mask) in enumerate(several)]
+            for position, several in zip(positions, pieces)
+        }
 
     def _fill(self) -> None:
         """Fill the window from this epoch; start the next one when this one is used up."""
         if not self.waiting and self.cursor == len(self.order):
             self._start_epoch(self.epoch + 1)
         while len(self.waiting) < self.window and self.cursor < len(self.order):
-            pieces = self._pieces(self.cursor)
+            if self.cursor not in self.rendered:
+                end = min(self.cursor + AHEAD, len(self.order))
+                self._render(range(self.cursor, end))
+            pieces = self.rendered[self.cursor]
             self.truncated += sum(len(ids) > self.seq_len + 1 for _, _, ids, _ in pieces)
             self.waiting += pieces
             self.cursor += 1
@@ -164,8 +195,9 @@ class ConversationStream:
     def restore(self, epoch: int, cursor: int, waiting: Sequence[Sequence[int]]) -> None:
         """Go to a place in the data; `waiting` holds the window as pairs (position, piece)."""
         self._start_epoch(epoch)
+        self._render([position for position, _ in waiting])
         self.cursor = cursor
-        self.waiting = [self._pieces(position)[piece] for position, piece in waiting]
+        self.waiting = [self.rendered[position][piece] for position, piece in waiting]
 
 
 class ConversationBatches:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
 
 from nanochat.chat import parse, render_prompt, reply_text
 from nanochat.common import MetricsLog, Progress, UserError
-from nanochat.evaluation import bootstrap_interval, centered
+from nanochat.evaluation import KERNELS, bootstrap_interval, centered
 from nanochat.optim import lr_multiplier, muon_momentum
 from nanochat.tasks import ChatTask, final_answer
 from nanochat.train import SingleProcess
@@ -175,6 +176,7 @@ def pad_rollouts(rollouts: Sequence[Rollout], pad_id: int, device):
     return inputs, torch.from_numpy(targets).to(device), advantages
 
 
+@sdpa_kernel(KERNELS)  # every batch has another length: no kernel that plans anew for each
 def token_logprobs(model, inputs, targets, temperature: float = 1.0) -> torch.Tensor:
     """Return log p(target) under the sampling distribution, float32 (B, T), 0 where target is -1.
 
@@ -415,6 +417,7 @@ def train_rl(
         bar.skip(start_step)
         for step in range(start_step, n_steps):
             if evaluate and eval_every and step % eval_every == 0:
+                engine.refresh()
                 log.write("eval", step=step, **evaluate(step))
             factor = lr * lr_multiplier(step, n_steps, warmdown=1.0, final=0.0)
             optimizer.set_schedule(factor, muon_momentum(step))
@@ -430,6 +433,7 @@ def train_rl(
             if save and save_every and (step + 1) % save_every == 0 and step + 1 < n_steps:
                 save(step + 1)
     if evaluate:
+        engine.refresh()
         log.write("eval", step=n_steps, **evaluate(n_steps))
     return history
 

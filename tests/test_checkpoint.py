@@ -51,6 +51,18 @@ def test_model_state_and_meta_come_back(tmp_path):
     assert all(torch.equal(state[name], found.optimizer_state[name]) for name in state)
 
 
+def test_who_does_not_train_leaves_the_optimizer_s_file_unread(tmp_path):
+    model, state = trained()
+    folder = save_checkpoint(tmp_path, 7, model, state, {})
+    (folder / "optimizer.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match="not the file that was saved"):
+        load_checkpoint(tmp_path)
+    found = load_checkpoint(tmp_path, optimizer=False)
+    assert found.optimizer_state == {}
+    ids = torch.arange(8)[None]
+    assert torch.equal(found.model(ids), model(ids))  # the rotary angles are there too
+
+
 def test_only_safe_formats_are_written(tmp_path):
     folder = save_checkpoint(tmp_path, 1, *trained(), {})
     assert sorted(f.name for f in folder.iterdir()) == [

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from nanochat.engine import Engine
+from nanochat.engine import (
+    Beginnings,
+    Engine,
+    Prefixes,
+    Row,
+    Sampling,
+    prefill,
+    prepared_copy,
+)
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 
@@ -66,3 +74,44 @@ def test_a_copy_takes_over_weights_under_its_recordings():
     )
     now = [graph for batch in engine.loop.table.kept.values() for graph in batch.graphs.values()]
     assert kept and now == kept  # nothing was recorded anew
+
+
+@pytest.mark.parametrize("make", [GPTConfig.classic, GPTConfig.modern])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_recorded_prompts_are_read_as_plain_ones(make, dtype):
+    model = random_model(make)
+    model = model if dtype == torch.float32 else prepared_copy(model, dtype)
+    beginnings, found, close = Beginnings(model), [], dict(atol=1e-3, rtol=1e-3)
+    close = close if dtype == torch.float32 else dict(atol=0.3, rtol=0.05)
+    generator = torch.Generator().manual_seed(0)
+    for n in (512, 1, 63, 64, 65, 300, 511, 700, 512, 5):  # 700: a first chunk, then a plain one
+        ids = torch.randint(TOKENIZER.vocab_size, (n,), generator=generator).tolist()
+        rows = [Row(ids, 1, TOKENIZER, Sampling(0.0))]
+        ways = None, beginnings
+        found.append([list(prefill(model, rows, Prefixes(0), 512, way))[-1] for way in ways])
+    for (cache, _, logits), (new, _, others) in found:  # later readings have changed nothing
+        assert new.length == new.max_len == cache.length
+        torch.testing.assert_close(others, logits, **close)
+        torch.testing.assert_close(new.keys, cache.keys, **close)
+        torch.testing.assert_close(new.values, cache.values, **close)
+        assert cache.last is None or torch.equal(new.last, cache.last)
+    assert set(beginnings.kept) == {64, 128, 512}
+
+
+@pytest.mark.parametrize("remember", [0, 2])
+def test_a_chat_whose_prompts_are_recorded(remember):
+    model = random_model(GPTConfig.modern)
+    quick = Engine(model, TOKENIZER, remember=remember)
+    plain, history = Engine(model, TOKENIZER, graph=False, late=False), []
+    for turn in range(4):
+        history += [5 + turn, 9, 11 + turn] * 20
+        ids = [token.id for token in quick.generate(history, 20, temperature=0.0, tools=False)]
+        expected = plain.generate_batch([history], 20, temperature=0.0, tools=False)[0].ids
+        assert ids[:5] == expected[:5]
+        history += expected
+    assert quick.loop.door.beginnings.kept
+    quick.loop.fail(RuntimeError())
+    assert not quick.loop.door.beginnings.kept
+    again = [token.id for token in quick.generate(history, 5, temperature=0.0, tools=False)]
+    assert again == plain.generate_batch([history], 5, temperature=0.0, tools=False)[0].ids

@@ -9,7 +9,7 @@ from collections import deque
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from test_engine import (
     MODELS,
     SP,
@@ -27,8 +27,11 @@ import nanochat.engine as engine_module
 from nanochat.common import UserError
 from nanochat.engine import (
     Batch,
+    Beginning,
+    Beginnings,
     Engine,
     KVCache,
+    Prefixes,
     Row,
     Sampling,
     benchmark,
@@ -36,6 +39,7 @@ from nanochat.engine import (
     generate_with_lookup,
     next_group,
     next_token_probabilities,
+    prefill,
     rehearse,
     row_probabilities,
 )
@@ -365,8 +369,8 @@ def test_a_decoder_takes_the_place_of_the_model(kind):
             return model(ids[:, None], kv_cache=batch.cache)[:, 0]
 
         batch.decode = decode
-        rehearse(batch, 0)
-        batch.advance(0)
+        rehearse(batch, 1)
+        batch.advance(1)  # a greedy step is the decoder's own
     for id, ids in zip(batch.ids.tolist(), expected):
         assert len(ids) < 2 or id == ids[1]
 
@@ -384,16 +388,88 @@ def test_a_rehearsal_leaves_no_trace(kind):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Steps are rehearsed and "recorded" as on a GPU: a list of their (rows, slots, effort)."""
+    """What is rehearsed and "recorded" as on a GPU: steps, (rows, slots, effort), and prompts."""
     recordings = []
 
-    def record(batch, effort):
-        rehearse(batch, effort)
-        recordings.append((len(batch.rows), batch.cache.size, effort))
-        return functools.partial(batch.advance, effort)
+    def record(device, work, rehearsal):
+        rehearsal()
+        if isinstance(work, functools.partial):
+            batch, effort = rehearsal.args
+            recordings.append((len(batch.rows), batch.cache.size, effort))
+        else:
+            recordings.append(("prompt", work.__self__.cache.max_len))
+        return work
 
     monkeypatch.setattr(engine_module, "record", record)
     return recordings
+
+
+@pytest.fixture
+def recorded_prompts(monkeypatch):
+    """Prompts of up to 16 tokens have recordings, of 4, 8 and 16 tokens."""
+    monkeypatch.setattr(engine_module, "CHUNK", 16)
+    monkeypatch.setattr(engine_module, "record", lambda device, work, rehearsal: work)
+
+
+def read_alone(model, prompt, beginnings, chunk):
+    """The cache and the logits after a prompt, and whether others got a turn between chunks."""
+    rows = [Row(prompt, 1, TOKENIZER, Sampling(0.0))]
+    with torch.inference_mode():
+        cache, numbers, logits = list(prefill(model, rows, Prefixes(0), chunk, beginnings))[-1]
+    assert numbers == [0] and cache.length == cache.max_len == len(prompt)
+    return cache, logits
+
+
+@KINDS
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(asked=st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=40), min_size=1))
+def test_prompts_read_with_something_behind_them(kind, asked, recorded_prompts):
+    model, beginnings, found = MODELS[kind], Beginnings(MODELS[kind]), []
+    for prompt in asked:  # what an earlier one leaves behind must not be seen
+        found.append(read_alone(model, prompt, beginnings, 16))
+    for prompt, (cache, logits) in zip(asked, found):  # each still holds what it was given
+        plain, expected = read_alone(model, prompt, None, 16)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(cache.keys, plain.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(cache.values, plain.values, atol=1e-4, rtol=1e-4)
+        assert (cache.last is None) == (plain.last is None)
+        assert plain.last is None or torch.equal(cache.last, plain.last)
+    assert set(beginnings.kept) <= {4, 8, 16}
+
+
+@KINDS
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    turns=st.lists(st.tuples(prompts, st.integers(1, 5)), min_size=1, max_size=4),
+    remember=st.sampled_from([0, 2]),
+    goes_on=st.booleans(),
+    sampling=st.sampled_from([dict(temperature=0.0), dict(temperature=1.0, top_k=9)]),
+)
+def test_chats_whose_prompts_are_recorded(
+    kind, turns, remember, goes_on, sampling, recorded_prompts
+):
+    engine = Engine(MODELS[kind], TOKENIZER, remember=remember, graph=True, late=True)
+    history = []
+    for words, n in turns:
+        history = [*history, *words] if goes_on else words
+        if len(history) >= MODELS[kind].config.seq_len:
+            break
+        stream = engine.generate(history, n, tools=False, seed=n, **sampling)
+        ids = [token.id for token in stream]
+        assert ids == alone(kind, history, n, seed=n, **sampling)
+        history = history + ids
+    assert engine.loop.door.beginnings.kept
+
+
+@pytest.mark.parametrize("make", [GPTConfig.classic, GPTConfig.modern])
+@pytest.mark.parametrize("seq_len", [640, 2048])
+def test_reading_brings_nothing_from_the_host(make, seq_len):
+    with torch.device("meta"):
+        model = GPT(make(2, V, seq_len))
+    one = Beginning(model, 512)
+    with torch.inference_mode(), OneDevice(), NoQuestions():
+        one.advance()
+    assert one.logits.shape == (1, V)
 
 
 @KINDS
@@ -411,6 +487,8 @@ def test_an_engine_that_records_writes_the_same(kind, recorded):
         alone(kind, p, 6, seed=s, top_k=5) for p, s in zip(asked, (1, 2, 3))
     ]
     assert len(set(recorded)) == len(recorded) > count
+    engine.generate_batch([[1, 2, 3]] * 2, 1)
+    assert ("prompt", 4) in recorded
     assert engine.loop.table.kept and engine.loop.table.batch.rows == []
 
 

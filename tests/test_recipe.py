@@ -525,3 +525,11 @@ def test_a_folder_that_is_not_there_is_one_sentence(tmp_path):
     write_json(run.directory / "recipe.json", asdict(tiny_recipe(chat="folder:nowhere")))
     with pytest.raises(UserError, match="chat must be tinyworld, hub or folder:PATH with an exist"):
         run_stage(Run(run.directory), "mid")
+
+
+def test_a_tokenizer_that_is_there_is_taken_as_it_is(tmp_path):
+    given = finished_run().tokenizer()
+    run = Run.open(tiny_recipe(vocab_size=300), tmp_path / "run")
+    given.save(run.directory / "tokenizer")
+    assert run_stage(run, "tokenizer")["vocab_size"] == given.vocab_size != 300
+    assert run.tokenizer().fingerprint() == given.fingerprint()

@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from nanochat import tasks, tinyworld
 from nanochat.chat import render, render_prompt, reply_text, turns
 from nanochat.common import UserError
+from nanochat.model import GPT, GPTConfig
 from nanochat.tasks import Mixture, calculator_parts, final_answer, names_answer
 from nanochat.tokenizer import Tokenizer
 
@@ -254,15 +255,16 @@ class Oracle(torch.nn.Module):
     def __init__(self, favourite):
         super().__init__()
         self.favourite = TOKENIZER.encode(favourite)[0]
+        self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, idx, targets=None, reduction="mean"):
+    def forward(self, idx, targets=None, reduction="mean", positions=None):
         if targets is not None:  # the favourite costs nothing, other tokens a nat
             return (targets != self.favourite).float() * (targets != -1)
         logits = torch.zeros(*idx.shape, TOKENIZER.vocab_size)
         logits[..., self.favourite] = 1.0
         logits[..., TOKENIZER.encode("z")[0]] = 9.0  # not a letter of the task: must not matter
         logits[idx == TOKENIZER.bos_id] = 0.0  # padding and beginning must not be looked at
-        return logits
+        return logits if positions is None else logits.flatten(0, 1)[positions]
 
 
 class Scripted:
@@ -296,6 +298,45 @@ def test_categorical_judging_compares_letters_only():
     with pytest.raises(UserError, match="one token"):
         conversation = {**Letters(4).conversation(0), "letters": ["AA", "B"]}
         tasks.letter_choices(engine.model, TOKENIZER, [conversation])
+
+
+class Exam(tasks.ChoiceTask):
+    name = "exam"
+
+    def __init__(self):
+        pass
+
+    def __len__(self):
+        return 3
+
+    def item(self, index):
+        return f"{index}?", ["p", "q", "r", "s"], index, "ABCD"
+
+
+def test_reordered_questions_keep_their_right_answer():
+    again = tasks.Reordered(Exam(), times=40, seed=1)
+    assert len(again) == 120 and again.kind == "categorical" and again.name == "exam"
+    for row in range(3):
+        letters = set()
+        for index in range(row, 120, 3):
+            item = again.conversation(index)
+            asked = item["messages"][0]["content"]
+            assert asked.startswith(f"{row}?") and f"- {'pqrs'[row]}={item['answer']}\n" in asked
+            assert sorted(line[2] for line in asked.splitlines()[1:5]) == ["p", "q", "r", "s"]
+            letters.add(item["answer"])
+        assert letters == set("ABCD")
+    assert again.conversation(7) == tasks.Reordered(Exam(), 40, 1).conversation(7)
+
+
+def test_letters_do_not_depend_on_the_batches():
+    items = [Letters(40).conversation(i) for i in range(40)]
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, 512, 1, 2, 2, 16))
+    generator = torch.Generator().manual_seed(0)
+    for param in model.parameters():  # a new model's blocks do nothing
+        param.data.normal_(generator=generator)
+    one = tasks.letter_choices(model, TOKENIZER, items, batch_tokens=1)
+    assert one == tasks.letter_choices(model, TOKENIZER, items, batch_tokens=5000)
+    assert len(set(one)) > 1 and tasks.letter_choices(model, TOKENIZER, []) == []
 
 
 def test_generative_judging_is_greedy_batched_and_shared_among_processes():
