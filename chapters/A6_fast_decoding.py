@@ -1531,9 +1531,10 @@ else:
 
 # %% [markdown]
 r"""
-On one H200 (machine B of `benchmarks/RESULTS.md`) a d24 in bfloat16 takes, with one row, **0.59
-ms** with our kernels against 3.11 ms with PyTorch's: 5.3 times as fast, and twice the floor. That
-is less than cuBLAS needs for the products alone (1.08 ms). The picture of section 4 promised more.
+On one H200 (machine B of `benchmarks/RESULTS.md`) a d24 in bfloat16 takes, with one row, **0.60
+ms** with our kernels against 3.11 ms with PyTorch's: 5.2 times as fast, and twice the floor; eight
+rows take 0.95 ms against 3.21. One row is less than cuBLAS needs for the products alone (1.08 ms).
+The picture of section 4 promised more.
 A kernel that lasts three microseconds spends much of its life filling and emptying its loads, and
 an early start hides only part of that.
 
@@ -1541,12 +1542,12 @@ an early start hides only part of that.
 
 We tried more than we kept, and measured it on the same machine.
 
-- **Asking for the next kernel's weights beforehand**, with `cp.async.bulk.prefetch.L2`. In pieces
-  of 128 bytes it made a step three times *slower*; we suppose that so many requests stand in the
-  way of the real loads. In one piece for each program there was no gain: the early start already
-  does the same.
-- **A group of programs of one warp each**, for several rows: no gain. What seems to matter is the
-  number of bytes under way on a processor, however they are divided.
+- **Asking for the weights of a later kernel beforehand**, with `cp.async.bulk.prefetch.L2`. In
+  pieces of 128 bytes it made a step three times *slower* (2.12 ms); we suppose that so many requests
+  stand in the way of the real loads. In one piece for each program, or line by line with
+  `prefetch.global.L2`, a step took 0.64 to 0.65 ms: the early start already does the same.
+- **Larger blocks for several rows**, 32 or 64 rows of weights in four warps instead of 16 in one:
+  0.99 to 1.05 ms instead of 0.95.
 
 Each of them looked right on paper. So: one change at a time, and the clock decides.
 

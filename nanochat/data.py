@@ -15,6 +15,7 @@ import queue
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -590,9 +591,9 @@ def encode_texts(
 WORKER: dict[str, Any] = {}  # what a worker process was started with
 
 
-def start_worker(ranks: dict[bytes, int], pattern: str, dtype: str) -> None:
-    """Prepare a worker process: build the tokenizer once."""
-    WORKER.update(tokenizer=Tokenizer(ranks, pattern), dtype=dtype)
+def start_worker(folder: str, dtype: str) -> None:
+    """Prepare a worker process: load the tokenizer once."""
+    WORKER.update(tokenizer=Tokenizer.load(folder), dtype=dtype)
 
 
 def encode_in_worker(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -633,8 +634,9 @@ def encode_stream(
         return
     context, waiting = multiprocessing.get_context("spawn"), deque()
     package = importlib.import_module("nanochat.data")  # a worker cannot import from a notebook
-    start = (tokenizer.ranks, tokenizer.pattern, dtype)
-    pool = ProcessPoolExecutor(workers, context, package.start_worker, start)
+    folder = tempfile.TemporaryDirectory()
+    tokenizer.save(folder.name)
+    pool = ProcessPoolExecutor(workers, context, package.start_worker, (folder.name, dtype))
     try:
         for texts in batches:
             with empty_main():
@@ -651,6 +653,7 @@ def encode_stream(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+        folder.cleanup()
 
 
 def write_shard_files(folder: Path, number: int, parts: list[Encoded]) -> dict:
