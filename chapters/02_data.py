@@ -1949,7 +1949,8 @@ r"""
 On a GPU machine the loader is built with `pin=True`: its tensors lie in *page-locked* memory, from
 which the GPU copies by itself (`tensor.to(device, non_blocking=True)`) while Python goes on. A
 12-layer model on one H200, fed this way, waited for data 0.03 % of its time
-(`benchmarks/RESULTS.md`). Here a pause stands for the GPU's step, so that we see who waits for whom.
+(`benchmarks/RESULTS.md`). Here a pause stands for the GPU's step, so that we see who waits for
+whom.
 """
 
 

@@ -1346,10 +1346,10 @@ many seeds or a large run to see.
 
 `benchmarks/ablation.py` is the program for that: the classic model, the modern one, each addition
 put into the first and taken out of the second, over several seeds, with error bars. On one H200 a
-model of depth 4 gained, after 5 million tokens of real text and over three seeds, 0.069 ± 0.009 bits
-per byte from value embeddings, 0.027 ± 0.001 from smear and 0.009 ± 0.001 from the scale of queries
-and keys; the residual scalars cost it 0.054 ± 0.007 (`benchmarks/RESULTS.md`). So what helps
-depends on the size of the run, and on the rates. The log of nanochat's author has results of large
+model of depth 4 gained, after 5 million tokens of real text and over three seeds, 0.069 ± 0.009
+bits per byte from value embeddings, 0.027 ± 0.001 from smear and 0.009 ± 0.001 from the scale of
+queries and keys; the residual scalars cost it 0.054 ± 0.007 (`benchmarks/RESULTS.md`). So what
+helps depends on the size of the run, and on the rates. The log of nanochat's author has results of large
 runs. At depth 12 the residual scalars were worth 0.008 bits
 per byte and value embeddings were a large gain. Smear and backout failed in January and helped in
 March, after the rates had been tuned again.

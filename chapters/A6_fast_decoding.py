@@ -1543,8 +1543,8 @@ an early start hides only part of that.
 We tried more than we kept, and measured it on the same machine.
 
 - **Asking for the weights of a later kernel beforehand**, with `cp.async.bulk.prefetch.L2`. In
-  pieces of 128 bytes it made a step three times *slower* (2.12 ms); we suppose that so many requests
-  stand in the way of the real loads. In one piece for each program, or line by line with
+  pieces of 128 bytes it made a step three times *slower* (2.12 ms); we suppose that so many
+  requests stand in the way of the real loads. In one piece for each program, or line by line with
   `prefetch.global.L2`, a step took 0.64 to 0.65 ms: the early start already does the same.
 - **Larger blocks for several rows**, 32 or 64 rows of weights in four warps instead of 16 in one:
   0.99 to 1.05 ms instead of 0.95.
