@@ -1349,10 +1349,10 @@ put into the first and taken out of the second, over several seeds, with error b
 model of depth 4 gained, after 5 million tokens of real text and over three seeds, 0.069 ± 0.009
 bits per byte from value embeddings, 0.027 ± 0.001 from smear and 0.009 ± 0.001 from the scale of
 queries and keys; the residual scalars cost it 0.054 ± 0.007 (`benchmarks/RESULTS.md`). So what
-helps depends on the size of the run, and on the rates. The log of nanochat's author has results of large
-runs. At depth 12 the residual scalars were worth 0.008 bits
-per byte and value embeddings were a large gain. Smear and backout failed in January and helped in
-March, after the rates had been tuned again.
+helps depends on the size of the run, and on the rates. The log of nanochat's author has results of
+large runs. At depth 12 the residual scalars were worth 0.008 bits per byte and value embeddings
+were a large gain. Smear and backout failed in January and helped in March, after the rates had been
+tuned again.
 
 And the speed of windows: the same attention over 4,096 positions, with and without.
 """
