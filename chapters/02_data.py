@@ -875,9 +875,10 @@ without `if __name__ == "__main__":` would then start workers of its own, withou
 need nothing from the script, so we show them an empty one while they start.
 
 What a process is started with goes through a pipe of 64 kB. If it is more, as a table of 32,768
-ranks is, Python waits until the new process has imported its modules and reads on, and only then
-starts the next: sixteen workers took 41 seconds to start. So a worker gets the name of a folder
-that holds the tokenizer, and all start at once.
+ranks is, Python waits until the new process has imported its modules and read the rest, and only
+then starts the next: with sixteen workers the first tokens came after 41 seconds
+(`benchmarks/RESULTS.md`). So a worker gets the name of a folder that holds the tokenizer, and all
+start at once.
 """
 
 
@@ -1252,8 +1253,8 @@ print("made again, same:", twin.fingerprint() == shards.fingerprint())
 
 # %% [markdown]
 r"""
-The two workers lose: starting a Python that imports torch takes a second or two, and here there is
-only a moment of work. They are for machines with many cores. Of 24 million tokens of real text,
+The two workers lose: starting a Python that imports torch takes seconds, and here there is only a
+moment of work. They are for machines with many cores. Of 24 million tokens of real text,
 handing out and writing cost this process 0.9 seconds, tokenising 11; so one process can keep a
 dozen others busy, and `prepare_tokens` starts them from 20 million tokens and three cores on.
 

@@ -13,7 +13,8 @@ r"""
 By the end of this chapter you have written the GPT that the rest of the book trains, and you have
 shown five things about it: it starts with a loss of exactly $\ln V$, it cannot look into the
 future, its cost per token follows from its sizes by a formula, without attention or positions it
-is no better than a table of token pairs, and two more numbers in each layer make it learn faster.
+is no better than a table of token pairs, and in a short run two more numbers in each layer make it
+learn faster.
 """
 
 # %%
@@ -601,14 +602,15 @@ assert token_loss(logits, torch.full((1, 4), -1)) == 0  # nothing to learn, no N
 
 # %% [markdown]
 r"""
-The logits are by far the largest thing in a training step: 65,536 tokens have 4 GB of them in two
-bytes each. On a GPU a compiler (`torch.compile`, chapter 5) reads them once for the loss and once
-more for the gradient, if the formula allows it. `F.cross_entropy` first looks for the largest logit
-of a row, lest an exponential overflow, and its gradient sums over the row again. Softcap and loss
-written together need neither. Capped logits are below $c$, so we subtract $c$ and not the largest;
-and $c\tanh(z/c)-c$ is $-2c\,\sigma(-2z/c)$, with a sigmoid $\sigma$ that is cheaper than a tanh.
-The chosen logit is a sum over a row in which all others are zero. A compiled model computes its
-loss so.
+The logits are by far the largest thing in a training step: with a vocabulary of 32,768, 65,536
+tokens have 4 GB of them in two bytes each. On a GPU a compiler (`torch.compile`, chapter 5) reads
+them once for the loss and once more for the gradient, if the formula allows it. `F.cross_entropy`
+first looks for the largest logit of a row, lest an exponential overflow, and its gradient sums over
+the row again. Softcap and loss written together need neither. Capped logits lie between $-c$ and
+$c$, so we subtract $c$ and not the largest: no exponent is above 0 or below $-2c=-30$, which
+float32 holds with ease. And $c\tanh(z/c)-c$ is $-2c\,\sigma(-2z/c)$, with a sigmoid $\sigma$ that
+is cheaper than a tanh. The logit of the target is a sum over the row with all others set to zero. A
+compiled model computes its loss so; the test says that it is the same loss.
 """
 
 
@@ -1064,9 +1066,10 @@ tokens a whole mask is small.
 PyTorch has another way, FlexAttention: one writes the rule as a function of two positions, and a
 compiler makes a GPU kernel that skips the blocks where the rule says no. Blocks of ours need no
 compiler and run everywhere, gradients included (FlexAttention has none on a CPU). But with a mask
-PyTorch may not use its fastest kernels. So a compiled model on a GPU, which is one that trains,
-takes FlexAttention, and all others the blocks; `benchmarks/windows.py` times both beside full
-attention.
+PyTorch may not use its fastest kernels. `benchmarks/windows.py` times both beside full attention:
+on one H200, with rows of 2,048, forward and backward took four times as long in blocks, and as long
+as full attention with FlexAttention. So a compiled model on a GPU, which is one that trains, takes
+FlexAttention, and all others the blocks.
 """
 
 
@@ -1122,7 +1125,8 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: 
 
 # %% [markdown]
 r"""
-In blocks, the queries of a block become a batch of their own, beside the keys that they may need.
+First the blocks. The queries of each become a batch of their own, beside the keys that they may
+need.
 """
 
 
@@ -1146,9 +1150,9 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 # %% [markdown]
 r"""
-FlexAttention cuts queries and keys into blocks of 128. It wants to know which pairs of blocks to
-look at with the rule in hand, and which lie inside of the window whole, so that there is nothing to
-ask. The distance of two blocks decides that.
+Then FlexAttention. It cuts queries and keys into blocks of 128. It wants to know which pairs of
+blocks to look at with the rule in hand, and which lie inside of the window whole, so that there is
+nothing to ask. The distance of two blocks decides that.
 """
 
 
@@ -1335,24 +1339,24 @@ plt.show()
 
 # %% [markdown]
 r"""
-The grey band is what a change of the seed brings here: with four seeds the gain of value embeddings
-went from -0.07 to +0.14, that of windows from -0.10 to +0.03. The residual scalars lie outside of
-it with every seed. They help from the first step on, and they carry the model that has everything.
-Of the others this run cannot tell, and that is no verdict on them. A value embedding is worth
-something once its token has come by many times. Smear starts at zero and has hardly moved in so few
-steps. Windows are there for speed: they need only lose nothing. This is the usual state of affairs.
-An improvement of one percent is worth having, ten of them make a better model, and each alone takes
-many seeds or a large run to see.
+The grey band is about what a change of the seed brings: with four seeds the gain of value
+embeddings went from about -0.07 to +0.14, that of windows from -0.10 to +0.03. The residual scalars
+lie outside of it with every seed. They help from the first step on, and they carry the model that
+has everything. Of the others this run cannot tell, and that is no verdict on them. A value
+embedding is worth something once its token has come by many times. Smear starts at zero and has
+hardly moved in so few steps. Windows are there for speed: they need only lose nothing. This is the
+usual state of affairs. An improvement of one percent is worth having, ten of them make a better
+model, and each alone takes many seeds or a large run to see.
 
 `benchmarks/ablation.py` is the program for that: the classic model, the modern one, each addition
 put into the first and taken out of the second, over several seeds, with error bars. On one H200 a
 model of depth 4 gained, after 5 million tokens of real text and over three seeds, 0.069 ± 0.009
 bits per byte from value embeddings, 0.027 ± 0.001 from smear and 0.009 ± 0.001 from the scale of
-queries and keys; the residual scalars cost it 0.054 ± 0.007 (`benchmarks/RESULTS.md`). So what
-helps depends on the size of the run, and on the rates. The log of nanochat's author has results of
-large runs. At depth 12 the residual scalars were worth 0.008 bits per byte and value embeddings
-were a large gain. Smear and backout failed in January and helped in March, after the rates had been
-tuned again.
+queries and keys; the residual scalars *cost* it 0.054 ± 0.007, and all together gained 0.019 ±
+0.010 (`benchmarks/RESULTS.md`). Nearly the opposite of our figure: what helps depends on the size
+of the run, and on the rates. The log of nanochat's author has results of large runs. At depth 12
+the residual scalars were worth 0.008 bits per byte and value embeddings were a large gain. Smear
+and backout failed in January and helped in March, after the rates had been tuned again.
 
 And the speed of windows: the same attention over 4,096 positions, with and without.
 """

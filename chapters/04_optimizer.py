@@ -902,11 +902,14 @@ print("three steps with 0-d tensors:   ", count_programs(torch.tensor), "program
 # %% [markdown]
 r"""
 A real compilation takes seconds for each shape. A modern model of depth 12 has eight shapes, and
-four of them hold all its weights but a thousand: the tables share one, and the matrices of the
-blocks have three. `param_groups` compiles those and leaves gates and scalars as they are. On a CPU
-the compiled step of a model of depth 2 took three quarters of the time of the plain one, after half
-a minute of the compiler's (`benchmarks/optimizer.py`): our runs are too short to win that back. So
-`build_optimizer(model, compiled=True)` is for GPUs, and off by default.
+four of them hold all its weights but 482: the tables share one, and the matrices of the blocks have
+three. `param_groups` compiles those and leaves gates and scalars as they are. On one H200 the
+optimizer's share of a step went from 17.5 to 11.4 milliseconds, after 18 seconds of compiling
+(`benchmarks/RESULTS.md`). On a CPU the compiled step of a model of depth 2 took three quarters of
+the time of the plain one, after half a minute of the compiler's (`benchmarks/optimizer.py`): our
+runs are too short to win that back. So `build_optimizer(model, compiled=True)` is for GPUs, and off
+by default. Where the compiler fails, as it does without a C++ compiler beside it, `run_rule` goes
+on with the plain rule; `compiler_failed` tells its errors from ours.
 
 ## 6. Schedules
 
@@ -1045,9 +1048,9 @@ for name in ("AdamW", "AdamW by groups"):
 # %% [markdown]
 r"""
 Had we left out the third row, Muon would get the credit for the embedding's rate. What is left to
-Muon is smaller: 0.07 nats here, and 0.03 and 0.04 with other weights and batches, each time the
-best of three rates against the best of three. And the refinements of section 3? We switch the first
-three off.
+Muon is smaller: some 0.07 nats here, and 0.03 and 0.04 with other weights and batches, each time
+the best of three rates against the best of three. And the refinements of section 3? We switch the
+first three off.
 """
 
 # %%
@@ -1094,7 +1097,8 @@ r"""
 ## Recap
 
 `nanochat.optim` now holds `MuonAdamW`, `build_optimizer` and `param_groups`; the rules `adamw_rule`
-and `muon_rule` with `adamw_update` and `muon_update` around them and `run_rule` to call them;
+and `muon_rule` with `adamw_update` and `muon_update` around them, `run_rule` to call them, and
+`compiler_failed`;
 `orthogonalize`, `equilibrate`, `set_norm` and `even_out`; and the schedules `lr_multiplier`,
 `decay_multiplier` and `muon_momentum`.
 

@@ -585,9 +585,9 @@ r"""
 loss waits until the device has got there, and then the device stands still while Python prepares
 the next step. So on a GPU the numbers of a step are read when the *next* step has been handed over.
 That alone is not enough, for a GPU takes its orders one after the other: a copy that is asked for
-then comes after the next step. The copies must be ordered with the step, and an event behind them.
-`Meter` does that, keeps the clock, and writes the log. The first steps it leaves out of the speed:
-they compile and warm up.
+then comes after the next step. So the copies are asked for together with the step, and behind them
+an *event*, a mark in the queue for which one can wait. `Meter` does that, keeps the clock, and
+writes the log. The first steps it leaves out of the speed: they compile and warm up.
 """
 
 
@@ -1261,6 +1261,14 @@ def save_checkpoint(
     return final
 
 
+# %% [markdown]
+r"""
+Reading first builds the model on PyTorch's device *meta*, which knows sizes and holds no numbers.
+Then the model gets memory and the numbers of the file; the rotary angles, which no file holds, are
+computed anew. Who only wants to use a model leaves the optimizer's file unread.
+"""
+
+
 # %%
 #| export checkpoint
 def load_checkpoint(
@@ -1853,7 +1861,7 @@ must find again. We go through a block with a pencil, in values per token and ch
 | kept for the backward pass | values |
 |---|---|
 | the stream before each of the two norms, and after each norm | 4 |
-| queries and keys before their norm and after it, the values, what attention returns | 6 |
+| queries and keys before their norm and after the turn, the values, what attention returns | 6 |
 | inside of the MLP, four times as wide: after ReLU, and squared | 8 |
 
 That makes **18** numbers per token, channel and layer, of 4 bytes or of 2. The logits come on top,
@@ -2088,11 +2096,11 @@ machine is its peak times the share that real training reaches, its **utilisatio
 - **electricity**: 436 g of CO2 for each kWh, the world's mean of 2022 (Ember, *Global Electricity
   Review 2023*). Grids differ tenfold; put in your own.
 
-Before our own run of depth 12 on one H200 these assumptions said 124 seconds and 32.8 GB; it took
-119 seconds and 31.8 GB (`benchmarks/RESULTS.md`). A larger test is a run whose outcome others have
-reported. nanochat's first release trained depth 20 on 11.22 billion tokens, $3.92\times 10^{19}$
-FLOPs. Reproductions needed 172 to 176 minutes of pretraining on eight H100 at a utilisation of 47
-to 48 %.
+Before our own run of the modern model of depth 12, over 65 million tokens on one H200, these
+assumptions said 124 seconds for its steps, and section 9 said 32.8 GB; they took 119 seconds and
+31.8 GB (`benchmarks/RESULTS.md`). A larger test is a run whose outcome others have reported.
+nanochat's first release trained depth 20 on 11.22 billion tokens, $3.92\times 10^{19}$ FLOPs.
+Reproductions needed 172 to 176 minutes of pretraining on eight H100 at a utilisation of 47 to 48 %.
 """
 
 
@@ -2208,7 +2216,8 @@ plt.show()
 # %% [markdown]
 r"""
 One seed and a few seconds settle little, and a third rate might do better.
-`benchmarks/laptop_training.py` gives each way two minutes, and Muon wins more clearly there.
+`benchmarks/laptop_training.py` gives each way two minutes. There Muon ends with a third fewer bits
+per byte than AdamW at 0.01, and in bfloat16 with a fifth fewer (`benchmarks/RESULTS.md`).
 
 Last, the forecasts of the run in section 6:
 """
