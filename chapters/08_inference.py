@@ -2202,8 +2202,9 @@ measured = bench(engine, (1, 4), prompt=64, new=16, repeats=1)
 # %% [markdown]
 r"""
 On one H200 a model of 24 layers has its first token 8 ms after a prompt of 512, and then one every
-0.60 ms: 1,666 a second, 62 % of what the memory can deliver. 128 readers together get 18,600 a
-second (`benchmarks/RESULTS.md`; the kernels behind it are appendix A6).
+0.60 ms: 1,666 a second, 62 % of what the memory delivers to a plain sum there. 128 readers together
+get 18,600 a second (`benchmarks/RESULTS.md`). Up to sixteen rows are read by the kernels of
+appendix A6, more by the model itself.
 
 Several beginnings at once, drawn at temperature 0.8:
 """
@@ -3029,7 +3030,8 @@ r"""
 - `Engine(model, tokenizer)` with `generate` (a `Stream` of `Token`), `generate_batch` (a list of
   `Completion`) and `token_probabilities`; `Sampling` holds the knobs. Requests share its `Loop`;
   `remember` keeps what a chat has read; on CUDA steps are recorded and looked at late, and reading
-  a prompt is recorded too;
+  a prompt is recorded too, and up to sixteen rows are read by the kernels of `nanochat.decode`
+  (appendix A6);
 - `KVCache`, `RingCache`, `sample`, `next_token_probabilities` and `generate_with_lookup` for
   those who build their own loop;
 - `nanochat.calculator`: `calculate`, and `ToolCalls` that answers calls in a stream of tokens;
