@@ -434,6 +434,7 @@ generalises better: run `make capstone` and ask that one.
 | all stages, larger | [12 The capstone](12_capstone.ipynb) | |
 | (not here) predicting large runs | [A2 Scaling laws](A2_scaling_laws.ipynb) | `scaling` |
 | (not here) speed on GPUs | [A3 Fast kernels](A3_fast_kernels.ipynb) | `kernels` |
+| (not here) writing fast on a GPU | [A6 Fast decoding](A6_fast_decoding.ipynb) | `decode` |
 | (not here) one command | [A4 The recipe of a run](A4_recipe.ipynb) | `recipe`, `report`, `cli` |
 | (not here) a web page and an endpoint | [A5 Serving it](A5_serving.ipynb) | `serve` |
 

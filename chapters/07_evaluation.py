@@ -891,10 +891,11 @@ r"""
 > beginnings once be at most? And for language modelling, with other shots for each item? Change
 > `shots` and the kind of the task above, and see.
 
-Most of the gain comes from not doing work; the rest from keeping the machine busy, which counts for
-more on a GPU. On one H200 a model of depth 12 scored 20 tasks of CORE, 63,674 items, in 86 seconds,
-13 times as fast as one by one (`benchmarks/RESULTS.md`). The last line of the cell checks what
-matters more: the decisions are the same.
+The first factor comes from keeping the machine busy, the rest from not doing work twice. Which one
+is larger depends on the machine, the model and the texts. On one H200 a model of depth 12 scored 20
+tasks of CORE, 63,674 items, in 86 seconds, 13 times as fast as one by one
+(`benchmarks/RESULTS.md`). The last line of the cell checks what matters more: the losses are the
+same, but for rounding.
 
 A task is now a loop over its items, some hundreds at a time. Python prepares their rows: it writes
 the texts, encodes them and looks for the spans. The GPU need not wait for that: a thread prepares

@@ -224,7 +224,8 @@ class KVCache:
 r"""
 `prepare` is for rows of different lengths. They need positions that are counted from where each row
 begins, and a mask that hides the padding before it. We come back to this when we write many rows at
-once.
+once. There we also copy from cache to cache: `groups` and `recent` say what lies where, and with
+`begin_like` a cache begins as a copy of another.
 """
 
 
@@ -1080,7 +1081,8 @@ and random numbers. `advance` reads those tokens, and chooses the next ones. Not
 tensor for its value, grows or moves anything. We shall see what that is good for.
 
 `choose` gives each row what its own knobs say. Finding the `k` likeliest or the top `p` takes a
-sort, which is slow, so we sort only when a row in the batch asks for it.
+sort, which is slow, so we sort only when a row in the batch asks for it. That is the *effort* of a
+step: 0 if all rows are greedy, 1 if some draw, 2 if some filter as well.
 """
 
 
@@ -1111,6 +1113,10 @@ r"""
 What a step has chosen must come to Python. It travels in a slot of memory that a GPU can write to
 (*pinned*), with a flag (an *event*) that goes up when it is there. Ids and log-probabilities go
 together, as float64, which holds both exactly. There are two slots; why, we shall see.
+
+On a GPU the batch may have help. The `decoder` of appendix A6 reads a token of each of up to 16
+rows with kernels of its own, and with effort 0 it chooses the next ones too. Elsewhere it is None,
+and the model does the work.
 """
 
 
@@ -1262,8 +1268,9 @@ print(f"{counter.count} operations for {n_layer} layers")
 # %% [markdown]
 r"""
 On a GPU Python only *asks*: it puts an operation into a queue, which takes some microseconds, and
-goes on. A step of 24 layers is about a thousand operations, so several milliseconds pass in Python,
-while the GPU could do the work in half of one.
+goes on. With 24 layers the same count is about 1,400. A quarter of these only look at a tensor in
+another shape, and the GPU never hears of them; a thousand are left. So several milliseconds pass in
+Python, while the GPU could do the work in about half of one.
 
 Our step always does the same operations on the same memory. So CUDA can **record** them, while
 Python asks for them once, and **replay** the whole queue at a single request. Such a recording is a
@@ -1362,7 +1369,8 @@ r"""
 What if the token of step $n$ ended its row? Then step $n + 1$ has read that last token and chosen
 one too many, which nobody takes. The last token's key and value are right, and a chat that goes on
 needs them anyway. What if step $n$ opened a tool call? Nothing happens before the call is *closed*,
-which is a step later at the earliest; so rows inside a call wait for each token.
+which is a step later at the earliest; so while a row is inside a call, the loop looks at every
+token at once.
 """
 
 
@@ -1519,13 +1527,13 @@ def prefill(
 
 # %% [markdown]
 r"""
-Until its first token is there, a reader looks at an empty line, and here too Python is the slower
-one: a prompt of a few hundred tokens takes a GPU two milliseconds, and a thousand operations or
-more have to be asked for. So we record the reading of a prompt as well. A recording has one size,
-prompts have many. We take the next power of two and let anything stand *behind* the prompt: the
-model is causal, so no token of the prompt sees it. The logits are taken at the prompt's last token,
-whose place is a number on the device. Keys and values are copied out of the recording's own cache,
-which the next prompt overwrites.
+Until the first token is there, a reader looks at an empty line, and here too Python is the slower
+one: a prompt of a few hundred tokens is a few milliseconds of work for a GPU, and a thousand
+operations or more have to be asked for. So we record the reading of a prompt as well. A recording
+has one size, prompts have many. We take the next power of two and let anything stand *behind* the
+prompt: the model is causal, so no token of the prompt sees it. The logits are taken at the prompt's
+last token, whose place is a number on the device. Keys and values are copied out of the recording's
+own cache, which the next prompt overwrites.
 """
 
 
@@ -1875,8 +1883,9 @@ What remains is a front: check the request, make its rows, and stream one or ret
 find theirs ready. So the requests of several threads become one batch.
 
 The engine holds the caller's model, not a copy, so a model that is being trained speaks with its
-newest weights. On a GPU a copy in bfloat16, made once, halves the bytes of every step. Eight-bit
-weights would halve them again; we leave it at bfloat16.
+newest weights. On a GPU a copy in bfloat16, made once, halves the bytes of every step; `pack_heads`
+lays its matrices in memory as the kernels of appendix A6 want them. Eight-bit weights would halve
+the bytes again; we leave it at bfloat16.
 """
 
 
@@ -2202,8 +2211,9 @@ measured = bench(engine, (1, 4), prompt=64, new=16, repeats=1)
 # %% [markdown]
 r"""
 On one H200 a model of 24 layers has its first token 8 ms after a prompt of 512, and then one every
-0.60 ms: 1,666 a second, 62 % of what the memory can deliver. 128 readers together get 18,600 a
-second (`benchmarks/RESULTS.md`; the kernels behind it are appendix A6).
+0.60 ms: 1,666 a second, 62 % of what the memory delivers to a plain sum there. 128 readers together
+get 18,600 a second (`benchmarks/RESULTS.md`). Up to sixteen rows are read by the kernels of
+appendix A6, more by the model itself.
 
 Several beginnings at once, drawn at temperature 0.8:
 """
@@ -2243,7 +2253,8 @@ r"""
 ### What a batch buys
 
 The same prompt and twenty tokens for more and more rows. Time per step grows slowly at first, so
-the tokens per second of all rows together climb, until arithmetic becomes the limit.
+the tokens per second of all rows together climb; less and less than in proportion, because each row
+brings a cache and arithmetic of its own.
 """
 
 
@@ -2329,7 +2340,8 @@ The tokens are the same in both, and would be the same alone: no row looks at an
 ### What remembering buys
 
 A chat of six turns. Without memory the engine reads the whole conversation for every answer; with
-`remember` it reads the new question.
+`remember` it reads the new question. What it remembers has to be copied and looked at, so that line
+may rise a little too, and times of a few milliseconds jitter.
 """
 
 # %%
@@ -3029,7 +3041,8 @@ r"""
 - `Engine(model, tokenizer)` with `generate` (a `Stream` of `Token`), `generate_batch` (a list of
   `Completion`) and `token_probabilities`; `Sampling` holds the knobs. Requests share its `Loop`;
   `remember` keeps what a chat has read; on CUDA steps are recorded and looked at late, and reading
-  a prompt is recorded too;
+  a prompt is recorded too, and up to sixteen rows are read by the kernels of `nanochat.decode`
+  (appendix A6);
 - `KVCache`, `RingCache`, `sample`, `next_token_probabilities` and `generate_with_lookup` for
   those who build their own loop;
 - `nanochat.calculator`: `calculate`, and `ToolCalls` that answers calls in a stream of tokens;

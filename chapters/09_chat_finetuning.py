@@ -1281,10 +1281,10 @@ r"""
 ## Judging a chat model
 
 Multiple choice needs no generation. We render the question, look at the one position that
-predicts the first token of the reply, and compare the logits of the letters. The logits have the
-shape (B, T, V): batch, position, vocabulary. From each row we take its last prompt position, and
-there the entries of the letters. This is fast, and it cannot fail on form. Its weakness is the
-same: a model that would never *say* a letter still gets a score.
+predicts the first token of the reply, and compare the logits of the letters. The model gives logits
+for these positions only (`positions`, chapter 3), a row of V numbers for each of B prompts. From
+each row we take the entries of the letters. This is fast, and it cannot fail on form. Its weakness
+is the same: a model that would never *say* a letter still gets a score.
 """
 
 

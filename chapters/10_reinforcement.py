@@ -406,6 +406,9 @@ of sampled tokens of the step. Every token then weighs the same, and a long righ
 than a short one. Dividing per reply instead ("sequences") makes each reply weigh the same: a wrong
 reply of 100 tokens pushes each of them down a tenth as hard as one of 10 tokens. That is one way in
 which models learn to ramble (Liu et al. 2025).
+
+Replies have all lengths, so here too we leave out the attention kernel that plans anew for each
+shape (`KERNELS`, chapter 7).
 """
 
 
@@ -691,7 +694,8 @@ def rl_step(
 # %% [markdown]
 r"""
 And the loop around it: the rate falls in a line to zero, every process takes its questions, and now
-and then we measure, evaluate and save.
+and then we measure, evaluate and save. Before the engine is asked, `refresh` lets it take over the
+weights as they are now (chapter 8).
 """
 
 
@@ -1029,8 +1033,8 @@ it has made it do *reliably* what it could do *sometimes*. That is why pass@k be
 good forecast of what RL with a verifiable reward can give.
 
 The control says that the reward did it, and not the exercise: pushed about by a coin, the model
-gains nothing. The gauges show the price. The policy moves away from where it started, and its
-replies vary less.
+gains nothing. The gauges show the price. They go up and down from step to step, but the policy ends
+away from where it started, and its replies vary less than they did there.
 """
 
 # %%

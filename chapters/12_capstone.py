@@ -276,5 +276,6 @@ of every stage, `metrics.jsonl` from which all plots and tables were drawn, and 
 - Allal et al. 2025, *SmolLM2*: how mixtures of data make a small model better.
 
 **Where to go from here**: your own text with `data="folder:PATH"`; a larger `depth`; the exercises
-of each chapter; appendix A2 to predict what ten times the compute would bring, before you rent it.
+of each chapter; appendix A2 to predict what ten times the compute would bring, before you rent it;
+appendices A3 and A6 to train and to write faster on a GPU.
 """

@@ -921,8 +921,8 @@ def pick_micro_batch(
 r"""
 How good is the guess? On a CPU chapter 5 finds it within a few per cent of the allocator. Here is
 the control: memory that was measured on GPUs, with compiled models. The first line is a run of this
-book, and no test: the count of compiled logits was chosen in its light. The others are reports of
-nanochat's runs, whose tables are kept in 16 bits.
+book from before chapter 3 had a loss made for the compiler: by our count its logits took 4 GB more
+than today's. The others are reports of nanochat's runs, whose tables are kept in 16 bits.
 """
 
 # %%
@@ -938,9 +938,13 @@ for what, depth, vocab_size, rows, measured in published:
 
 # %% [markdown]
 r"""
-Near enough to start from, not near enough to rely on: hence the trials. And if memory runs out in
-the middle of training, because another program takes some, `fit` halves the micro-batch and goes
-on.
+Near enough to start from, not near enough to rely on: hence the trials. Of the modern model, depth
+12 and 32 rows again, the estimate said 32.8 GB before a run that took 31.8
+(`benchmarks/RESULTS.md`). And if memory runs out in the middle of training, because another program
+takes some, `fit` halves the micro-batch and goes on.
+
+The next picture is the estimate alone. CUDA itself needs part of a card too, so a point just below
+a dashed line is too high: eight rows at depth 20, 23 GB by the estimate, are no plan for 24 GB.
 """
 
 # %%
@@ -1236,7 +1240,7 @@ r"""
 A class holds these together. The optimizer keeps its memory from base to mid to SFT (chapter 9). It
 begins afresh for reinforcement learning, where gradients are of another kind, and for LoRA, which
 trains other tensors. `save` writes what `__init__` reads, and the score of the step if it has one;
-the memory, two thirds of a checkpoint, only if somebody goes on with it.
+the memory, more than half of a checkpoint, only if somebody goes on with it.
 """
 
 
@@ -1756,7 +1760,8 @@ r"""
 The exams of the tiny world (chapter 9) have three kinds of questions; one is asked a second time,
 with letters to choose from. Runs on real conversations sit MMLU, ARC-Easy and GSM8K in their place.
 A letter takes a single pass, a written reply a hundred: so twenty times as many letters are asked
-for, which on GPUs is all that there are, and the intervals are narrow.
+for. With the settings for GPUs that is up to 10,000, all of ARC-Easy and most of MMLU, and the
+intervals are narrow.
 """
 
 

@@ -11,8 +11,8 @@ r"""
 # A6. Fast decoding
 
 By the end of this appendix you have shown why a large GPU writes one token ten times more slowly
-than its memory allows, and you have written the few kernels that close most of the gap without
-changing a single token.
+than its memory allows, and you have written the few kernels that close most of the gap and change
+nothing but rounding.
 
 We begin with the finished thing: a model whose weights are random, and the same greedy steps made
 twice, once by PyTorch and once by our kernels. They are written in Triton, a language for GPU
@@ -69,9 +69,10 @@ r"""
 6. test a GPU kernel on a machine without a GPU.
 
 Prerequisites: chapters 3 (the model, with the additions of section 9), 8 (the ring cache and the
-batch) and A3 (kernels and rooflines). Reading: 45 minutes. Running: under 60 seconds on two CPU
-cores. Triton comes with PyTorch for GPUs on Linux; without it, as on a Mac, the ideas run in
-plain PyTorch and the cells that start kernels say that they are skipped.
+batch) and A3 (kernels and rooflines). In the table of contents this appendix stands before chapter
+8, because the engine imports it; read it after. Reading: 45 minutes. Running: under 60 seconds on
+two CPU cores. Triton comes with PyTorch for GPUs on Linux; without it, as on a Mac, the ideas run
+in plain PyTorch and the cells that start kernels say that they are skipped.
 """
 
 # %% tags=["parameters"]
@@ -169,18 +170,18 @@ plt.show()
 r"""
 > **Exercise A6-floor**: bytes and floor, with the windows of a modern model.
 
-Now the truth. We measured a d24 in bfloat16 on one H200 (machine B of `benchmarks/RESULTS.md`), one
-row, the step recorded as a CUDA graph, so that Python does not count:
+Now the truth. We measured a modern d24 in bfloat16 on one H200 (machine B of
+`benchmarks/RESULTS.md`), with 560 tokens in the cache, the step recorded as a CUDA graph (chapter
+8), so that Python does not count:
 
-| what | ms a step |
-|---|---|
-| the floor | 0.30 |
-| all of PyTorch's operations, batch 1 | 3.11 |
-| the same, batch 8 | 3.21 |
-| its matrix products alone (cuBLAS) | 1.08 |
+| what | one row, ms | eight rows, ms |
+|---|---|---|
+| the floor, weights alone | 0.30 | 0.30 |
+| all of PyTorch's operations | 3.11 | 3.21 |
+| its matrix products alone (cuBLAS, NVIDIA's library) | 1.08 | 0.96 |
 
-Ten times the floor. Eight rows take as long as one, so it is not arithmetic. The products without
-anything between them take a third of the time, so it is not memory either. What is it?
+Ten times the floor. Eight rows take as long as one, so it is not arithmetic. The products alone
+read every weight in a third of the time, so it is not memory either. What is it?
 
 ## 2. Count
 
@@ -221,12 +222,12 @@ print(sorted(counts.items(), key=lambda item: -item[1])[:7])
 
 # %% [markdown]
 r"""
-About a thousand. On the GPU they become some 1,500 kernels, because attention over a mask and
-casts between dtypes are several each. Only a seventh of the operations are products.
+About a thousand. On the GPU they become more kernels, because attention over a mask and casts
+between dtypes are several each; we suppose 1,500. Only a sixth of the operations are products.
 
-A kernel costs time even when it has nothing to do: its programs must be sent to the processors
-(*launch*), its first loads take most of a microsecond to come back, and the next kernel may not
-begin before the last program has ended (*tail*). That is one to two microseconds. Each needs the
+A kernel costs time even when it has nothing to do: its programs must be sent to the GPU's
+processors (*launch*), its first loads must come back, and the next kernel may not begin before the
+last program has ended (*tail*). Together that is the kernel's *latency*. Each kernel needs the
 result of the one before it, so nothing overlaps: the step is a *dependent chain*. Let us take that
 as a model of the whole step, and ask which latency would explain what we measured.
 
@@ -246,18 +247,18 @@ for n_kernels in (1500, sum(counts.values()), 300, 123, 1):
 
 # %% [markdown]
 r"""
-With 1.9 microseconds for each of 1,500 kernels the model gives the measured time. So we want fewer
-kernels. How few? In a chain, a kernel must end where *every* number of
-the next result depends on *every* number of the last: a product with a matrix needs its whole
-input. A layer has four such places, and attention is a fifth kernel, since every head needs its
-whole query:
+With 1.9 microseconds for each of 1,500 kernels the model gives about the measured time. That is a
+fit to one number, not a measurement of latency; but it says what to try. We want fewer kernels. How
+few? In a chain, a kernel must end where *every* number of the next result depends on *every* number
+of the last: a product with a matrix needs its whole input. A layer has four such places, and
+attention is a fifth kernel, since every head needs its whole query:
 
 ```
 x ─> [norm, q k v] ─> [attention] ─> [proj, + stream] ─> [norm, up, relu²] ─> [down, + stream] ─>
 ```
 
-With one kernel to begin (the embedding), one for the head and one to choose the token, that is $5 L
-+ 3$: for d24, 123 instead of 1,500. In the model above they would take 0.55 ms.
+With one kernel to begin (the embedding), one for the head and one to choose the token, that is
+$5 L + 3$: for d24, 123 instead of 1,500. In the model above they would take 0.55 ms.
 
 > **Play.** What if a kernel cost 1 microsecond, or the weights were 8-bit numbers? Which of the two
 > helps PyTorch, and which helps us?
@@ -325,8 +326,9 @@ else:
 
 # %% [markdown]
 r"""
-It is right. Would it be fast? A GPU's memory answers after about 0.8 microseconds. To receive 4.8
-TB each second, so many bytes must be *on their way* at any moment (Little's law: rate times delay):
+It is right. Would it be fast? Suppose that a GPU's memory answers after 0.8 microseconds. To
+receive 4.8 TB each second, so many bytes must be *on their way* at any moment (Little's law: rate
+times delay):
 """
 
 # %%
@@ -337,10 +339,10 @@ print(f"{on_the_way / 1e6:.1f} MB on their way, {on_the_way / 132 / 1e3:.0f} kB 
 # %% [markdown]
 r"""
 The whole matrix of a projection in d24 is 4.7 MB: hardly more than must be under way at once. A
-loop that loads, waits and multiplies, tile after tile, never has enough under way. So all tiles of
-a row are loaded first, *into registers*, and only then multiplied. `tl.static_range` unrolls the
-loop, a tuple keeps the tiles. We also pretend that a row beyond the end is the last row
-(`tl.minimum`), which costs less than a mask.
+loop that loads, waits and multiplies, tile after tile, hardly ever has enough under way. So all
+tiles of a row are loaded first, into *registers* (the memory inside a processor, next to its
+arithmetic), and only then multiplied. `tl.static_range` unrolls the loop, a tuple keeps the tiles.
+We also pretend that a row beyond the end is the last row (`tl.minimum`): that needs no mask.
 
 ## 4. Begin before the input is there
 
@@ -348,11 +350,11 @@ Loads can begin earlier still. Look at a product again: *its weights do not depe
 kernels*. Only the vector does. What if a kernel could start while the one before it still runs,
 fetch its weights, and wait only then?
 
-NVIDIA's GPUs can do that since Hopper: **programmatic dependent launch**. Two instructions make
-it. `griddepcontrol.launch_dependents` in a kernel says: the next one may be sent to the processors
-now, where there is room. `griddepcontrol.wait` in the next one says: I go no further before the
-kernels ahead of me have ended and their results can be seen. The launch itself must carry a flag.
-Everything before the wait comes for free.
+NVIDIA's GPUs can do that since Hopper: **programmatic dependent launch**. Two instructions make it.
+`griddepcontrol.launch_dependents` in a kernel says: the next one may be sent to the processors now,
+where there is room. `griddepcontrol.wait` in the next one says: I go no further before the kernels
+ahead of me have ended and their results can be seen. The launch itself must carry a flag. What
+stands before the wait overlaps with the kernel ahead.
 """
 
 
@@ -377,7 +379,9 @@ r"""
 A picture. Each kernel has three phases: its launch, the reading of its weights, and its work (fetch
 the input, multiply, write). Plainly, all of that stands in one row. With an early launch, the
 launch of the next kernel and its reading overlap with the work of this one. The weights still
-follow each other, because the memory is one pipe for all, but the pipe does not run dry.
+follow each other, because the memory is one pipe for all, but the pipe does not run dry. The times
+are made up: 2.4 microseconds to read what is, on average, a kernel's share of the weights of d24,
+0.7 to launch it and 1.2 for its work.
 """
 
 
@@ -490,11 +494,11 @@ r"""
 sixteen rows, fewer than the GPU has processors. So eight programs share the rows, each takes an
 eighth of `K`, and their parts are added. A second kernel could add them, but kernels are what we
 are short of. Instead **the last program to arrive does it**. Each stores its part and then counts
-itself with an atomic addition; whoever finds that all others were there before reads the parts and
-goes on. The order of memory matters: the count must *release* our stores and *acquire* theirs
-(`acq_rel`), a barrier makes all threads of the program store before one of them counts, and the
-parts are read past the processor's own cache (`.cg`), which may hold something old. The last one
-also sets the counter back to zero, for the next step.
+itself with an *atomic* addition, which no other can interrupt; whoever finds that all others were
+there before reads the parts and goes on. The order of memory matters: the count must *release* our
+stores and *acquire* theirs (`acq_rel`), a barrier makes all threads of the program store before one
+of them counts, and the parts are read past the processor's own cache (`.cg`), which may hold
+something old. The last one also sets the counter back to zero, for the next step.
 """
 
 
@@ -569,7 +573,8 @@ r"""
 
 Before each product with the stream stands a norm: $\text{rms\_norm}(x) = x / r$ with $r =
 \sqrt{\text{mean}(x^2) + \epsilon}$. As a kernel of its own it would cost two microseconds for
-almost no work, 49 times a token. But $r$ is one number for a row, and a product is linear:
+almost no work in our model of section 2, 49 times a token. But $r$ is one number for a row, and a
+product is linear:
 
 $$W\, \frac{x}{r} = \frac{W x}{r}$$
 
@@ -588,15 +593,15 @@ print(f"norm before or after the product: they differ by {(before - after).abs()
 r"""
 Who computes the sum of squares? The kernel that *writes* the stream has the numbers in its
 registers. But each of its programs has only some channels. So each writes the sum over its own:
-`squares` is (rows, parts). The reader adds some hundred numbers up, which is cheaper than one more
-arrival.
+`squares` is (rows, parts). The reader adds a few hundred numbers up, which we suppose is cheaper
+than one more arrival.
 
 > **Exercise A6-norm**: the norm from the parts.
 
 `read_stream` is the kernel of three products: queries, keys and values at once (the three matrices
 lie one after the other in memory, section 10), the MLP's first, and the head. An `ACT` at the end
-saves another kernel: relu squared, or the softcap of the logits, with $\tanh z = 1 - 2 / (e^{2z} +
-1)$. The number 1.19e-07 is the $\epsilon$ of `rms_norm` in float32.
+saves another kernel: relu squared, or the softcap of the logits, with
+$\tanh z = 1 - 2 / (e^{2z} + 1)$. The number 1.19e-07 is the $\epsilon$ of `rms_norm` in float32.
 """
 
 
@@ -821,14 +826,13 @@ for batch in (1, n_rows):
 r"""
 ## 8. Attention, shared
 
-A row has $H$ heads, each with its own keys and values of every token so far. One program for a
-head would leave most of the GPU idle and read a long text alone. So a head's *slots* are split, 64
-or more for each program, and the parts put together. But attention is a softmax, and a program
-that sees some of the scores does not know the sum over all. The trick is that of flash attention
-(appendix A3): a part is remembered as three things, the highest score $m$, the sum $s$ of
-$e^{\text{score}
-- m}$, and the values weighed with the same. Two parts become one by shrinking the one with the
-  lower maximum:
+A row has $H$ heads, and each looks at the keys and values of every token so far. A d24 has twelve
+heads, and an H200 has 132 processors: one program for a head would leave most of them idle. So a
+head's *slots* (the places of its ring, chapter 8) are split, 64 or more for each program, and the
+parts put together. But attention is a softmax, and a program that sees some of the scores does not
+know the sum over all. The trick is that of flash attention (appendix A3): a part is remembered as
+three things, the highest score $m$, the sum $s$ of $e^{\text{score} - m}$, and $r$, the values
+weighed with the same. Two parts become one by shrinking the one with the lower maximum:
 
 $$m = \max(m_1, m_2), \quad s = s_1 e^{m_1 - m} + s_2 e^{m_2 - m}, \quad
 r = r_1 e^{m_1 - m} + r_2 e^{m_2 - m}, \quad \text{result} = r / s$$
@@ -859,7 +863,7 @@ print([f"{(r / s - whole).abs().max():.1e}" for _, s, r in (forward, backward)])
 
 # %% [markdown]
 r"""
-Exact, in any order and however the scores are spread.
+Exact but for rounding, in any order and however the scores are spread.
 
 > **Exercise A6-together**: many parts at once, some of them empty.
 
@@ -1096,9 +1100,9 @@ def embed(
 
 # %% [markdown]
 r"""
-`pick` ends a greedy step. In PyTorch that is a dozen small kernels: subtract the penalty, take the
-largest, look whether an id is forced, a log-sum-exp for the logprob, count, let the clock tick. The
-vocabulary is split between sixteen programs, each leaves four numbers, and the last to arrive
+`pick` ends a greedy step. In PyTorch that is a dozen small operations: subtract the penalty, take
+the largest, look whether an id is forced, a log-sum-exp for the logprob, count, let the clock tick.
+The vocabulary is split between sixteen programs, each leaves four numbers, and the last to arrive
 finishes. Of equal logits the first wins, as with `argmax`.
 """
 
@@ -1353,8 +1357,8 @@ class Decoder(Kernels):
 # %% [markdown]
 r"""
 The engine of chapter 8 asks `decoder` and takes what it gets: a Decoder, or None where the model
-itself must do. A group of up to sixteen rows is small enough to be memory's business; beyond that,
-cuBLAS does well. Low-rank layers and other guests in the model (chapter 9) do not fit our kernels.
+itself must do. Our kernels take at most sixteen rows; where cuBLAS begins to be better, we have not
+measured. Low-rank layers and other guests in the model (chapter 9) do not fit our kernels.
 """
 
 
@@ -1382,13 +1386,13 @@ def decoder(model: GPT, cache: Any) -> Decoder | None:
 
 # %% [markdown]
 r"""
-## 11. The same tokens from a tenth of the kernels
+## 11. The same tokens from an eighth of the launches
 
 The result of this appendix has two halves. First: is it the same? The **baseline** is the model
 itself, through `Batch.advance`. The **control** must differ, or the comparison proves nothing: a
 decoder in which the norm forgets one of its parts, the very mistake that fusion invites. We compare
-the logits of a modern model after some steps, with one row and with three that stand at different
-lengths in a ring whose hand has gone around.
+the tokens of a modern model and their logprobs over some steps, with one row and with three that
+stand at different lengths in a ring whose hand has gone around.
 """
 
 
@@ -1443,8 +1447,11 @@ else:
 
 # %% [markdown]
 r"""
-Rounding apart, they are the same, and the control is not. Second: how many kernels is it? We do not
-trust the formula $5 L + 3$ but count the launches.
+Rounding apart, they are the same, and the control is not. Look at its first line: a wrong decoder
+can choose the right tokens for a while, so we compare logprobs too. This is float32; in bfloat16 a
+trained d12 on the H200 came within 0.5 %, and there a near tie may fall the other way.
+
+Second: how many kernels is it? We do not trust the formula $5 L + 3$ but count the launches.
 """
 
 
@@ -1531,28 +1538,38 @@ else:
 
 # %% [markdown]
 r"""
-On one H200 (machine B of `benchmarks/RESULTS.md`) a d24 in bfloat16 takes, with one row, **0.60
-ms** with our kernels against 3.11 ms with PyTorch's: 5.2 times as fast, and twice the floor; eight
-rows take 0.95 ms against 3.21. One row is less than cuBLAS needs for the products alone (1.08 ms).
-The picture of section 4 promised more.
-A kernel that lasts three microseconds spends much of its life filling and emptying its loads, and
-an early start hides only part of that.
+On one H200 (machine B of `benchmarks/RESULTS.md`) a d24 in bfloat16 takes:
+
+| a step | one row, ms | eight rows, ms |
+|---|---|---|
+| PyTorch | 3.11 | 3.21 |
+| its matrix products alone (cuBLAS) | 1.08 | 0.96 |
+| our kernels without an early start | 0.76 | |
+| the same, started early | 0.67 | |
+| norm and mix moved, weights read before the wait | **0.60** | **0.95** |
+| the floor, weights alone | 0.30 | 0.30 |
+
+With one row ours are 5.2 times as fast as PyTorch, at twice the floor, and need less than cuBLAS
+for the products alone; with eight rows they need as much as cuBLAS. The picture of section 4
+promised more. We suppose that a kernel of five microseconds spends much of its life filling and
+emptying its loads, and that an early start hides only part of that.
 
 ### What did not help
 
 We tried more than we kept, and measured it on the same machine.
 
-- **Asking for the weights of a later kernel beforehand**, with `cp.async.bulk.prefetch.L2`. In
-  pieces of 128 bytes it made a step three times *slower* (2.12 ms); we suppose that so many
-  requests stand in the way of the real loads. In one piece for each program, or line by line with
-  `prefetch.global.L2`, a step took 0.64 to 0.65 ms: the early start already does the same.
-- **Larger blocks for several rows**, 32 or 64 rows of weights in four warps instead of 16 in one:
-  0.99 to 1.05 ms instead of 0.95.
+- **Asking for the weights of a later kernel beforehand**, into the cache that all processors share
+  (L2). With `cp.async.bulk.prefetch.L2` in pieces of 128 bytes a step took 2.12 ms, more than three
+  times as long; we suppose that so many requests stand in the way of the real loads. In one piece
+  for each program, or line by line with `prefetch.global.L2`, it took 0.64 to 0.65 ms and was still
+  no help: perhaps the early start already does the same.
+- **Larger blocks for several rows**, 32 or 64 rows of weights in four warps instead of 16 in one,
+  were slower as well.
 
 Each of them looked right on paper. So: one change at a time, and the clock decides.
 
 > **Play.** Would fewer, larger layers be faster? A model of half the depth with as many weights has
-> half the kernels.
+> half the kernels. (We keep the head as it is.)
 """
 
 # %%
@@ -1567,9 +1584,10 @@ r"""
 
 `nanochat.decode` has `decoder(model, cache)`, which gives the engine a `Decoder` where one can
 serve; `Decoder` reads a token of up to sixteen rows with five kernels a layer, or makes a whole
-greedy step (`step`); `pack_heads` and `is_packed` prepare a model. The kernels are `embed`,
-`read_stream`, `attend_ring`, `write_stream` and `pick`. `Engine` (chapter 8) uses all of it by
-itself, so chat, the server and reinforcement learning write faster, and nothing else has changed.
+greedy step (`step`); `runs_kernels` says whether a device will do, `pack_heads` prepares a model
+and `is_packed` looks. The kernels are `embed`, `read_stream`, `attend_ring`, `write_stream` and
+`pick`. `Engine` (chapter 8) uses all of it by itself wherever sixteen rows or fewer decode on such
+a GPU: in chat, the server and reinforcement learning. But for rounding, only the time has changed.
 
 The idea outlives the kernels: in a chain of small steps, count the steps before you count the
 operations. Move what is a number for each row across a product, give each kernel the work around
@@ -1578,8 +1596,8 @@ it, and start what needs no input before the input is there.
 ### Pitfalls
 
 - **Reading too early.** A load that slips in front of the wait reads what an earlier kernel is
-  still writing. It nearly always works, and fails on a busy machine. Only weights and what earlier
-  *steps* wrote may stand there.
+  still writing. It may work for long before it fails. Only weights and what earlier *steps* wrote
+  may stand there.
 - **Forgetting the first wait.** If `embed` let others start before it waited, the attention of
   layer 0 could read the clock of the step before. Nothing crashes; the text is a little wrong.
 - **Counters that are not set back.** The last program to arrive must leave zero behind, or the
@@ -1588,8 +1606,8 @@ it, and start what needs no input before the input is there.
   text then changes from run to run at a near tie.
 - **Softmax over nothing.** A part that sees no slot has the maximum $-\infty$. NaN appears only
   for short texts in long rings, that is, in the first answer of a user and in no benchmark.
-- **Timing without a graph.** Plain launches from Python cost more than these kernels take. A test
-  without recording shows Python's speed, not the GPU's.
+- **Timing without a graph.** A launch from Python easily costs more than such a kernel takes. A
+  test without recording shows Python's speed, not the GPU's.
 
 ### Readings
 
