@@ -1324,10 +1324,10 @@ for name, fields in added.items():
 
 # %%
 fig, ax = figure(
-    "In a run this short only the residual scalars help",
+    "In a run this short only the residual scalars leave the seed's band",
     "validation loss gained over the classic model (nats per token)",
     size=(6, 2.6),
-    alt="Bars of the loss gained: residual scalars and all together much, the others about none.",
+    alt="Bars of the loss gained: residual scalars and all together much, others in the grey band.",
 )
 names = [name for name in added if name != "classic"][::-1]
 gains = [(sum(worth["classic"]) - sum(worth[name])) / seeds for name in names]

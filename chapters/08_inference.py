@@ -2362,7 +2362,7 @@ assert written["remember"] == written["read it all again"]
 # %%
 fig, ax = figure(
     "With memory, a turn costs what is new in it", "turn", "ms to the first token", size=(5, 2.2),
-    alt="Milliseconds to the first token over turns: rising without memory, flat with it.",
+    alt="Milliseconds to the first token over turns: rising without memory, lower with it.",
 )  # fmt: skip
 for (name, milliseconds), color in zip(first_token.items(), COLORS[1::-1]):
     ax.plot(range(1, 7), milliseconds, "o-", label=name, color=color)

@@ -949,7 +949,7 @@ a dashed line is too high: eight rows at depth 20, 23 GB by the estimate, are no
 
 # %%
 fig, ax = figure(
-    "By the estimate a 24 GB card takes 16 rows at depth 12, 4 at depth 20",
+    "By the estimate a 24 GB card takes 16 rows at depth 12, 8 at depth 20",
     "micro-batch (rows of 2,048 tokens)",
     "memory (GB)",
     alt="Three lines that rise with the micro-batch, and two dashed lines for cards.",

@@ -132,7 +132,7 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Read a checkpoint (the newest, unless a step is named) and build its model on `device`.
 
-    Who does not train on leaves the state of the `optimizer`, two thirds of all, unread. Raises
+    Who does not train on leaves the state of the `optimizer`, more than half of all, unread. Raises
     UserError when there is no checkpoint or a file is broken. Only tensors and JSON are read:
     nothing in a checkpoint is executed.
     """

@@ -274,7 +274,8 @@ class Buffers:
         self.logits = torch.zeros(B, config.padded_vocab, **wide)
         self.narrow = torch.zeros(B, C, **narrow)
         self.heads, self.hidden = torch.zeros(B, H * D, **narrow), torch.zeros(B, 4 * C, **narrow)
-        most = max(B * H * MOST_SPLITS * (D + 2), 8 * self.rows * power_of_two(C))
+        splits = max(size[-1] for size in SOME_ROWS.values())  # of a row of weights
+        most = max(B * H * MOST_SPLITS * (D + 2), splits * self.rows * power_of_two(4 * C))
         self.scratch = torch.zeros(most, **wide)
         self.counter = torch.zeros(max(B * H, C), device=device, dtype=torch.int32)
 
