@@ -245,6 +245,10 @@ class SingleProcess:
     def average_gradients(self, model: torch.nn.Module) -> None:
         """Average gradients over the processes: there is one, so they stay."""
 
+    def gradient_norm(self, model: torch.nn.Module) -> Tensor:
+        """Return the length of the averaged gradient."""
+        return gradient_norm(model)
+
     def sum(self, value: Tensor) -> Tensor:
         """Add a tensor up over the processes: there is one, so it is the sum."""
         return value
@@ -773,7 +777,7 @@ def fit(
             micro_batches = [batches.next() for _ in range(accumulation)]
             waited = time.perf_counter() - began
             loss, n_tokens = gradients.add_up(micro_batches)
-            norm = gradient_norm(model)
+            norm = world.gradient_norm(model)
             size = None if step % look_every else stream_size(model, micro_batches[0][0][:1])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -1227,10 +1227,9 @@ model that is cut each keeps the state of its part (chapter 6).
 def stage_optimizer(model: GPT, recipe: Recipe, world: Any, lora: bool) -> MuonAdamW:
     """Return the optimizer of a stage, sharded over the processes when there are several."""
     rates = (recipe.matrix_lr, recipe.embedding_lr, recipe.head_lr, recipe.weight_decay)
-    several = world.world_size > 1
+    several, compiled = world.world_size > 1, compiles(recipe, world.device)
     if several and not lora:
-        return build_sharded_optimizer(model, world, *rates)
-    compiled = compiles(recipe, world.device)
+        return build_sharded_optimizer(model, world, *rates, compiled)
     groups = lora_groups(model) if lora else param_groups(model, *rates, compiled)
     return ShardedMuonAdamW(groups, world) if several else MuonAdamW(groups)
 

@@ -37,7 +37,7 @@ from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError, pick_device, synchronize, usable_cores
 from nanochat.model import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, adamw_update, muon_update, param_groups
-from nanochat.train import SingleProcess
+from nanochat.train import SingleProcess, gradient_norm
 
 __all__ = [
     "BUS_FACTORS",
@@ -157,6 +157,12 @@ class ProcessGroup:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
         mean_over_ranks([p.grad for p in params], self.reduce_dtype, self.bucket_bytes)
+
+    def gradient_norm(self, model: nn.Module) -> Tensor:
+        """Return the length of the averaged gradient, also when its pieces are at their owners."""
+        if self.reducer and next(model.parameters()) in self.reducer.bucket_of:
+            return self.reducer.norm()
+        return gradient_norm(model)
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks, as a new tensor where the old one was."""
@@ -573,8 +579,8 @@ class Layout:
         self.dtype, self.device = dtype or self.params[0].dtype, self.params[0].device
 
     def empty(self) -> Tensor:
-        """Return a new flat tensor (n_ranks * width,)."""
-        return torch.zeros(len(self.share) * self.width, dtype=self.dtype, device=self.device)
+        """Return a new flat tensor (n_ranks * width,), not filled yet."""
+        return torch.empty(len(self.share) * self.width, dtype=self.dtype, device=self.device)
 
     def part(self, flat: Tensor, rank: int) -> Tensor:
         """Return the part of one rank, (width,), a view."""
@@ -593,7 +599,7 @@ def start_reduce_scatter(layout: Layout) -> tuple[Tensor, Any]:
 
     A gradient that is missing counts as zero.
     """
-    flat = layout.empty()
+    flat = layout.empty().zero_()
     for owner in range(len(layout.share)):
         for piece, place in layout.slots(layout.part(flat, owner), owner):
             if piece.param.grad is not None:
@@ -619,7 +625,7 @@ def reduction_layouts(
     """Return the buckets in which gradients are reduced: small tensors together, last layers first.
 
     `shares` is what `share_out` gave. A bucket has at most `world.bucket_bytes`, or one tensor, or
-    one matrix for each rank.
+    one matrix for each rank; of matrices as many for each rank as fit.
     """
     pieces = [[p for share in shares for p in share[rank]] for rank in range(world.world_size)]
     small_first = sorted(
@@ -627,8 +633,8 @@ def reduction_layouts(
     )
     cuts = list(buckets(small_first, world.bucket_bytes))
     for params in (g["params"][::-1] for g in groups if g["kind"] == "muon"):
-        limit = max(world.bucket_bytes, world.world_size * params[0].nbytes)
-        cuts += buckets(params, limit)
+        each = world.world_size * params[0].nbytes  # a matrix for each rank
+        cuts += buckets(params, max(1, world.bucket_bytes // each) * each)
     layouts = []
     for cut in map(set, cuts):
         share = [[piece for piece in own if piece.param in cut] for own in pieces]
@@ -685,6 +691,13 @@ class Reducer:
             self.order = self.world.exchange(self.full + rest)[0]
         for bucket in self.order[len(self.started) :]:
             self.start(bucket)
+
+    def norm(self) -> Tensor:
+        """Wait for all averaged gradients; return their length over all ranks. A collective."""
+        for _, work in self.started.values():
+            work.wait()
+        mine = torch.nn.utils.get_total_norm([part for part, _ in self.started.values()])
+        return self.world.sum(mine.float().square()).sqrt() / self.world.world_size
 
     def take(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
         """Wait for averaged gradients and return them: {param: this rank's piece, flat}."""

@@ -27,6 +27,7 @@ from nanochat.distributed import (
 )
 from nanochat.model import GPT, MODERN, GPTConfig
 from nanochat.optim import MuonAdamW, build_optimizer
+from nanochat.train import gradient_norm
 
 CONFIG = GPTConfig(vocab_size=53, seq_len=16, n_layer=3, n_head=2, n_kv_head=1, n_embd=20)
 MODERN_CONFIG = replace(CONFIG, **MODERN)  # every kind of parameter there is
@@ -213,12 +214,12 @@ def any_shapes(world, directory):
 def early(world, directory):
     """Buckets go off inside the backward pass, in one order, also where a rank lacks a gradient."""
     world.bucket_bytes = 1
-    model, alone = GPT(CONFIG), GPT(CONFIG)
+    model, alone = GPT(CONFIG).to(world.device), GPT(CONFIG).to(world.device)
     plain, optimizer = build_optimizer(alone), build_sharded_optimizer(model, world)
     optimizer.overlap()
     reducer, orders = optimizer.reducer, []
     for step in range(3):
-        inputs, targets = global_batch(step)
+        inputs, targets = (x.to(world.device) for x in global_batch(step))
         alone(inputs, targets).backward()
         inputs, targets = (x[world.rank :: world.world_size] for x in (inputs, targets))
         model(inputs, targets).backward()
@@ -228,6 +229,7 @@ def early(world, directory):
             sent = [p for i in reducer.started for p in reducer.layouts[i].params]
             assert all(param.grad is None for param in sent)  # freed as soon as they are sent
         world.average_gradients(model)
+        assert torch.allclose(world.gradient_norm(model), gradient_norm(alone), rtol=1e-4)
         orders.append(list(reducer.started))
         for each in (plain, optimizer):
             each.step()
@@ -237,12 +239,13 @@ def early(world, directory):
     # The last rank has no gradient for the head: its hook never fires, and nobody waits for ever.
     frozen = world.rank == world.world_size - 1
     model.head.weight.requires_grad_(not frozen)
-    model(*global_batch(9)).backward()
+    inputs, targets = (x.to(world.device) for x in global_batch(9))
+    model(inputs, targets).backward()
     model.head.weight.requires_grad_(True)
     world.average_gradients(model)
     (got,) = reducer.take([model.head.weight]).values()
     mine = optimizer.shares[0][world.rank][0]
-    alone(*global_batch(9)).backward()
+    alone(inputs, targets).backward()
     expected = mine.of(alone.head.weight.grad) * (world.world_size - 1) / world.world_size
     assert torch.allclose(got, expected, atol=1e-6)
     optimizer.step()
