@@ -128,6 +128,8 @@ def modern(world, directory):
     ways["plain passes"] = ways["plain"]
     ways["overlapped passes"] = lambda model: ways["overlapped"](model, passes=3)
     ways["recomputed passes"] = lambda model: ways["cut"](model, recompute=True)
+    if world.device.type == "cuda":
+        ways["compiled"] = lambda model: build_sharded_optimizer(model, world, compiled=True)
     for way, build in ways.items():
         passes = 3 if "passes" in way else 1
         model, _ = train(build, world, 3, model=GPT(MODERN_CONFIG), passes=passes)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from nanochat.recipe import (
     run_stage,
     run_stage_here,
     scaled_settings,
+    stage_optimizer,
     training_speed,
     utilisation,
 )
@@ -40,6 +42,16 @@ CPU = torch.device("cpu")
 
 
 # The rules of a recipe.
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_optimizer_of_several_ranks_is_compiled_like_that_of_one(ranks):
+    config = GPTConfig(vocab_size=128, seq_len=8, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
+    facts = dict(rank=0, device=CPU, bucket_bytes=1 << 20, reduce_dtype=torch.float32)
+    world = SimpleNamespace(world_size=ranks, **facts)
+    for choice in ("yes", "no"):
+        optimizer = stage_optimizer(GPT(config), Recipe(compile=choice), world, lora=False)
+        assert all(group["compiled"] == (choice == "yes") for group in optimizer.param_groups)
 
 
 @pytest.mark.parametrize(
