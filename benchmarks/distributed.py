@@ -56,7 +56,7 @@ from nanochat.distributed import (
 from nanochat.model import GPT, GPTConfig
 from nanochat.optim import adamw_update, build_optimizer, muon_update, param_groups
 from nanochat.report import markdown_table
-from nanochat.train import Gradients, SingleProcess
+from nanochat.train import Gradients, SingleProcess, spared_garbage
 
 WAYS = ("trainer", "averaged", "blocks", "cut", "cut+recompute")
 torch._dynamo.config.recompile_limit = 64  # several depths and ways in one process
@@ -130,13 +130,14 @@ def milliseconds(before, after):
 
 def timed(world, n_steps, step):
     """Return (seconds a step, marks of the last step), all ranks beginning together."""
-    world.barrier()
-    synchronize(world.device)
-    began = time.perf_counter()
-    for _ in range(n_steps):
-        marks = step()
-    synchronize(world.device)
-    return (time.perf_counter() - began) / n_steps, marks
+    with spared_garbage():  # as in `fit`: a rank that tidies up keeps all others waiting
+        world.barrier()
+        synchronize(world.device)
+        began = time.perf_counter()
+        for _ in range(n_steps):
+            marks = step()
+        synchronize(world.device)
+        return (time.perf_counter() - began) / n_steps, marks
 
 
 def time_scaling(args, parts, batch, passes, world):
