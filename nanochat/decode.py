@@ -4,7 +4,7 @@ Exported from chapters/A6_fast_decoding.py (chapter A6, Fast decoding); edit the
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +12,18 @@ from torch import Tensor
 from nanochat.model import GPT, Linear, ValueGate
 
 __all__ = [
+    "Block",
     "Buffers",
     "Decoder",
     "Kernels",
+    "LOOK_ONE",
+    "LOOK_SOME",
+    "Look",
     "MOST_ROWS",
     "MOST_SPLITS",
     "ONE_ROW",
     "Products",
-    "SLOTS_EACH",
     "SOME_ROWS",
-    "STAGES",
     "added_up",
     "arrive",
     "attend_ring",
@@ -29,7 +31,6 @@ __all__ = [
     "constexpr",
     "decoder",
     "embed",
-    "fill_slot",
     "gate_of",
     "gdc_launch_dependents",
     "gdc_wait",
@@ -39,20 +40,25 @@ __all__ = [
     "one_row",
     "pack_heads",
     "pick",
+    "places",
     "power_of_two",
     "product",
     "put_together",
-    "read_slots",
     "read_stream",
+    "ring_of",
     "runs_kernels",
-    "scores_of",
+    "scale_of",
+    "shared_memory",
+    "slices_of",
     "some_rows",
     "start_early",
+    "tiles_of",
     "tl",
     "triton",
     "turned",
     "value_of_id",
     "wait_for_input",
+    "weights_of",
     "write_stream",
 ]
 
@@ -87,15 +93,22 @@ def wait_for_input(EARLY: constexpr):
 
 
 @kernel
-def one_row(x, w, last, K: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr, EARLY: constexpr):
-    """Return (BLOCK_N,): the products of rows of w with the vector x (K,)."""
-    n, k = tl.minimum(tl.arange(0, BLOCK_N), last), tl.arange(0, BLOCK_K)
-    tiles = ()
-    for first in tl.static_range(0, K, BLOCK_K):  # weights do not depend on other kernels
+def tiles_of(w, n, K: constexpr, BLOCK_K: constexpr):
+    """Load rows n (BLOCK_N,) of w (N, K) as a tuple of tiles (BLOCK_N, BLOCK_K)."""
+    k, tiles = tl.arange(0, BLOCK_K), ()
+    for first in tl.static_range(0, K, BLOCK_K):
         place = w + n[:, None] * K + first + k[None, :]
-        tiles = tiles + (tl.load(place, (first + k < K)[None, :], 0.0),)
-    wait_for_input(EARLY)
-    out = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        if K % BLOCK_K == 0:
+            tiles = tiles + (tl.load(place),)
+        else:
+            tiles = tiles + (tl.load(place, (first + k < K)[None, :], 0.0),)
+    return tiles
+
+
+@kernel
+def one_row(tiles, x, K: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr):
+    """Return (BLOCK_N,): the products of tiles of weights with the vector x (K,)."""
+    k, out = tl.arange(0, BLOCK_K), tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for i in tl.static_range(len(tiles)):
         vector = tl.load(x + i * BLOCK_K + k, i * BLOCK_K + k < K, 0.0)
         out += tiles[i].to(tl.float32) * vector.to(tl.float32)[None, :]
@@ -103,25 +116,34 @@ def one_row(x, w, last, K: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr, EA
 
 
 @kernel
-def some_rows(
-    x, w, last, n_rows, K: constexpr, SPAN: constexpr, ROWS: constexpr, BLOCK_N: constexpr,
-    BLOCK_K: constexpr, STAGES: constexpr, EARLY: constexpr,
-):  # fmt: skip
-    """Return (BLOCK_N, ROWS): the products of rows of w with the rows of x, over SPAN of K."""
-    n, k = tl.minimum(tl.arange(0, BLOCK_N), last), tl.arange(0, BLOCK_K)
-    r = tl.minimum(tl.arange(0, ROWS), n_rows - 1)
-    tiles, vectors = w + n[:, None] * K + k[None, :], x + r[None, :] * K + k[:, None]
-    out = tl.zeros((BLOCK_N, ROWS), tl.float32)
-    wait_for_input(EARLY)
-    for first in tl.range(0, SPAN, BLOCK_K, num_stages=STAGES):
-        inside = first + k < SPAN
-        if SPAN % BLOCK_K == 0:
-            tile, vector = tl.load(tiles + first), tl.load(vectors + first)
+def slices_of(w, n, K: constexpr, SPAN: constexpr, BLOCK_K: constexpr, SLICES: constexpr):
+    """Load SPAN channels of rows n of w (N, K): a tuple of tiles (SLICES, BLOCK_N, BLOCK_K)."""
+    k = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    tiles = ()
+    for first in tl.static_range(0, SPAN, SLICES * BLOCK_K):
+        place = w + n[None, :, None] * K + first + k[:, None, :]
+        if SPAN % (SLICES * BLOCK_K) == 0:
+            tiles = tiles + (tl.load(place),)
         else:
-            tile = tl.load(tiles + first, inside[None, :], 0.0)
-            vector = tl.load(vectors + first, inside[:, None], 0.0)
-        out = tl.dot(tile, vector, out, input_precision="ieee")
-    return out
+            tiles = tiles + (tl.load(place, (first + k < SPAN)[:, None, :], 0.0),)
+    return tiles
+
+
+@kernel
+def some_rows(
+    tiles, x, r, K: constexpr, SPAN: constexpr, ROWS: constexpr, BLOCK_N: constexpr,
+    BLOCK_K: constexpr, SLICES: constexpr,
+):  # fmt: skip
+    """Return (BLOCK_N, ROWS): the products of tiles of weights with SPAN channels of x's rows r."""
+    k = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    vectors = ()
+    for first in tl.static_range(0, SPAN, SLICES * BLOCK_K):
+        place = x + r[None, None, :] * K + first + k[:, :, None]
+        vectors = vectors + (tl.load(place, (first + k < SPAN)[:, :, None], 0.0),)
+    out = tl.zeros((SLICES, BLOCK_N, ROWS), tl.float32)
+    for i in tl.static_range(len(tiles)):
+        out = tl.dot(tiles[i], vectors[i], out, input_precision="ieee")
+    return tl.sum(out, 0)
 
 
 @kernel
@@ -150,67 +172,95 @@ def added_up(value, scratch, counter, ROWS: constexpr, BLOCK_N: constexpr, SPLIT
 
 
 @kernel
-def product(
-    x, w, scratch, counter, n_rows, first, K: constexpr, N: constexpr, ROWS: constexpr,
-    BLOCK_N: constexpr, BLOCK_K: constexpr, SPLITS: constexpr, STAGES: constexpr, EARLY: constexpr,
+def weights_of(
+    w, K: constexpr, N: constexpr, ROWS: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr,
+    SPLITS: constexpr, SLICES: constexpr,
 ):  # fmt: skip
-    """Return the products of x with rows first, ... of w (N, K), their places and a mask.
-
-    Products and places are (BLOCK_N,) for one row, else (BLOCK_N, ROWS).
-    """
-    w += first * K
+    """Load this program's weights, which depend on no other kernel, as a tuple of tiles."""
+    n = tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
     if ROWS == 1:
-        where = first + tl.arange(0, BLOCK_N)
-        value, mask = one_row(x, w, N - 1 - first, K, BLOCK_N, BLOCK_K, EARLY), where < N
+        tiles = tiles_of(w, n, K, BLOCK_K)
     else:
-        n, r = first + tl.arange(0, BLOCK_N), tl.arange(0, ROWS)
-        where, mask = r[None, :] * N + n[:, None], (r < n_rows)[None, :] & (n < N)[:, None]
         SPAN: constexpr = K // SPLITS
-        start = tl.program_id(1) * SPAN
-        value = some_rows(
-            x + start, w + start, N - 1 - first, n_rows, K, SPAN, ROWS, BLOCK_N, BLOCK_K, STAGES,
-            EARLY,
-        )  # fmt: skip
+        tiles = slices_of(w + tl.program_id(1) * SPAN, n, K, SPAN, BLOCK_K, SLICES)
+    return tiles
+
+
+@kernel
+def places(n_rows, N: constexpr, ROWS: constexpr, BLOCK_N: constexpr):
+    """Return where this program's products belong in (rows, N), and which of them are real."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if ROWS == 1:
+        where, mask = n, n < N
+    else:
+        r = tl.arange(0, ROWS)
+        where, mask = r[None, :] * N + n[:, None], (r < n_rows)[None, :] & (n < N)[:, None]
+    return where, mask
+
+
+@kernel
+def product(
+    tiles, x, scratch, counter, n_rows, K: constexpr, ROWS: constexpr, BLOCK_N: constexpr,
+    BLOCK_K: constexpr, SPLITS: constexpr, SLICES: constexpr,
+):  # fmt: skip
+    """Return the products of x, (BLOCK_N,) for one row, else (BLOCK_N, ROWS); are they whole?"""
+    whole = True
+    if ROWS == 1:
+        value = one_row(tiles, x, K, BLOCK_N, BLOCK_K)
+    else:
+        SPAN: constexpr = K // SPLITS
+        r = tl.minimum(tl.arange(0, ROWS), n_rows - 1)
+        x += tl.program_id(1) * SPAN
+        value = some_rows(tiles, x, r, K, SPAN, ROWS, BLOCK_N, BLOCK_K, SLICES)
         if SPLITS > 1:
             value, whole = added_up(value, scratch, counter, ROWS, BLOCK_N, SPLITS)
-            mask = mask & whole
-    return value, where, mask
+    return value, whole
+
+
+@kernel
+def scale_of(squares, C: constexpr):
+    """Return what rms_norm multiplies C channels by, from the sum of their squares."""
+    return tl.rsqrt(squares / C + 1.1920929e-07)
 
 
 @kernel
 def read_stream(
     x, squares, w, out, scratch, counter, n_rows, softcap,
     K: constexpr, N: constexpr, PARTS: constexpr, ROWS: constexpr, BLOCK_N: constexpr,
-    BLOCK_K: constexpr, SPLITS: constexpr, ACT: constexpr, STAGES: constexpr, EARLY: constexpr,
+    BLOCK_K: constexpr, SPLITS: constexpr, ACT: constexpr, SLICES: constexpr, EARLY: constexpr,
 ):  # fmt: skip
     """out (rows, N) = act(w rms_norm(x)), `squares` being the parts of each row's sum of squares.
 
     ACT 0 is nothing, 1 relu squared, 2 the softcap.
     """
     start_early(EARLY)
-    first = tl.program_id(0) * BLOCK_N
-    value, where, mask = product(
-        x, w, scratch, counter, n_rows, first, K, N, ROWS, BLOCK_N, BLOCK_K, SPLITS, STAGES, EARLY
-    )
-    part = tl.arange(0, PARTS)
+    tiles = weights_of(w, K, N, ROWS, BLOCK_N, BLOCK_K, SPLITS, SLICES)
+    where, mask = places(n_rows, N, ROWS, BLOCK_N)
+    wait_for_input(EARLY)
     if ROWS == 1:
-        value *= tl.rsqrt(tl.sum(tl.load(squares + part), 0) / K + 1.1920929e-07)
+        parts = tl.load(squares + tl.arange(0, PARTS))
     else:
         r = tl.minimum(tl.arange(0, ROWS), n_rows - 1)
-        parts = tl.load(squares + r[:, None] * PARTS + part[None, :])
-        value *= tl.rsqrt(tl.sum(parts, 1) / K + 1.1920929e-07)[None, :]
+        parts = tl.load(squares + r[:, None] * PARTS + tl.arange(0, PARTS)[None, :])
+    value, whole = product(
+        tiles, x, scratch, counter, n_rows, K, ROWS, BLOCK_N, BLOCK_K, SPLITS, SLICES
+    )
+    if ROWS == 1:
+        value *= scale_of(tl.sum(parts, 0), K)
+    else:
+        value *= scale_of(tl.sum(parts, 1), K)[None, :]
     if ACT == 1:
         value = tl.maximum(value, 0.0) * tl.maximum(value, 0.0)
     if ACT == 2:
         value = softcap * (1.0 - 2.0 / (tl.exp(2.0 * value / softcap) + 1.0))  # tanh
-    tl.store(out + where, value.to(out.dtype.element_ty), mask)
+    tl.store(out + where, value.to(out.dtype.element_ty), mask & whole)
 
 
 @kernel
 def write_stream(
     h, w, x, y, a, b, middle, out, narrow, squares, scratch, counter, n_rows,
     K: constexpr, N: constexpr, PARTS: constexpr, ROWS: constexpr, BLOCK_N: constexpr,
-    BLOCK_K: constexpr, SPLITS: constexpr, MIX: constexpr, KEEP: constexpr, STAGES: constexpr,
+    BLOCK_K: constexpr, SPLITS: constexpr, MIX: constexpr, KEEP: constexpr, SLICES: constexpr,
     EARLY: constexpr,
 ):  # fmt: skip
     """out (rows, N) = the stream x + w h, kept as `middle` if KEEP, then mixed with y.
@@ -218,31 +268,56 @@ def write_stream(
     MIX 1: a times that plus b y, 2: that minus b y. `narrow` is out in the weights' dtype.
     """
     start_early(EARLY)
-    program = tl.program_id(0)
-    value, where, mask = product(
-        h, w, scratch, counter, n_rows, program * BLOCK_N, K, N, ROWS, BLOCK_N, BLOCK_K, SPLITS,
-        STAGES, EARLY,
-    )  # fmt: skip
-    value += tl.load(x + where, mask, 0.0)
+    tiles = weights_of(w, K, N, ROWS, BLOCK_N, BLOCK_K, SPLITS, SLICES)
+    where, mask = places(n_rows, N, ROWS, BLOCK_N)
+    factor, share, other = 1.0, 1.0, 0.0
+    if MIX > 0:
+        factor, share = tl.load(a).to(tl.float32), tl.load(b).to(tl.float32)
+    wait_for_input(EARLY)
+    before = tl.load(x + where, mask, 0.0)
+    if MIX > 0:
+        other = tl.load(y + where, mask, 0.0)
+    value, whole = product(
+        tiles, h, scratch, counter, n_rows, K, ROWS, BLOCK_N, BLOCK_K, SPLITS, SLICES
+    )
+    value, mask = value + before, mask & whole
     if KEEP:
         tl.store(middle + where, value, mask)
+        if MIX == 2:  # y is what was just kept
+            other = value
     if MIX > 0:
-        other = tl.load(b).to(tl.float32) * tl.load(y + where, mask, 0.0)
-        value = tl.load(a).to(tl.float32) * value + other if MIX == 1 else value - other
+        value = factor * value + share * other if MIX == 1 else value - share * other
     tl.store(out + where, value, mask)
     tl.store(narrow + where, value.to(narrow.dtype.element_ty), mask)
-    value = tl.where(mask, value, 0.0)
+    value, program = tl.where(mask, value, 0.0), tl.program_id(0)
     if ROWS == 1:
         tl.store(squares + program, tl.sum(value * value, 0))
     else:
         r = tl.arange(0, ROWS)
-        written = tl.max(mask.to(tl.int32), 0) > 0
-        tl.store(squares + r * PARTS + program, tl.sum(value * value, 0), written)
+        tl.store(squares + r * PARTS + program, tl.sum(value * value, 0), (r < n_rows) & whole)
 
 
-ONE_ROW = {"read": (16, 8, 256), "proj": (8, 4, 256), "down": (4, 4, 1024)}  # see `sizes`
-SOME_ROWS = {"read": (16, 1, 256, 1), "proj": (16, 1, 256, 1), "down": (16, 1, 256, 8)}
-MOST_ROWS, STAGES, SLOTS_EACH, MOST_SPLITS = 16, 4, 64, 16
+class Block(NamedTuple):
+    """What a program of a product takes, and how many share the rows of weights that it takes."""
+
+    rows: int
+    warps: int
+    channels: int
+    splits: int = 1
+
+
+class Look(NamedTuple):
+    """What a program of attention takes: slots of the ring at a time, how many times, warps."""
+
+    slots: int
+    times: int
+    warps: int
+
+
+ONE_ROW = {"read": Block(4, 1, 512), "proj": Block(2, 2, 512), "down": Block(4, 4, 1024)}
+SOME_ROWS = {"read": Block(16, 4, 64), "proj": Block(16, 2, 256), "down": Block(16, 4, 128, 4)}
+LOOK_ONE, LOOK_SOME = Look(8, 4, 1), Look(16, 3, 1)
+MOST_ROWS, MOST_SPLITS = 16, 32
 
 
 def power_of_two(n: int) -> int:
@@ -265,7 +340,7 @@ class Buffers:
         self.early = cuda and torch.cuda.get_device_capability(device) >= (9, 0)  # since Hopper
         C, H, KV, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.shape, blocks = (C, H, KV, D), ONE_ROW if B == 1 else SOME_ROWS
-        parts = power_of_two(-(-C // min(size[0] for size in blocks.values())))
+        parts = power_of_two(-(-C // min(blocks["proj"].rows, blocks["down"].rows)))
         wide = dict(device=device, dtype=torch.float32)
         narrow = dict(device=device, dtype=model.head.weight.dtype)
         self.start, self.middle, self.stream, self.after = torch.zeros(4, B, C, **wide)
@@ -274,8 +349,8 @@ class Buffers:
         self.logits = torch.zeros(B, config.padded_vocab, **wide)
         self.narrow = torch.zeros(B, C, **narrow)
         self.heads, self.hidden = torch.zeros(B, H * D, **narrow), torch.zeros(B, 4 * C, **narrow)
-        splits = max(size[-1] for size in SOME_ROWS.values())  # of a row of weights
-        most = max(B * H * MOST_SPLITS * (D + 2), splits * self.rows * power_of_two(4 * C))
+        most = max(block.splits for block in SOME_ROWS.values())  # of a row of weights
+        most = max(B * H * MOST_SPLITS * (D + 1), most * self.rows * power_of_two(4 * C))
         self.scratch = torch.zeros(most, **wide)
         self.counter = torch.zeros(max(B * H, C), device=device, dtype=torch.int32)
 
@@ -290,16 +365,12 @@ class Products(Buffers):
 
     def sizes(self, name: str, K: int, N: int) -> tuple[tuple[int, ...], dict[str, int]]:
         """Return the grid and the sizes of a product with w (N, K), from the tables above."""
-        if self.rows == 1:
-            (n, warps, k), splits = ONE_ROW[name], 1
-        else:
-            n, warps, k, splits = SOME_ROWS[name]
-            while splits > 1 and K % (splits * k):
-                splits //= 2
+        n, warps, k, splits = (ONE_ROW if self.rows == 1 else SOME_ROWS)[name]
         k = min(k, power_of_two(K))
+        while splits > 1 and K % (splits * k):
+            splits //= 2
         found = dict(K=K, N=N, ROWS=self.rows, PARTS=self.squares.size(-1), BLOCK_N=n, BLOCK_K=k)
-        stages = 2 * STAGES // self.narrow.element_size()  # wide numbers need more room in each
-        return (-(-N // n), splits), dict(found, SPLITS=splits, STAGES=stages, num_warps=warps)
+        return (-(-N // n), splits), dict(found, SPLITS=splits, SLICES=warps, num_warps=warps)
 
     def read(self, w: Tensor, n_out: int, out: Tensor, squares: Tensor, act: int) -> None:
         """out = act(w rms_norm(stream)), for n_out rows of w."""
@@ -320,43 +391,41 @@ class Products(Buffers):
 
 
 @kernel
-def turned(vector, i, cos, sin, scale, D: constexpr):
-    """Load a head's vector of D channels as two halves, normalised and turned by its angles."""
-    left, right = tl.load(vector + i), tl.load(vector + D // 2 + i)
-    size = scale * tl.rsqrt(tl.sum(left * left + right * right, 0) / D + 1.1920929e-07)
-    return size * (left * cos + right * sin), size * (right * cos - left * sin)
-
-
-@kernel
-def read_slots(keys, values, slot, D: constexpr, SLOTS: constexpr):
-    """Load some slots of a ring: keys in two halves (slots, D / 2), and values (slots, D)."""
-    half, d = tl.arange(0, D // 2)[None, :], tl.arange(0, D)[None, :]
-    place, there = slot[:, None] * D, (slot < SLOTS)[:, None]
-    left = tl.load(keys + place + half, there, 0.0)
-    right = tl.load(keys + place + D // 2 + half, there, 0.0)
-    return left, right, tl.load(values + place + d, there, 0.0)
-
-
-@kernel
-def look_at(highest, total, result, score, v):
-    """Go on with a softmax: (highest score, sum of weights, weighted sum) with more slots seen."""
-    top = tl.maximum(highest, tl.max(score, 0))
-    safe = tl.maximum(top, -1e30)  # where nothing is seen, exp(-inf - safe) is 0
-    weight, shrink = tl.exp(score - safe), tl.exp(highest - safe)
-    total = total * shrink + tl.sum(weight, 0)
-    return top, total, result * shrink + tl.sum(weight[:, None] * v.to(tl.float32), 0)
-
-
-@kernel
-def scores_of(
-    left, right, q_left, q_right, slot, hand, length, window, SLOTS: constexpr
+def ring_of(
+    keys, values, first, hand, length, window, D: constexpr, SLOTS: constexpr, BLOCK: constexpr,
+    TILES: constexpr,
 ):  # fmt: skip
-    """Return the scores (slots,) of a tile of keys, -inf where the row may not look."""
-    age = (hand - slot + SLOTS) % SLOTS
-    seen = (age > 0) & (age <= length) & (age <= window) & (slot < SLOTS)
-    score = tl.sum(left.to(tl.float32) * q_left[None, :], 1)
-    score += tl.sum(right.to(tl.float32) * q_right[None, :], 1)
-    return tl.where(seen, score, -float("inf"))
+    """Load slots first, ... of a ring: tiles of keys and values (BLOCK, D), and what is seen."""
+    tiles, d = (), tl.arange(0, D)[None, :]
+    for tile in tl.static_range(TILES):
+        slot = first + tile * BLOCK + tl.arange(0, BLOCK)
+        age = (hand - slot + SLOTS) % SLOTS
+        seen = (age > 0) & (age <= length) & (age <= window) & (slot < SLOTS)
+        place, there = slot[:, None] * D + d, seen[:, None]
+        found = tl.load(keys + place, there, 0.0), tl.load(values + place, there, 0.0), seen
+        tiles = tiles + (found,)
+    return tiles
+
+
+@kernel
+def look_at(tiles, q, bound, D: constexpr, BLOCK: constexpr):
+    """Return a query's sum of weights and weighted sum (D,) of values over tiles of a ring."""
+    weights, sums = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK, D), tl.float32)
+    for i in tl.static_range(len(tiles)):
+        k, v, seen = tiles[i]
+        score = tl.sum(k.to(tl.float32) * q[None, :], 1)
+        weight = tl.where(seen, tl.exp(score - bound), 0.0)
+        weights += weight
+        sums += weight[:, None] * v.to(tl.float32)
+    return tl.sum(weights, 0), tl.sum(sums, 0)
+
+
+@kernel
+def turned(vector, cos, sin, scale, D: constexpr):
+    """Load a head's vector (D,), normalised and turned; sin (D,) is negative in its second half."""
+    d = tl.arange(0, D)
+    x, other = tl.load(vector + d), tl.load(vector + (d + D // 2) % D)
+    return scale * scale_of(tl.sum(x * x, 0), D) * (x * cos + other * sin)
 
 
 @kernel
@@ -382,40 +451,27 @@ def gate_of(
     g = tl.arange(0, GATE_2)
     x = tl.load(narrow + row * C + g, g < GATE, 0.0).to(tl.float32)
     parts = tl.load(squares + row * PARTS + tl.arange(0, PARTS))
-    share = tl.sum(weight * x, 0) * tl.rsqrt(tl.sum(parts, 0) / C + 1.1920929e-07)
+    share = tl.sum(weight * x, 0) * scale_of(tl.sum(parts, 0), C)
     return 3.0 * tl.sigmoid(share)
 
 
 @kernel
-def fill_slot(keys, values, hand, k_left, k_right, v, D: constexpr):
-    """Write the new token's key and value into their slot of a ring."""
-    half, d = tl.arange(0, D // 2), tl.arange(0, D)
-    kind = keys.dtype.element_ty
-    tl.store(keys + hand * D + half, k_left.to(kind))
-    tl.store(keys + hand * D + D // 2 + half, k_right.to(kind))
-    tl.store(values + hand * D + d, v.to(kind))
-
-
-@kernel
-def put_together(highest, total, result, scratch, counter, out, D: constexpr, SPLITS: constexpr,
-                 SPLITS_2: constexpr):  # fmt: skip
+def put_together(
+    total, result, scratch, counter, out, D: constexpr, SPLITS: constexpr, SPLITS_2: constexpr,
+):  # fmt: skip
     """Write a head's attention from the parts of SPLITS programs; the last to arrive does it."""
     number, split, d = tl.program_id(0), tl.program_id(1), tl.arange(0, D)
-    kind = out.dtype.element_ty
-    parts = scratch + number * SPLITS * (D + 2)
-    mine = parts + split * (D + 2)
-    tl.store(mine + d, result)
-    tl.store(mine + D, highest)
-    tl.store(mine + D + 1, total)
+    results = scratch + number * SPLITS * D
+    totals = scratch + tl.num_programs(0) * SPLITS * D + number * SPLITS
+    tl.store(results + split * D + d, result)
+    tl.store(totals + split, total)
     if arrive(counter, number, SPLITS):
         p = tl.arange(0, SPLITS_2)
-        own, part = p < SPLITS, parts + p * (D + 2)
-        high = tl.load(part + D, own, -float("inf"), cache_modifier=".cg")
-        sums = tl.load(part + D + 1, own, 0.0, cache_modifier=".cg")
-        found = tl.load(part[:, None] + d[None, :], own[:, None], 0.0, cache_modifier=".cg")
-        weight = tl.exp(high - tl.max(high, 0))
-        mean = tl.sum(found * weight[:, None], 0) / tl.sum(sums * weight, 0)
-        tl.store(out + number * D + d, mean.to(kind))
+        place, own = p[:, None] * D + d[None, :], p < SPLITS
+        sums = tl.load(totals + p, own, 0.0, cache_modifier=".cg")
+        found = tl.load(results + place, own[:, None], 0.0, cache_modifier=".cg")
+        mean = tl.sum(found, 0) / tl.sum(sums, 0)
+        tl.store(out + number * D + d, mean.to(out.dtype.element_ty))
 
 
 @kernel
@@ -429,34 +485,30 @@ def attend_ring(
     """Attention of a new token in each row: program (row and head, split) reads some slots."""
     start_early(EARLY)
     row, head, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
-    group, half = head // (H // KV), tl.arange(0, D // 2)
+    group, d = head // (H // KV), tl.arange(0, D)
     keys, values = keys + (row * KV + group) * SLOTS * D, values + (row * KV + group) * SLOTS * D
-    slot = split * TILES * BLOCK + tl.arange(0, BLOCK)
-    left, right, v = read_slots(keys, values, slot, D, SLOTS)
-    now, length = tl.load(clock), tl.load(lengths + row)
-    angle = tl.minimum(length, last_position) * (D // 2) + half
+    hand, length, first = tl.load(clock) % SLOTS, tl.load(lengths + row), split * TILES * BLOCK
+    tiles = ring_of(keys, values, first, hand, length, window, D, SLOTS, BLOCK, TILES)
+    angle = tl.minimum(length, last_position) * (D // 2) + d % (D // 2)
     c, s = tl.load(cos + angle), tl.load(sin + angle)
+    s = tl.where(d < D // 2, s, -s)
     looked_up, weight = value_of_id(table, gate, ids, row, group, KV, D, GATE, GATE_2, VALUES)
     wait_for_input(EARLY)
     qkv += row * (H + 2 * KV) * D
-    q_left, q_right = turned(qkv + head * D, half, c, s, qk_scale / tl.sqrt(D * 1.0), D)
-    hand = now % SLOTS
-    highest, total, result = -float("inf"), 0.0, tl.zeros((D,), tl.float32)
+    q = turned(qkv + head * D, c, s, qk_scale / tl.sqrt(D * 1.0), D)
+    k = turned(qkv + (H + group) * D, c, s, qk_scale, D)
+    v = tl.load(qkv + (H + KV + group) * D + d)
+    if VALUES:
+        v += gate_of(weight, narrow, squares, row, C, PARTS, GATE, GATE_2) * looked_up
+    bound = qk_scale * qk_scale * tl.sqrt(D * 1.0)
+    total, result = look_at(tiles, q, bound, D, BLOCK)
     if split == 0:  # the new token itself
-        k_left, k_right = turned(qkv + (H + group) * D, half, c, s, qk_scale, D)
-        result = tl.load(qkv + (H + KV + group) * D + tl.arange(0, D))
-        if VALUES:
-            result += gate_of(weight, narrow, squares, row, C, PARTS, GATE, GATE_2) * looked_up
         if head % (H // KV) == 0:
-            fill_slot(keys, values, hand, k_left, k_right, result, D)
-        highest, total = tl.sum(q_left * k_left + q_right * k_right, 0), 1.0
-    for tile in tl.static_range(TILES):
-        if tile > 0:
-            slot += BLOCK
-            left, right, v = read_slots(keys, values, slot, D, SLOTS)
-        score = scores_of(left, right, q_left, q_right, slot, hand, length, window, SLOTS)
-        highest, total, result = look_at(highest, total, result, score, v)
-    put_together(highest, total, result, scratch, counter, out, D, SPLITS, SPLITS_2)
+            tl.store(keys + hand * D + d, k.to(keys.dtype.element_ty))
+            tl.store(values + hand * D + d, v.to(values.dtype.element_ty))
+        own = tl.exp(tl.sum(q * k, 0) - bound)
+        total, result = total + own, result + own * v
+    put_together(total, result, scratch, counter, out, D, SPLITS, SPLITS_2)
 
 
 @kernel
@@ -470,7 +522,7 @@ def embed(
     start_early(EARLY)  # after the wait: no kernel of this step starts before the last step ends
     row, c = tl.program_id(0), tl.arange(0, BLOCK)
     x = tl.load(table + tl.load(ids + row) * C + c, c < C, 0.0).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / C + 1.1920929e-07)
+    x *= scale_of(tl.sum(x * x, 0), C)
     if SMEAR:
         kept = before + row * C + c
         last = tl.load(kept, c < C, 0.0).to(tl.float32)
@@ -556,7 +608,9 @@ class Kernels(Products):
         (C, H, KV, D), cache, config = self.shape, self.cache, self.config
         attention, values = self.model.blocks[layer].attention, self.model.additions.values
         slots, keys, looks = cache.slots[layer], cache.keys[layer], str(layer) in values
-        splits = min(MOST_SPLITS, -(-slots // SLOTS_EACH))
+        block, times, warps = LOOK_ONE if self.rows == 1 else LOOK_SOME
+        times = max(times, -(-slots // (MOST_SPLITS * block)))
+        splits = -(-slots // (block * times))
         gate = attention.gate.in_features if looks else 1
         tables = (attention.gate.weight, values[str(layer)].weight) if looks else (keys, keys)
         window = 1 << 30 if attention.window is None else attention.window
@@ -566,8 +620,8 @@ class Kernels(Products):
         self.run(
             attend_ring, (self.n_rows * H, splits), *args, config.qk_scale, C=C, H=H, KV=KV, D=D,
             PARTS=self.squares.size(-1), SLOTS=slots, SPLITS=splits, SPLITS_2=power_of_two(splits),
-            TILES=-(-slots // (splits * SLOTS_EACH)), BLOCK=SLOTS_EACH, GATE=gate,
-            GATE_2=power_of_two(gate), VALUES=looks, num_warps=2,
+            TILES=times, BLOCK=block, GATE=gate, GATE_2=power_of_two(gate), VALUES=looks,
+            num_warps=warps,
         )  # fmt: skip
 
     def pick(self, batch: Any) -> None:
@@ -651,15 +705,24 @@ def runs_kernels(device: torch.device) -> bool:
     return there and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program can have on a CUDA device."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
 def decoder(model: GPT, cache: Any) -> Decoder | None:
     """Return a Decoder where it can serve: on such a GPU, for 1 to 16 rows of a packed copy.
 
-    Elsewhere None. The heads need a power of 2 of channels, the layers must be plain ones.
+    Elsewhere None. The heads need a power of 2 of channels, the layers must be plain ones, and for
+    several rows a program's weights and the rows of x must fit into a processor's shared memory.
     """
     if not runs_kernels(model.device):
         return None
     config, rows = model.config, len(cache.lengths)
     layers = [m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
     plain = all(type(layer) in (Linear, ValueGate) for layer in layers)
+    wanted = 2 * MOST_ROWS * config.n_embd * model.head.weight.element_size()
     fits = 1 <= rows <= MOST_ROWS and config.head_dim == power_of_two(config.head_dim)
+    fits = fits and (rows == 1 or wanted <= shared_memory(model.device))
     return Decoder(model, cache) if fits and plain and is_packed(model) else None

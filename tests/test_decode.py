@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from nanochat import decode
-from nanochat.engine import Batch, RingCache, choose, prepared_copy, record
+from nanochat.engine import Batch, RingCache, choose, prepared_copy, record, rehearse
 from nanochat.model import GPT, MODERN, GPTConfig, Linear
 
 CUDA = torch.cuda.is_available()
@@ -49,7 +50,8 @@ def two_batches(model, rows, size, seed=0, known=None):
         for tensor, twin in zip(getattr(pair[0].cache, name), getattr(pair[1].cache, name)):
             tensor.copy_(torch.randn(tensor.shape, generator=generator)), twin.copy_(tensor)
     if config.smear:
-        pair[0].cache.before.normal_(), pair[1].cache.before.copy_(pair[0].cache.before)
+        before = torch.randn(pair[0].cache.before.shape, generator=generator)
+        pair[0].cache.before.copy_(before), pair[1].cache.before.copy_(before)
     return pair
 
 
@@ -188,9 +190,14 @@ def test_a_decoder_is_given_only_where_it_can_serve(monkeypatch):
 
     assert found() is None  # on a CPU
     monkeypatch.setattr(decode, "runs_kernels", lambda device: True)
+    monkeypatch.setattr(decode, "shared_memory", lambda device: 227 * 1024)
     assert isinstance(found(), decode.Decoder) and isinstance(found(rows=16), decode.Decoder)
     assert found(rows=0) is None and found(rows=17) is None
     assert found(random_model(GPTConfig(50, 16, 2, 2, 2, 24), device="cpu")) is None
+    monkeypatch.setattr(decode, "shared_memory", lambda device: 32 * 32 * 4 - 1)
+    assert isinstance(found(), decode.Decoder) and found(rows=2) is None  # in registers, or shared
+    monkeypatch.setattr(decode, "shared_memory", lambda device: 32 * 32 * 4)
+    assert isinstance(found(rows=2), decode.Decoder)
     model.blocks[1].mlp.up.__class__ = Guest
     assert found() is None
     model.blocks[1].mlp.up.__class__ = Linear
@@ -242,7 +249,9 @@ def test_recorded_steps_that_start_early_are_plain_steps(rows):
         batch, _ = two_batches(model, rows, 1024, 4)
         batch.decode, text = decode.decoder(model, batch.cache), []
         with torch.inference_mode():
-            step = record(batch, 0) if recorded else lambda batch=batch: batch.advance(0)
+            step = partial(batch.advance, 0)
+            if recorded:
+                step = record(model.device, step, partial(rehearse, batch, 0))
             for _ in range(200):
                 step()
                 text.append(batch.results.clone())
