@@ -241,7 +241,8 @@ def norm_after(raw, squares, n_channels, eps=1.1920929e-07):
 r"""
 ## 3. Put the parts together
 
-Attention of one head was shared between P programs. Each left the highest score it saw, the sum of
+Attention of one head was shared between P programs, in a model that does not norm its queries and
+keys: no bound of the scores is known. So each program left the highest score it saw, the sum of
 $e^{\text{score} - \text{highest}}$, and the values weighed with the same. A program whose slots
 were all hidden left $-\infty$, 0 and zeros; at least one has seen something. Put them together,
 exactly, also when the scores are in the thousands.
@@ -298,8 +299,7 @@ def _(together):
 @says(
     "several parts",
     "Parts have different maxima: shrink each by exp(its highest - the highest of all), the "
-    "results "
-    "and the totals alike.",
+    "results and the totals alike.",
 )
 def _(together):
     for sizes in ([10, 10], [1, 18, 1], [5, 5, 5, 5]):
@@ -365,8 +365,8 @@ Predict, for one row of a classic d24 (width 1,536) in bfloat16 with 512 tokens 
 many microseconds each of a layer's five kernels needs for its bytes on an H200 ($4.8\cdot 10^{12}$
 bytes a second): `"qkv"`, `"attend"`, `"proj"`, `"up"`, `"down"`. Within 2 per cent. A kernel costs
 1.9 microseconds of latency, whatever it does: for which of them is that more than its bytes take?
-Name them in a set, `"latency"`. And how many layers' worth of tokens, `"tokens"` in the cache,
-would make the bytes of attention take as long as its latency?
+Name them in a set, `"latency"`. And with how many tokens in the cache, `"tokens"`, would the bytes
+of a layer's attention take as long as its latency?
 """
 
 # %%
