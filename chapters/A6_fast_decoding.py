@@ -382,7 +382,7 @@ A picture. Each kernel has three phases: its launch, the reading of its weights,
 the input, multiply, write). Plainly, all of that stands in one row. With an early launch, the
 launch of the next kernel and its reading overlap with the work of this one. The weights still
 follow each other, because the memory is one pipe for all, but the pipe does not run dry. The times
-are made up: 2.4 microseconds to read what is, on average, a kernel's share of the weights of d24,
+are made up: 2.5 microseconds to read what is, on average, a kernel's share of the weights of d24,
 0.7 to launch it and 1.2 for its work.
 """
 
@@ -400,7 +400,7 @@ def timeline(n_kernels, launch, weights, work, early):
     return begins, done
 
 
-ends = [timeline(123, 0.7, 2.4, 1.2, early)[1] for early in (False, True)]
+ends = [timeline(123, 0.7, 2.5, 1.2, early)[1] for early in (False, True)]
 print(f"123 kernels: {ends[0]:.0f} microseconds plainly, {ends[1]:.0f} with an early launch")
 
 # %%
@@ -408,12 +408,12 @@ fig, ax = figure(
     "An early launch keeps the memory busy",
     "time (microseconds)", size=(6, 2.6),
     alt="Timeline of four kernels: launch, reading, work one after the other in the upper half; "
-    "overlapping in the lower half, where reading never stops.",
+    "overlapping in the lower half, where reading, once begun, goes on without a gap.",
 )  # fmt: skip
 for early in (False, True):
-    begins, end = timeline(4, 0.7, 2.4, 1.2, early)
+    begins, end = timeline(4, 0.7, 2.5, 1.2, early)
     for i, (start, reading, working) in enumerate(begins):
-        y, lengths = -i - 5 * early, (0.7, 2.4, 1.2)
+        y, lengths = -i - 5 * early, (0.7, 2.5, 1.2)
         for x0, length, color in zip((start, reading, working), lengths, COLORS):
             ax.barh(y, length, left=x0, color=color, height=0.8)
     ax.text(end + 0.3, -3 - 5 * early, f"{end:.1f}", va="center", fontsize=8)
@@ -486,9 +486,11 @@ print(f"4 slices of 16 channels: the largest error is {(found - w @ x.T).abs().m
 
 # %% [markdown]
 r"""
-The loads have the same two halves as before. Matrix units take their tiles from *shared memory*
-(the memory of one processor, which all threads of a program see); Triton puts the weights there as
-they arrive, before the wait.
+The code has the same two halves as before: one function loads, the other multiplies. Matrix units
+take their tiles by way of *shared memory* (the memory of one processor, which all threads of a
+program see). Triton puts the weights there as they arrive, before the wait, so that they need no
+registers while they wait. `input_precision="ieee"` matters to weights in float32: without it the
+matrix units would round them first.
 """
 
 
@@ -649,8 +651,8 @@ print(f"norm before or after the product: they differ by {(before - after).abs()
 r"""
 Who computes the sum of squares? The kernel that *writes* the stream has the numbers in its
 registers. But each of its programs has only some channels. So each writes the sum over its own:
-`squares` is (rows, parts). The reader adds a few hundred numbers up, which we suppose is cheaper
-than one more arrival.
+`squares` is (rows, parts). The reader adds them up: for one row of a d24 up to 768, which we
+suppose is cheaper than one more arrival.
 
 > **Exercise A6-norm**: the norm from the parts.
 
@@ -660,8 +662,8 @@ saves another kernel: relu squared, or the softcap of the logits, with
 $\tanh z = 1 - 2 / (e^{2z} + 1)$. The number 1.19e-07 is the $\epsilon$ of `rms_norm` in float32.
 
 Look at where the squares are loaded: right after the wait, before the product, though nobody needs
-them until its end. A load that is asked for late is waited for by itself; asked for together, all
-of them take as long as one.
+them until its end. A load that is asked for late is waited for by itself; asked for together, they
+take hardly longer than one.
 """
 
 
@@ -767,15 +769,20 @@ r"""
 These kernels need memory to write to. It is taken once and never moves, because a CUDA graph
 (chapter 8) records addresses. How much a program takes is a table, found by trying on an H200.
 Small programs won: with one row, none takes more than four rows of weights, most have a single
-warp, and a processor runs about a dozen of them side by side. We suppose that some load while
-others wait or add up.
+warp, and a processor of an H200 has registers for about fifteen of these. We suppose that some load
+while others wait or add up. With several rows a program takes sixteen rows of weights, the fewest
+that the matrix units multiply, and has two or four warps, one for each slice. A `Look` says the
+same for attention; section 8 uses it.
 """
 
 
 # %%
 #| export
 class Block(NamedTuple):
-    """What a program of a product takes, and how many share the rows of weights that it takes."""
+    """What a program of a product takes, and how many share the rows of weights that it takes.
+
+    `channels` are those of a tile: for several rows, of each of its slices, one a warp.
+    """
 
     rows: int
     warps: int
@@ -794,7 +801,7 @@ class Look(NamedTuple):
 ONE_ROW = {"read": Block(4, 1, 512), "proj": Block(2, 2, 512), "down": Block(4, 4, 1024)}
 SOME_ROWS = {"read": Block(16, 4, 64), "proj": Block(16, 2, 256), "down": Block(16, 4, 128, 4)}
 LOOK_ONE, LOOK_SOME = Look(8, 4, 1), Look(16, 3, 1)
-MOST_ROWS, MOST_SPLITS = 16, 32
+MOST_ROWS, MOST_SPLITS, MOST_SCORE = 16, 32, 40.0
 
 
 def power_of_two(n: int) -> int:
@@ -922,11 +929,12 @@ r"""
 
 A row has $H$ heads, and each looks at the keys and values of every token so far. A d24 has twelve
 heads, and an H200 has 132 processors: one program for a head would leave most of them idle. So a
-head's *slots* (the places of its ring, chapter 8) are split, 32 or more for each program, and the
-parts put together. But attention is a softmax, and a program that sees some of the scores does not
-know the sum over all. The trick is that of flash attention (appendix A3): a part is remembered as
-three things, the highest score $m$, the sum $s$ of $e^{\text{score} - m}$, and $r$, the values
-weighed with the same. Two parts become one by shrinking the one with the lower maximum:
+head's *slots* (the places of its ring, chapter 8) are split, 32 or more for each of at most 32
+programs, and the parts put together. But attention is a softmax, and a program that sees some of
+the scores does not know the sum over all. The trick is that of flash attention (appendix A3): a
+part is remembered as three things, the highest score $m$, the sum $s$ of $e^{\text{score} - m}$,
+and $r$, the values weighed with the same. Two parts become one by shrinking the one with the lower
+maximum:
 
 $$m = \max(m_1, m_2), \quad s = s_1 e^{m_1 - m} + s_2 e^{m_2 - m}, \quad
 r = r_1 e^{m_1 - m} + r_2 e^{m_2 - m}, \quad \text{result} = r / s$$
@@ -962,16 +970,17 @@ Exact but for rounding, in any order and however the scores are spread.
 > **Exercise A6-together**: many parts at once, some of them empty.
 
 That works for every attention. Ours is simpler. The maximum is there so that no exponential
-overflows; any other number that is never far below the scores would do, if we knew one. We do: this
-model norms its queries and keys (chapter 3). A vector of $D$ channels whose mean square is 1 has
-the length $\sqrt D$, and a score is a product of two of them, scaled by $a$ each (`qk_scale`) and
-divided by $\sqrt D$:
+overflows. Another number would do as well, if the scores are never far above it and never so far
+below it that all exponentials vanish. We know one, because this model norms its queries and keys
+(chapter 3). A vector of $D$ channels whose mean square is 1 has the length $\sqrt D$, and turning
+it by its angles changes no length. A score is a product of two of them, scaled by $a$ each
+(`qk_scale`) and divided by $\sqrt D$:
 
 $$|\text{score}| \le \frac{a \sqrt D \cdot a \sqrt D}{\sqrt D} = a^2 \sqrt D$$
 
 With this bound in place of $m$, every part has the same $m$, and putting parts together is adding
 them up. For 128 channels and a scale of 1.2 the weights lie between $e^{-33}$ and 1, which float32
-holds with ease.
+holds with ease: its smallest normal number is about $e^{-87}$.
 """
 
 # %%
@@ -985,11 +994,11 @@ print(f"scores up to {bound:.1f}: largest error {(result / total - whole).abs().
 # %% [markdown]
 r"""
 Which slots may a row see? In chapter 8's ring a slot's *age* is the number of steps since it was
-written, and a row of length $n$ sees the ages 1 to $n$, as far as its layer's window reaches. Age
-0 is the slot that this step writes. We do not read it from the ring: the new token's key and value
+written, and a row of length $n$ sees the ages 1 to $n$, as far as its layer's window reaches. Age 0
+is the slot that this step writes. We do not read it from the ring: the new token's key and value
 are in registers, and another program may be writing them. What a row may not see is not loaded at
-all, so that a short text in a long ring costs what a short text costs. Clock and length are known
-before the wait (section 9), and so is what to load.
+all: the mask `seen` stands in the load itself, so that a short text in a long ring moves few bytes.
+Clock and length are known before the wait (section 9), and so is what to load.
 """
 
 
@@ -1027,10 +1036,11 @@ def look_at(tiles, q, bound, D: constexpr, BLOCK: constexpr):
 
 # %% [markdown]
 r"""
-`look_at` keeps a sum for every place of a tile and adds up over the places once, at the end. To add
-up over a block, the threads must exchange numbers, and an exchange costs more than the arithmetic:
-in a first version, which also loaded what nobody may see and added each tile up by itself,
-attention took about 5 microseconds a layer; now it takes about 3.5.
+`look_at` keeps a sum for every place of a tile and adds up over the places once, at the end. (Only
+the scores, sums over channels, are needed at once.) To add up over a block, the threads must
+exchange numbers, and we suppose that this costs more than the arithmetic: in a first version, which
+also loaded what nobody may see and added each tile up by itself, attention took about 5
+microseconds a layer; now it takes about 3.5.
 
 A query or key is normed and turned by its angles (chapter 3). Turning mixes channel $i$ with
 channel $i + D/2$, so both are loaded.
@@ -1049,9 +1059,9 @@ def turned(vector, cos, sin, scale, D: constexpr):
 
 # %% [markdown]
 r"""
-Some layers add looked-up values to the computed ones, weighed by a gate that reads the stream. The
-table and the gate's weights do not depend on this step, so they are loaded before the wait
-(`value_of_id`); the gate itself comes after it.
+Some layers add looked-up values to the computed ones (chapter 3, section 9), weighed by a gate that
+reads the stream. The table and the gate's weights do not change, and the last step chose the id, so
+all of it is loaded before the wait (`value_of_id`); the gate itself comes after it.
 """
 
 
@@ -1086,7 +1096,7 @@ def gate_of(
 
 # %% [markdown]
 r"""
-One more: the last program of a head to arrive adds the parts up.
+One more function: the last program of a head to arrive adds the parts up and divides.
 """
 
 
@@ -1462,9 +1472,10 @@ class Decoder(Kernels):
 r"""
 The engine of chapter 8 asks `decoder` and takes what it gets: a Decoder, or None where the model
 itself must do. Our kernels take at most sixteen rows; where cuBLAS begins to be better, we have not
-measured. Low-rank layers and other guests in the model (chapter 9) do not fit our kernels. For
-several rows the weights of a program and the rows of `x` must fit into the shared memory of one
-processor: sixteen rows of each, as wide as the model.
+measured. Low-rank layers and other guests in the model (chapter 9) do not fit our kernels, nor does
+a bound of the scores (section 8) above `MOST_SCORE`, where exponentials could vanish. For several
+rows the weights of a program and the rows of `x` must fit into the shared memory of one processor:
+sixteen rows of each, as wide as the model.
 """
 
 
@@ -1485,8 +1496,9 @@ def shared_memory(device: torch.device) -> int:
 def decoder(model: GPT, cache: Any) -> Decoder | None:
     """Return a Decoder where it can serve: on such a GPU, for 1 to 16 rows of a packed copy.
 
-    Elsewhere None. The heads need a power of 2 of channels, the layers must be plain ones, and for
-    several rows a program's weights and the rows of x must fit into a processor's shared memory.
+    Elsewhere None. The heads need a power of 2 of channels and scores of at most MOST_SCORE, the
+    layers must be plain ones, and for several rows a program's weights and the rows of x must fit
+    into a processor's shared memory.
     """
     if not runs_kernels(model.device):
         return None
@@ -1495,6 +1507,7 @@ def decoder(model: GPT, cache: Any) -> Decoder | None:
     plain = all(type(layer) in (Linear, ValueGate) for layer in layers)
     wanted = 2 * MOST_ROWS * config.n_embd * model.head.weight.element_size()
     fits = 1 <= rows <= MOST_ROWS and config.head_dim == power_of_two(config.head_dim)
+    fits = fits and config.qk_scale**2 * config.head_dim**0.5 <= MOST_SCORE
     fits = fits and (rows == 1 or wanted <= shared_memory(model.device))
     return Decoder(model, cache) if fits and plain and is_packed(model) else None
 
@@ -1720,8 +1733,11 @@ it, and start what needs no input before the input is there.
   next step never finds a last one. A step that is interrupted half-way leaves a broken counter.
 - **Sums in the order of arrival.** Atomic additions of floats give another sum each time. A greedy
   text then changes from run to run at a near tie.
-- **Softmax over nothing.** A part that sees no slot has the maximum $-\infty$. NaN appears only
-  for short texts in long rings, that is, in the first answer of a user and in no benchmark.
+- **Softmax over nothing.** Where parts carry their maximum, one that sees no slot has $-\infty$,
+  and $-\infty - (-\infty)$ is NaN. It appears only for short texts in long rings, that is, in the
+  first answer of a user and in no benchmark. With a bound such a part is simply zero.
+- **A bound that does not hold.** Take the norm of queries and keys away, and exponentials overflow;
+  make their scale large, and all of them may vanish. `decoder` refuses a scale of that kind.
 - **Timing without a graph.** A launch from Python easily costs more than such a kernel takes. A
   test without recording shows Python's speed, not the GPU's.
 
@@ -1731,8 +1747,8 @@ it, and start what needs no input before the input is there.
   with IO-Awareness*: softmax in tiles.
 - Dao, Haziza, Massa and Sizov (2023), *Flash-Decoding for long-context inference*: splitting the
   keys.
-- Milakov and Gimelshein (2018), *Online normalizer calculation for softmax*: where the running
-  maximum comes from.
+- Milakov and Gimelshein (2018), *Online normalizer calculation for softmax*: sums that carry their
+  maximum.
 - Tillet, Kung and Cox (2019), *Triton: an intermediate language and compiler for tiled neural
   network computations*.
 - NVIDIA, *CUDA C++ Programming Guide*, "Programmatic Dependent Launch and Synchronization".

@@ -20,6 +20,7 @@ __all__ = [
     "LOOK_SOME",
     "Look",
     "MOST_ROWS",
+    "MOST_SCORE",
     "MOST_SPLITS",
     "ONE_ROW",
     "Products",
@@ -298,7 +299,10 @@ def write_stream(
 
 
 class Block(NamedTuple):
-    """What a program of a product takes, and how many share the rows of weights that it takes."""
+    """What a program of a product takes, and how many share the rows of weights that it takes.
+
+    `channels` are those of a tile: for several rows, of each of its slices, one a warp.
+    """
 
     rows: int
     warps: int
@@ -317,7 +321,7 @@ class Look(NamedTuple):
 ONE_ROW = {"read": Block(4, 1, 512), "proj": Block(2, 2, 512), "down": Block(4, 4, 1024)}
 SOME_ROWS = {"read": Block(16, 4, 64), "proj": Block(16, 2, 256), "down": Block(16, 4, 128, 4)}
 LOOK_ONE, LOOK_SOME = Look(8, 4, 1), Look(16, 3, 1)
-MOST_ROWS, MOST_SPLITS = 16, 32
+MOST_ROWS, MOST_SPLITS, MOST_SCORE = 16, 32, 40.0
 
 
 def power_of_two(n: int) -> int:
@@ -714,8 +718,9 @@ def shared_memory(device: torch.device) -> int:
 def decoder(model: GPT, cache: Any) -> Decoder | None:
     """Return a Decoder where it can serve: on such a GPU, for 1 to 16 rows of a packed copy.
 
-    Elsewhere None. The heads need a power of 2 of channels, the layers must be plain ones, and for
-    several rows a program's weights and the rows of x must fit into a processor's shared memory.
+    Elsewhere None. The heads need a power of 2 of channels and scores of at most MOST_SCORE, the
+    layers must be plain ones, and for several rows a program's weights and the rows of x must fit
+    into a processor's shared memory.
     """
     if not runs_kernels(model.device):
         return None
@@ -724,5 +729,6 @@ def decoder(model: GPT, cache: Any) -> Decoder | None:
     plain = all(type(layer) in (Linear, ValueGate) for layer in layers)
     wanted = 2 * MOST_ROWS * config.n_embd * model.head.weight.element_size()
     fits = 1 <= rows <= MOST_ROWS and config.head_dim == power_of_two(config.head_dim)
+    fits = fits and config.qk_scale**2 * config.head_dim**0.5 <= MOST_SCORE
     fits = fits and (rows == 1 or wanted <= shared_memory(model.device))
     return Decoder(model, cache) if fits and plain and is_packed(model) else None

@@ -194,6 +194,8 @@ def test_a_decoder_is_given_only_where_it_can_serve(monkeypatch):
     assert isinstance(found(), decode.Decoder) and isinstance(found(rows=16), decode.Decoder)
     assert found(rows=0) is None and found(rows=17) is None
     assert found(random_model(GPTConfig(50, 16, 2, 2, 2, 24), device="cpu")) is None
+    steep = GPTConfig(50, 16, 2, 4, 2, 32, qk_scale=4.0)  # scores up to 45
+    assert found(random_model(steep, device="cpu")) is None
     monkeypatch.setattr(decode, "shared_memory", lambda device: 32 * 32 * 4 - 1)
     assert isinstance(found(), decode.Decoder) and found(rows=2) is None  # in registers, or shared
     monkeypatch.setattr(decode, "shared_memory", lambda device: 32 * 32 * 4)
