@@ -108,7 +108,7 @@ class Clock:
 
 
 def train(run: Run, stages: list[str], clock: Clock) -> None:
-    """Run stages in one child process; stop it when the time is up."""
+    """Run stages in one child process; stop it when the time is up, and whenever we are stopped."""
     code = (
         "import sys; from nanochat.recipe import Run, run_stage; run = Run(sys.argv[1]); "
         "[run_stage(run, stage) for stage in sys.argv[2:]]"
@@ -122,13 +122,15 @@ def train(run: Run, stages: list[str], clock: Clock) -> None:
     try:
         code = child.wait(max(clock.left(), 1))
     except subprocess.TimeoutExpired:
-        if os.name == "posix":
-            os.killpg(child.pid, signal.SIGKILL)  # checkpoints survive this at any moment
-        else:
-            child.kill()
-        child.wait()
         print("stopped, the time is up; call again to go on.", flush=True)
         raise SystemExit(AGAIN) from None
+    finally:
+        if child.returncode is None:  # it has a session of its own: no signal to us reaches it
+            if os.name == "posix":
+                os.killpg(child.pid, signal.SIGKILL)  # checkpoints survive this at any moment
+            else:
+                child.kill()
+            child.wait()
     if code:
         raise SystemExit(code)
 
@@ -266,6 +268,11 @@ def report(run: Run, found: dict) -> dict:
     return dict(scores=scores, above=above, gains=gains, seconds=seconds, measured=numbers)
 
 
+def leave(number: int, frame) -> None:
+    """Leave as Ctrl-C does when a signal comes: by an exception, which `train` sees."""
+    raise SystemExit(128 + number)
+
+
 def main() -> int:
     """Go on with the run for so many minutes; report when everything is done."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -277,6 +284,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="length of this call")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, leave)
     clock = Clock(args.minutes)
     try:
         run = Run.open(recipe_of(args), args.folder)
