@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.tinyworld import World
 
 
 @pytest.fixture
@@ -56,3 +61,47 @@ def test_whatever_ends_the_program_its_child_ends_with_it(real_run, monkeypatch,
     started[0].stderr.close()
     if end != signal.SIGINT:
         assert caught.value.code == (143 if end else real_run.AGAIN)
+
+
+def test_the_error_of_a_mean_is_over_groups(real_run):
+    values = np.random.default_rng(0).normal(size=60)
+    mean, error = real_run.mean_and_error(values, range(60))
+    assert mean == pytest.approx(values.mean())
+    assert error == pytest.approx(values.std(ddof=1) / 60**0.5)
+    # the same values three times over are no news, if one says that they belong together
+    tripled, groups = np.tile(values, 3), list(range(60)) * 3
+    assert real_run.mean_and_error(tripled, groups) == pytest.approx((mean, error))
+    assert real_run.mean_and_error(tripled, range(180))[1] < 0.6 * error
+
+
+def test_a_gain_is_over_pairs(real_run):
+    found = lambda right: dict(samples=8, right=right, groups=list("abcd"))  # noqa: E731
+    before, after = found([0, 2, 4, 6]), found([1, 4, 5, 8])  # 1, 2, 1, 2 of 8 more
+    gain, errors = real_run.gain(before, after, 1)
+    assert gain == pytest.approx(1.5 / 8)
+    assert errors == pytest.approx(1.5 / (np.std([1, 2, 1, 2], ddof=1) / 2))
+    assert real_run.gain(before, after, 8)[0] == pytest.approx(1 / 4)  # solved at all: 3, then 4
+    assert real_run.gain(before, before, 1) == (0, 0)
+    with pytest.raises(UserError, match="same problems"):
+        real_run.gain(before, {**after, "groups": list("abce")}, 1)
+
+
+def test_no_question_is_asked_twice_and_those_about_a_word_are_a_group(real_run, monkeypatch):
+    asked = []
+
+    def count_right(engine, problems, samples, max_tokens, batch):
+        asked.extend(problems)
+        return [samples * (number % 2) for number in range(len(problems))]
+
+    monkeypatch.setattr(real_run, "count_right", count_right)
+    monkeypatch.setattr(real_run, "problem_prompt", lambda problem, tokenizer: [0])
+    model = SimpleNamespace(device=torch.device("cpu"))
+    run = SimpleNamespace(recipe=SimpleNamespace(max_tokens=99, exam_items=1000, seq_len=512))
+    found = real_run.passes(run, SimpleNamespace(model=model, tokenizer=None), "spelling")
+    questions = [problem["question"] for problem in asked]
+    assert len(set(questions)) == len(questions) == found["n"] == len(found["right"]) > 500
+    for problem, word in zip(asked, found["groups"]):
+        assert f'"{word}"' in problem["question"]
+    assert set(found["groups"]) <= set(World().index["words"]["test"])
+    assert found["n_groups"] == len(set(found["groups"]))
+    assert found["pass@1"] == found["pass@8"] == pytest.approx(0.5, abs=0.01)
