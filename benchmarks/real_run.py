@@ -245,11 +245,16 @@ def measure(run: Run, clock: Clock) -> dict:
     return found
 
 
-def always_one(run: Run, kind: type) -> float:
-    """Return what a model scores on an exam that always names the letter which is right most."""
+def without_reading(run: Run, kind: type) -> tuple[float, float]:
+    """Return what two models that never read score: a guesser, and one that names one letter.
+
+    Not all questions have four choices; the letter is the one that is right most often.
+    """
     task = real_task(run.recipe, kind, "test")
-    golds = Counter(task.item(i)[2] for i in range(len(task)))
-    return max(golds.values()) / len(task)
+    items = [task.item(i) for i in range(len(task))]
+    guesses = [1 / len(choices) for _, choices, _, _ in items]
+    golds = Counter(gold for _, _, gold, _ in items)
+    return sum(guesses) / len(items), max(golds.values()) / len(items)
 
 
 def standard_errors(score: float, chance: float, n: int) -> float:
@@ -284,14 +289,14 @@ def report(run: Run, found: dict) -> dict:
     print(markdown_table(rows))
     above = {}
     for name, kind in (("mmlu", MMLU), ("arc_easy", ARC)):
-        letter = always_one(run, kind)
+        chance, letter = without_reading(run, kind)
         for stage in MODELS[1:]:
             score, n = scores[stage][name], scores[stage][f"{name}_n"]
-            above[f"{name}, {stage}"] = standard_errors(score, 0.25, n)
+            above[f"{name}, {stage}"] = standard_errors(score, chance, n)
             over = standard_errors(score, letter, n)
             print(f"- {name}, {stage}: {above[f'{name}, {stage}']:+.1f} standard errors above "
-                  f"chance, {over:+.1f} above always naming the commonest letter ({letter:.3f}); "
-                  f"n = {n}")  # fmt: skip
+                  f"chance ({chance:.3f}), {over:+.1f} above always naming the commonest "
+                  f"letter ({letter:.3f}); n = {n}")  # fmt: skip
     for stage in MODELS[1:]:
         calls = found[f"{stage} calls"]
         print(f"- {stage}: {calls['share']:.1%} of replies to sums call the calculator well "

@@ -105,3 +105,15 @@ def test_no_question_is_asked_twice_and_those_about_a_word_are_a_group(real_run,
     assert set(found["groups"]) <= set(World().index["words"]["test"])
     assert found["n_groups"] == len(set(found["groups"]))
     assert found["pass@1"] == found["pass@8"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_chance_counts_the_choices_of_each_question(real_run, monkeypatch):
+    items = [("?", ["a"] * n, gold, "") for n, gold in ((4, 0), (4, 1), (5, 1), (2, 1))]
+
+    class Exam:
+        __len__ = lambda self: len(items)  # noqa: E731
+        item = lambda self, i: items[i]  # noqa: E731
+
+    monkeypatch.setattr(real_run, "real_task", lambda recipe, kind, split: Exam())
+    chance, letter = real_run.without_reading(SimpleNamespace(recipe=None), Exam)
+    assert chance == pytest.approx((0.25 + 0.25 + 0.2 + 0.5) / 4) and letter == 0.75
