@@ -98,15 +98,16 @@ class Clock:
 
     def __init__(self, minutes: float):
         self.end = time.monotonic() + 60 * minutes
+        self.margin = 6 * minutes  # seconds: a tenth
 
     def left(self) -> float:
         """Return the seconds that are left."""
         return self.end - time.monotonic()
 
     def check(self, what: str) -> None:
-        """Leave with exit code AGAIN when the time is up."""
-        if self.left() <= 0:
-            print(f"the time is up before {what}; call again to go on.", flush=True)
+        """Leave with exit code AGAIN when less than a tenth of the time is left."""
+        if self.left() <= self.margin:
+            print(f"the time is nearly up before {what}; call again to go on.", flush=True)
             raise SystemExit(AGAIN)
 
 
@@ -231,11 +232,13 @@ def measure(run: Run, clock: Clock) -> dict:
     """Make the measurements that are missing, one by one; return all."""
     path = run.directory / "measured.json"
     found = read_json(path) if path.exists() else {}
+    rows = rows_at_once(pick_device(run.recipe.device))
     for stage in MODELS[1:]:
         work = {k: make for k, make in measurements(run, stage).items() if k not in found}
-        clock.check(f"measuring {stage}")
-        rows = rows_at_once(pick_device(run.recipe.device))
-        engine = run.engine(stage, max_batch=rows) if work else None
+        if not work:
+            continue
+        clock.check(f"measuring {stage}")  # an engine takes a while to build
+        engine = run.engine(stage, max_batch=rows)
         for name, make in work.items():
             clock.check(f"measuring {name}")
             began = time.monotonic()

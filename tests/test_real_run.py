@@ -117,3 +117,22 @@ def test_chance_counts_the_choices_of_each_question(real_run, monkeypatch):
     monkeypatch.setattr(real_run, "real_task", lambda recipe, kind, split: Exam())
     chance, letter = real_run.without_reading(SimpleNamespace(recipe=None), Exam)
     assert chance == pytest.approx((0.25 + 0.25 + 0.2 + 0.5) / 4) and letter == 0.75
+
+
+def test_no_engine_is_built_when_the_time_is_nearly_up(real_run, monkeypatch, tmp_path):
+    built, work = [], {"one": lambda engine: 1, "two": lambda engine: 2}
+    names = lambda run, stage: {f"{stage} {name}": make for name, make in work.items()}  # noqa: E731
+    monkeypatch.setattr(real_run, "measurements", names)
+    run = SimpleNamespace(
+        directory=tmp_path,
+        recipe=SimpleNamespace(device="cpu"),
+        engine=lambda stage, max_batch: built.append(stage),
+    )
+    clock = real_run.Clock(1.0)
+    clock.end -= 55  # 5 seconds of 60 are left
+    with pytest.raises(SystemExit) as caught:
+        real_run.measure(run, clock)
+    assert caught.value.code == real_run.AGAIN and not built
+    found = real_run.measure(run, real_run.Clock(1.0))
+    assert built == list(real_run.MODELS[1:]) and len(found) == 2 * len(built)
+    assert real_run.measure(run, clock) == found  # with nothing to do, time does not matter
