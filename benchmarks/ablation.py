@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -55,6 +56,16 @@ def variants():
     for name, value in CLASSIC.items():
         found[f"modern - {name}"] = ({**MODERN, name: value}, "modern")
     return found
+
+
+def same_model(name, vocab_size):
+    """Say whether a variant is its reference again: padding a vocabulary that needs none."""
+    fields, reference = variants()[name]
+    if reference is None:
+        return False
+    sizes = (GPTConfig(vocab_size, 1, **each) for each in (fields, variants()[reference][0]))
+    one, other = (replace(size, vocab_size=size.padded_vocab, vocab_multiple=1) for size in sizes)
+    return one == other
 
 
 class KeptBatches:
@@ -199,6 +210,11 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         prepare(args, Path(scratch))
         print(f"data prepared in {time.perf_counter() - began:.0f} s", flush=True)
+        vocab_size = Tokenizer.load(Path(scratch) / "tokenizer").vocab_size
+        same = [name for name in args.only if same_model(name, vocab_size)]
+        if same:
+            print(f"left out, no change for {vocab_size:,} tokens: {', '.join(same)}", flush=True)
+        args.only = [name for name in args.only if name not in same]
         for name, scores, seconds in results(args, Path(scratch)):
             found[name] = scores
             shown = " ".join(f"{result['bits_per_byte']:.4f}" for result in scores)

@@ -18,13 +18,16 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,7 +38,7 @@ from nanochat.chat import parse, render_prompt, reply_text
 from nanochat.common import UserError, pick_device, read_json, write_json
 from nanochat.recipe import MODELS, STAGES, Recipe, Run, real_task, rows_at_once
 from nanochat.report import markdown_table, stage_scores
-from nanochat.rl import evaluate_pass, problem_prompt, task_problems
+from nanochat.rl import count_right, pass_at_k, problem_prompt, task_problems
 from nanochat.tasks import ARC, GSM8K, MMLU, TinyWorldTask, proportion_interval
 from nanochat.tinyworld import World
 
@@ -47,7 +50,7 @@ SETTINGS = dict(
     batch_tokens=2**16,
     micro_batch=32,
     pretrain_steps=940,
-    mid_steps=480,  # an epoch of its mixture
+    mid_steps=480,  # of 2**16 tokens; an epoch of its mixture takes about 430
     sft_steps=250,
     rl_steps=80,
     rl_questions=32,
@@ -95,20 +98,21 @@ class Clock:
 
     def __init__(self, minutes: float):
         self.end = time.monotonic() + 60 * minutes
+        self.margin = 6 * minutes  # seconds: a tenth
 
     def left(self) -> float:
         """Return the seconds that are left."""
         return self.end - time.monotonic()
 
     def check(self, what: str) -> None:
-        """Leave with exit code AGAIN when the time is up."""
-        if self.left() <= 0:
-            print(f"the time is up before {what}; call again to go on.", flush=True)
+        """Leave with exit code AGAIN when less than a tenth of the time is left."""
+        if self.left() <= self.margin:
+            print(f"the time is nearly up before {what}; call again to go on.", flush=True)
             raise SystemExit(AGAIN)
 
 
 def train(run: Run, stages: list[str], clock: Clock) -> None:
-    """Run stages in one child process; stop it when the time is up."""
+    """Run stages in one child process; stop it when the time is up, and whenever we are stopped."""
     code = (
         "import sys; from nanochat.recipe import Run, run_stage; run = Run(sys.argv[1]); "
         "[run_stage(run, stage) for stage in sys.argv[2:]]"
@@ -122,13 +126,15 @@ def train(run: Run, stages: list[str], clock: Clock) -> None:
     try:
         code = child.wait(max(clock.left(), 1))
     except subprocess.TimeoutExpired:
-        if os.name == "posix":
-            os.killpg(child.pid, signal.SIGKILL)  # checkpoints survive this at any moment
-        else:
-            child.kill()
-        child.wait()
         print("stopped, the time is up; call again to go on.", flush=True)
         raise SystemExit(AGAIN) from None
+    finally:
+        if child.returncode is None:  # it has a session of its own: no signal to us reaches it
+            if os.name == "posix":
+                os.killpg(child.pid, signal.SIGKILL)  # checkpoints survive this at any moment
+            else:
+                child.kill()
+            child.wait()
     if code:
         raise SystemExit(code)
 
@@ -149,8 +155,34 @@ def tool_calls(engine, n: int, max_tokens: int) -> dict[str, float]:
     return dict(share=formed / n, low=low, high=high, n=n)
 
 
-def passes(run: Run, engine, task: str) -> dict[str, float]:
-    """Return pass@1 and pass@8 with intervals on held-out problems of GSM8K or of the spelling."""
+def mean_and_error(values: Sequence[float], groups: Sequence[str]) -> tuple[float, float]:
+    """Return the mean of values and its standard error, over groups of values that may be alike.
+
+    With groups of one value this is the usual standard error of a mean.
+    """
+    if not len(values):
+        return math.nan, math.nan
+    mean = float(np.mean(values))
+    sums: dict[str, float] = dict.fromkeys(groups, 0.0)
+    for value, group in zip(values, groups, strict=True):
+        sums[group] += value - mean
+    n = len(sums)
+    squares = sum(each * each for each in sums.values())
+    return mean, math.sqrt(squares * n / max(n - 1, 1)) / len(values)
+
+
+def solved(found: dict, k: int) -> list[float]:
+    """Return pass@k of each problem, from how many of its replies were right."""
+    return [pass_at_k(found["samples"], count, k) for count in found["right"]]
+
+
+def passes(run: Run, engine, task: str) -> dict:
+    """Let the model answer held-out problems of GSM8K or of the spelling, eight times each.
+
+    Returns pass@1 and pass@8 with standard errors, and to compare models by: how many replies to
+    each problem are right, and its group. No question is asked twice. Questions about one word of
+    the spelling, of which there are few, are a group; each question of GSM8K is a group.
+    """
     most, rows = run.recipe.max_tokens, rows_at_once(engine.model.device)
     if task == "gsm8k":
         problems = task_problems(
@@ -160,8 +192,16 @@ def passes(run: Run, engine, task: str) -> dict[str, float]:
         size, most = run.recipe.exam_items * 3 // 5, min(most, 80)
         problems = task_problems(TinyWorldTask(World(), task, "test", size=size))
     room = run.recipe.seq_len - min(most, run.recipe.seq_len // 4)
-    problems = [p for p in problems if len(problem_prompt(p, engine.tokenizer)) <= room]
-    return evaluate_pass(engine, problems, samples=8, max_tokens=most, batch=rows)
+    problems = {p["question"]: p for p in problems}  # each once
+    problems = [p for p in problems.values() if len(problem_prompt(p, engine.tokenizer)) <= room]
+    groups = [each["question"] for each in problems]
+    if task == "spelling":  # the longest thing in quotation marks is the word
+        groups = [max(re.findall(r'"(\w+)"', question), key=len) for question in groups]
+    right = count_right(engine, problems, 8, most, batch=rows)
+    found = dict(samples=8, n=len(right), n_groups=len(set(groups)), right=right, groups=groups)
+    for k in (1, 8):
+        found[f"pass@{k}"], found[f"error@{k}"] = mean_and_error(solved(found, k), groups)
+    return found
 
 
 def dialogues(engine, max_tokens: int) -> list[list[str]]:
@@ -183,7 +223,7 @@ def measurements(run: Run, stage: str) -> dict:
     work = {f"{stage} calls": lambda engine: tool_calls(engine, n, most)}
     if stage in ("sft", "rl"):
         for task in ("gsm8k", "spelling"):
-            work[f"{stage} {task}"] = lambda engine, task=task: passes(run, engine, task)
+            work[f"{stage} {task} replies"] = lambda engine, task=task: passes(run, engine, task)
     work[f"{stage} dialogues"] = lambda engine: dialogues(engine, most)
     return work
 
@@ -192,11 +232,13 @@ def measure(run: Run, clock: Clock) -> dict:
     """Make the measurements that are missing, one by one; return all."""
     path = run.directory / "measured.json"
     found = read_json(path) if path.exists() else {}
+    rows = rows_at_once(pick_device(run.recipe.device))
     for stage in MODELS[1:]:
         work = {k: make for k, make in measurements(run, stage).items() if k not in found}
-        clock.check(f"measuring {stage}")
-        rows = rows_at_once(pick_device(run.recipe.device))
-        engine = run.engine(stage, max_batch=rows) if work else None
+        if not work:
+            continue
+        clock.check(f"measuring {stage}")  # an engine takes a while to build
+        engine = run.engine(stage, max_batch=rows)
         for name, make in work.items():
             clock.check(f"measuring {name}")
             began = time.monotonic()
@@ -206,11 +248,16 @@ def measure(run: Run, clock: Clock) -> dict:
     return found
 
 
-def always_one(run: Run, kind: type) -> float:
-    """Return what a model scores on an exam that always names the letter which is right most."""
+def without_reading(run: Run, kind: type) -> tuple[float, float]:
+    """Return what two models that never read score: a guesser, and one that names one letter.
+
+    Not all questions have four choices; the letter is the one that is right most often.
+    """
     task = real_task(run.recipe, kind, "test")
-    golds = Counter(task.item(i)[2] for i in range(len(task)))
-    return max(golds.values()) / len(task)
+    items = [task.item(i) for i in range(len(task))]
+    guesses = [1 / len(choices) for _, choices, _, _ in items]
+    golds = Counter(gold for _, _, gold, _ in items)
+    return sum(guesses) / len(items), max(golds.values()) / len(items)
 
 
 def standard_errors(score: float, chance: float, n: int) -> float:
@@ -218,11 +265,17 @@ def standard_errors(score: float, chance: float, n: int) -> float:
     return (score - chance) / math.sqrt(chance * (1 - chance) / n)
 
 
-def gain(before: dict, after: dict, name: str, low: str, high: str) -> tuple[float, float]:
-    """Return the gain from before to after, and the same in standard errors of a difference."""
-    errors = [(each[high] - each[low]) / 3.92 for each in (before, after)]
-    difference = after[name] - before[name]
-    return difference, difference / max(math.hypot(*errors), 1e-9)
+def gain(before: dict, after: dict, k: int) -> tuple[float, float]:
+    """Return the gain in pass@k from before to after, and the same in standard errors.
+
+    Both have answered the same problems: the gain is the mean of the differences problem by
+    problem, and what an easy or a hard problem adds to both drops out.
+    """
+    if before["groups"] != after["groups"]:
+        raise UserError("Before and after were not asked the same problems.")
+    pairs = zip(solved(before, k), solved(after, k))
+    mean, error = mean_and_error([b - a for a, b in pairs], before["groups"])
+    return mean, mean / max(error, 1e-9)
 
 
 def report(run: Run, found: dict) -> dict:
@@ -239,31 +292,41 @@ def report(run: Run, found: dict) -> dict:
     print(markdown_table(rows))
     above = {}
     for name, kind in (("mmlu", MMLU), ("arc_easy", ARC)):
-        letter = always_one(run, kind)
+        chance, letter = without_reading(run, kind)
         for stage in MODELS[1:]:
             score, n = scores[stage][name], scores[stage][f"{name}_n"]
-            above[f"{name}, {stage}"] = standard_errors(score, 0.25, n)
+            above[f"{name}, {stage}"] = standard_errors(score, chance, n)
             over = standard_errors(score, letter, n)
             print(f"- {name}, {stage}: {above[f'{name}, {stage}']:+.1f} standard errors above "
-                  f"chance, {over:+.1f} above always naming the commonest letter ({letter:.3f}); "
-                  f"n = {n}")  # fmt: skip
+                  f"chance ({chance:.3f}), {over:+.1f} above always naming the commonest "
+                  f"letter ({letter:.3f}); n = {n}")  # fmt: skip
     for stage in MODELS[1:]:
         calls = found[f"{stage} calls"]
         print(f"- {stage}: {calls['share']:.1%} of replies to sums call the calculator well "
               f"({calls['low']:.1%} to {calls['high']:.1%})")  # fmt: skip
     gains = {}
     for task in ("gsm8k", "spelling"):
-        before, after = found[f"sft {task}"], found[f"rl {task}"]
-        for name, low, high in (("pass_at_1", "low", "high"), ("pass_at_k", "low_k", "high_k")):
-            gains[f"{task} {name}"] = gain(before, after, name, low, high)
-            difference, errors = gains[f"{task} {name}"]
+        before, after = found[f"sft {task} replies"], found[f"rl {task} replies"]
+        for k in (1, 8):
+            name = f"pass@{k}"
+            difference, errors = gains[f"{task} {name}"] = gain(before, after, k)
             print(f"- RL on {run.recipe.rl_task}, {task} {name}: {before[name]:.3f} -> "
-                  f"{after[name]:.3f}, {errors:+.1f} standard errors")  # fmt: skip
+                  f"{after[name]:.3f}, {difference:+.3f}, {errors:+.1f} standard errors; "
+                  f"n = {before['n']} in {before['n_groups']} groups")  # fmt: skip
     for question, reply, calls in found["rl dialogues"]:
         print(f"\n> {question}" + (f"\n> [calculator: {calls}]" if calls else "") + f"\n\n{reply}")
     seconds = {stage: done[stage]["seconds"] for stage in STAGES}
-    numbers = {name: part for name, part in found.items() if not name.endswith("dialogues")}
+    numbers = {
+        name: {key: value for key, value in part.items() if not isinstance(value, list)}
+        for name, part in found.items()
+        if not name.endswith("dialogues")
+    }
     return dict(scores=scores, above=above, gains=gains, seconds=seconds, measured=numbers)
+
+
+def leave(number: int, frame) -> None:
+    """Leave as Ctrl-C does when a signal comes: by an exception, which `train` sees."""
+    raise SystemExit(128 + number)
 
 
 def main() -> int:
@@ -277,6 +340,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="length of this call")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, leave)
     clock = Clock(args.minutes)
     try:
         run = Run.open(recipe_of(args), args.folder)

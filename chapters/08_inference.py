@@ -156,7 +156,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.common import UserError, synchronize
-from nanochat.decode import decoder, pack_heads
+from nanochat.decode import decoder, pack_heads, power_of_two
 from nanochat.model import GPT, GPTConfig, rms_norm
 from nanochat.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
@@ -1699,7 +1699,7 @@ SMALLEST = 64  # slots of a cache
 
 def bucket(n: int, coarse: bool = False) -> int:
     """Return the smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... (coarse: powers of 2) from n on."""
-    power = 1 << max(0, n - 1).bit_length()
+    power = power_of_two(n)
     return power * 3 // 4 if not coarse and power >= 4 and power * 3 // 4 >= n else power
 
 

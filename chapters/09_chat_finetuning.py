@@ -1823,7 +1823,8 @@ train on.
 def estimate_rows(mixture: Mixture, tokenizer, seq_len: int, sample: int = 200) -> int:
     """Return about how many rows of seq_len + 1 tokens one epoch of a mixture packs into.
 
-    Renders `sample` conversations spread over the mixture; padding is taken as 5 %.
+    Renders `sample` conversations spread over the mixture; padding is taken as 5 %, as rows of 128
+    tokens of the tiny world have. Rows of 2,048 of real conversations have 0.2 %: 5 % fewer.
     """
     step, cut = max(1, len(mixture) // sample), seq_len + 1
     lengths = [

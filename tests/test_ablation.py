@@ -31,6 +31,13 @@ def test_every_addition_is_put_in_alone_and_left_out_alone(ablation):
     assert len(variants) == 2 + 2 * len(MODERN)
 
 
+def test_padding_a_vocabulary_that_needs_none_is_no_variant(ablation):
+    padding = ["classic + vocab_multiple", "modern - vocab_multiple"]
+    for vocab_size, expected in ((8192, padding), (8190, [])):
+        names = [name for name in ablation.variants() if ablation.same_model(name, vocab_size)]
+        assert names == expected
+
+
 def test_a_gain_is_the_mean_of_pairs_with_its_standard_error(ablation):
     def results(*scores):
         facts = dict(tokens_per_second=10.0, params=2_000_000, flops_per_token=1)
