@@ -1108,6 +1108,9 @@ r"""
 * **Training on forced tokens.** Tool output was not sampled by the policy. With it in the loss, the
   model learns to make up results. The mask comes from the engine; a test compares the gradient with
   an explicit one.
+* **A reward that looks away.** Our own reward once took `#####` for the mark `####`, since four of
+  the five signs are there. Nothing was to be gained by more signs, but nothing was lost either, and
+  after RL a model on real text ended its answers with fifteen of them.
 * **Test sums in training.** Splits that follow from seeds went wrong in nanochat (chapter 9). Ours
   go by the hash of the sum.
 * **A rate below zero.** A schedule that counts past its end turns descent into ascent (chapter 9).

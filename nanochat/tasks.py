@@ -89,8 +89,11 @@ class ChatTask:
 
 
 def final_answer(text: str) -> str | None:
-    """Return the number after the last `####` without commas, or None if there is none."""
-    found = re.findall(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)", text)
+    """Return the number after the last `####` without commas, or None if there is none.
+
+    Five signs and more are no mark.
+    """
+    found = re.findall(r"(?<!#)####\s*\$?(-?\d[\d,]*(?:\.\d+)?)", text)
     return found[-1].replace(",", "") if found else None
 
 

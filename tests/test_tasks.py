@@ -51,6 +51,9 @@ class Numbers(tasks.ChatTask):
         ("#### 3 and then #### 4", "4"),
         ("42", None),
         ("#### none", None),
+        ("##### 42", None),
+        ("### 42", None),
+        ("##### 41\n#### 42", "42"),
     ],
 )
 def test_final_answer(text, answer):
