@@ -5,11 +5,12 @@
         --steps 20 --vocab 512 --tokens 100000 --val-tokens 8000 --workers 2    # a CPU
 
 Trains the classic model, the modern one, the classic one with one addition and the modern one
-without one, all on the same rows, with the same optimizer settings and the same schedule. Two
-models of one seed see the same batches, so gains are differences of pairs; the error is the
-standard error of their mean over the seeds. Bits per byte is over the whole validation text.
-Worker processes share the device: small models leave room, and compiling takes cores. A variant is
-compiled once for all of its seeds. Speed is measured with one worker only. The last line is JSON.
+without one, all on the same rows, with the same optimizer settings and the same schedule. Rates are
+the recipe's, by the root of the batch. Two models of one seed see the same batches, so gains are
+differences of pairs; the error is the standard error of their mean over the seeds. Bits per byte is
+over the whole validation text. Worker processes share the device: small models leave room, and
+compiling takes cores. A variant is compiled once for all of its seeds. Speed is measured with one
+worker only. The last line is JSON.
 """
 
 import argparse
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from train_gpu import batch_rates
 
 from nanochat.common import pick_device, pick_dtype, usable_cores
 from nanochat.data import (
@@ -41,6 +43,7 @@ from nanochat.data import (
 from nanochat.evaluation import bits_per_byte
 from nanochat.model import GPT, MODERN, GPTConfig
 from nanochat.optim import PLAIN, build_optimizer
+from nanochat.recipe import Recipe
 from nanochat.report import markdown_table
 from nanochat.tokenizer import Tokenizer, read_ranks
 from nanochat.train import SingleProcess, fit
@@ -107,7 +110,9 @@ def train(args, folder, fields, seed, device):
     config = GPTConfig.for_depth(args.depth, tokenizer.vocab_size, args.seq_len, **sizes, **fields)
     model, world = GPT(config, seed=seed).to(device), SingleProcess(device)
     model.compute_dtype = pick_dtype(device) if on_gpu else torch.float32
-    optimizer = build_optimizer(model, compiled=on_gpu)
+    tokens = args.batch * args.seq_len * args.accumulation
+    rates = batch_rates(Recipe.for_depth(args.depth), tokens)
+    optimizer = build_optimizer(model, **rates, compiled=on_gpu)
     for group in optimizer.param_groups:  # the same for all, classic or modern
         if group["kind"] == "adamw":
             group.update(betas=PLAIN["betas"], weight_decay=PLAIN["weight_decay"])

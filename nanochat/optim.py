@@ -290,9 +290,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Split a model's parameters: block matrices by shape to Muon, all the rest to AdamW.
 
-    AdamW's rates are given at width 768 and scaled by (width / 768)^-0.5 (nanochat's rule).
-    `weight_decay` is Muon's. `compiled` compiles the updates of all but gates and scalars, which
-    pays on a GPU.
+    AdamW's rates are given at width 768 and scaled by (width / 768)^-0.5 (nanochat's rule). Those
+    of the residual scalars stand for a matrix_lr of 0.02 and follow it. `weight_decay` is Muon's.
+    `compiled` compiles the updates of all but gates and scalars, which pays on a GPU.
     """
     width_rule = (model.config.n_embd / 768) ** -0.5
     parts = {"head": (model.head, head_lr), "embedding": (model.embedding, embedding_lr)}
@@ -306,6 +306,8 @@ def param_groups(
     for name, param in model.additions.named_parameters():
         if name in SCALARS:
             groups.append({**PLAIN, "params": [param], "eps": 1e-6, **SCALARS[name]})
+        if name in ("stream_scale", "start_scale"):
+            groups[-1]["lr"] *= matrix_lr / 0.02
     by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for param in model.blocks.parameters():
         by_shape.setdefault(tuple(param.shape), []).append(param)

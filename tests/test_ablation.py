@@ -10,10 +10,12 @@ from nanochat.model import MODERN, GPTConfig
 
 @pytest.fixture(scope="module")
 def ablation():
-    path = Path(__file__).parents[1] / "benchmarks" / "ablation.py"
-    spec = importlib.util.spec_from_file_location("ablation", path)
+    folder = Path(__file__).parents[1] / "benchmarks"
+    spec = importlib.util.spec_from_file_location("ablation", folder / "ablation.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        spec.loader.exec_module(module)
     return module
 
 
