@@ -582,12 +582,12 @@ def chain_end(weights, work, launch, early):
 r"""
 ## Open question
 
-Our step needs 123 kernels for a d24 and still takes twice the floor. A *megakernel* would make the
-whole step in one: its programs stay on their processors, and wait for each other with counters in
-memory, as `arrive` does, instead of ending. Which of the costs of section 2 disappear, and which
-come back in another form? What must a program know to fetch the weights of the next product while
-it waits, and where can it put them? Sketch the schedule of one layer on 132 processors, and say
-what you would measure first. (No marks.)
+Our step needs 123 kernels for a d24 and still takes nearly twice the floor. A *megakernel* would
+make the whole step in one: its programs stay on their processors, and wait for each other with
+counters in memory, as `arrive` does, instead of ending. Which of the costs of section 2 disappear,
+and which come back in another form? What must a program know to fetch the weights of the next
+product while it waits, and where can it put them? Sketch the schedule of one layer on 132
+processors, and say what you would measure first. (No marks.)
 """
 
 # %%
