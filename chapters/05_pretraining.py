@@ -2100,8 +2100,8 @@ machine is its peak times the share that real training reaches, its **utilisatio
 - **electricity**: 436 g of CO2 for each kWh, the world's mean of 2022 (Ember, *Global Electricity
   Review 2023*). Grids differ tenfold; put in your own.
 
-Before our own run of the modern model of depth 12, over 65 million tokens on one H200, these
-assumptions said 124 seconds for its steps, and section 9 said 32.8 GB; they took 119 seconds and
+For our own run of the modern model of depth 12, over 62 million tokens on one H200, these
+assumptions said 118 seconds for its steps, and section 9 said 32.8 GB; they took 115 seconds and
 31.8 GB (`benchmarks/RESULTS.md`). A larger test is a run whose outcome others have reported.
 nanochat's first release trained depth 20 on 11.22 billion tokens, $3.92\times 10^{19}$ FLOPs.
 Reproductions needed 172 to 176 minutes of pretraining on eight H100 at a utilisation of 47 to 48 %.

@@ -1092,7 +1092,7 @@ def start_reduce_scatter(layout: Layout) -> tuple[Tensor, Any]:
 def start_all_gather(layout: Layout, rank: int) -> tuple[Tensor, Any]:
     """Start to send the rank's weights to all; returns (flat, handle to wait for)."""
     flat = layout.empty()
-    own = layout.part(flat, rank).clone()
+    own = torch.empty_like(layout.part(flat, rank))
     for piece, place in layout.slots(own, rank):
         place.copy_(piece.of(piece.param))
     return flat, all_gather(flat, own, async_op=True)
@@ -1161,6 +1161,7 @@ def reduction_layouts(
 r"""
 `Reducer` does the rest: the hooks, the counting and the order. After a reduce-scatter no rank has
 the whole gradient, so its length, which the trainer logs, is put together from the ranks' parts.
+That waits for all of them: in the trainer no update starts while gradients are on their way.
 """
 
 
@@ -1220,8 +1221,9 @@ class Reducer:
         """Wait for all averaged gradients; return their length over all ranks. A collective."""
         for _, work in self.started.values():
             work.wait()
-        mine = torch.nn.utils.get_total_norm([part for part, _ in self.started.values()])
-        return self.world.sum(mine.float().square()).sqrt() / self.world.world_size
+        parts = [part.float() for part, _ in self.started.values()]
+        mine = torch.nn.utils.get_total_norm(parts)
+        return self.world.sum(mine.square()).sqrt() / self.world.world_size
 
     def take(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
         """Wait for averaged gradients and return them: {param: this rank's piece, flat}."""
@@ -1363,13 +1365,13 @@ def own_state(
     return kept
 
 
-def build_sharded_optimizer(model: GPT, world: Any, *args: float, **rates: float) -> MuonAdamW:
-    """Return chapter 4's `build_optimizer` with the same rates, shared out as the model asks for.
+def build_sharded_optimizer(model: GPT, world: Any, *args: Any, **settings: Any) -> MuonAdamW:
+    """Return chapter 4's `build_optimizer` with the same settings, shared as the model asks for.
 
     Over one process it is that one; over several, ShardedMuonAdamW, and for a model that
     `shard_model` has cut, FullyShardedMuonAdamW.
     """
-    groups = param_groups(model, *args, **rates)
+    groups = param_groups(model, *args, **settings)
     cut = isinstance(model.head.weight, DTensor)
     return (FullyShardedMuonAdamW if cut else ShardedMuonAdamW)(groups, world)
 

@@ -892,8 +892,8 @@ r"""
 > `shots` and the kind of the task above, and see.
 
 The first factor comes from keeping the machine busy, the rest from not doing work twice. Which one
-is larger depends on the machine, the model and the texts. On one H200 a model of depth 12 scored 20
-tasks of CORE, 63,674 items, in 86 seconds, 13 times as fast as one by one
+is larger depends on the machine, the model and the texts. On one H200 a model of depth 12 scored 21
+tasks of CORE, 73,674 items, in 141 seconds, 8 times as fast as one by one
 (`benchmarks/RESULTS.md`). The last line of the cell checks what matters more: the losses are the
 same, but for rounding.
 

@@ -354,7 +354,7 @@ class Buffers:
         self.narrow = torch.zeros(B, C, **narrow)
         self.heads, self.hidden = torch.zeros(B, H * D, **narrow), torch.zeros(B, 4 * C, **narrow)
         most = max(block.splits for block in SOME_ROWS.values())  # of a row of weights
-        most = max(B * H * MOST_SPLITS * (D + 1), most * self.rows * power_of_two(4 * C))
+        most = max(B * H * MOST_SPLITS * (D + 1), most * self.rows * power_of_two(max(16, C)))
         self.scratch = torch.zeros(most, **wide)
         self.counter = torch.zeros(max(B * H, C), device=device, dtype=torch.int32)
 
@@ -375,6 +375,16 @@ class Products(Buffers):
             splits //= 2
         found = dict(K=K, N=N, ROWS=self.rows, PARTS=self.squares.size(-1), BLOCK_N=n, BLOCK_K=k)
         return (-(-N // n), splits), dict(found, SPLITS=splits, SLICES=warps, num_warps=warps)
+
+    def shared_bytes(self) -> int:
+        """Return the shared memory that a program of several rows wants at most, for w and x."""
+        widest, C = 0, self.shape[0]
+        for name, K in (("read", C), ("proj", C), ("down", 4 * C)):
+            sizes = self.sizes(name, K, C)[1]
+            step = sizes["SLICES"] * sizes["BLOCK_K"]
+            span = -(-K // sizes["SPLITS"] // step) * step
+            widest = max(widest, (sizes["BLOCK_N"] + self.rows) * span)
+        return 0 if self.rows == 1 else widest * self.narrow.element_size()
 
     def read(self, w: Tensor, n_out: int, out: Tensor, squares: Tensor, act: int) -> None:
         """out = act(w rms_norm(stream)), for n_out rows of w."""
@@ -613,7 +623,8 @@ class Kernels(Products):
         attention, values = self.model.blocks[layer].attention, self.model.additions.values
         slots, keys, looks = cache.slots[layer], cache.keys[layer], str(layer) in values
         block, times, warps = LOOK_ONE if self.rows == 1 else LOOK_SOME
-        times = max(times, -(-slots // (MOST_SPLITS * block)))
+        more = power_of_two(-(-slots // (MOST_SPLITS * block * times)))  # than the table says
+        times, warps = times * more, min(32, warps * more)
         splits = -(-slots // (block * times))
         gate = attention.gate.in_features if looks else 1
         tables = (attention.gate.weight, values[str(layer)].weight) if looks else (keys, keys)
@@ -672,7 +683,9 @@ class Decoder(Kernels):
         if layer + 1 < config.n_layer:
             both = (add.stream_scale, add.start_scale) if config.residual_scalars else ()
             return (1, self.start, *(scale[layer + 1 :] for scale in both)) if both else ()
-        return (2, self.middle, self.start, add.backout_scale) if config.backout else ()
+        if not config.backout:
+            return ()
+        return 2, self.middle, add.backout_scale, add.backout_scale
 
     def forward(self, ids: Tensor) -> None:
         """Compute the logits of the next token of every row."""
@@ -719,16 +732,17 @@ def decoder(model: GPT, cache: Any) -> Decoder | None:
     """Return a Decoder where it can serve: on such a GPU, for 1 to 16 rows of a packed copy.
 
     Elsewhere None. The heads need a power of 2 of channels and scores of at most MOST_SCORE, the
-    layers must be plain ones, and for several rows a program's weights and the rows of x must fit
-    into a processor's shared memory.
+    layers must be plain ones, and for several rows a program's tiles must fit into a processor's
+    shared memory.
     """
     if not runs_kernels(model.device):
         return None
     config, rows = model.config, len(cache.lengths)
     layers = [m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
     plain = all(type(layer) in (Linear, ValueGate) for layer in layers)
-    wanted = 2 * MOST_ROWS * config.n_embd * model.head.weight.element_size()
     fits = 1 <= rows <= MOST_ROWS and config.head_dim == power_of_two(config.head_dim)
     fits = fits and config.qk_scale**2 * config.head_dim**0.5 <= MOST_SCORE
-    fits = fits and (rows == 1 or wanted <= shared_memory(model.device))
-    return Decoder(model, cache) if fits and plain and is_packed(model) else None
+    if not (fits and plain and is_packed(model)):
+        return None
+    found = Decoder(model, cache)
+    return found if found.shared_bytes() <= shared_memory(model.device) else None

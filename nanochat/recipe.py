@@ -833,7 +833,7 @@ def stage_optimizer(model: GPT, recipe: Recipe, world: Any, lora: bool) -> MuonA
     rates = (recipe.matrix_lr, recipe.embedding_lr, recipe.head_lr, recipe.weight_decay)
     several, compiled = world.world_size > 1, compiles(recipe, world.device)
     if several and not lora:
-        return build_sharded_optimizer(model, world, *rates, compiled)
+        return build_sharded_optimizer(model, world, *rates, compiled=compiled)
     groups = lora_groups(model) if lora else param_groups(model, *rates, compiled)
     return ShardedMuonAdamW(groups, world) if several else MuonAdamW(groups)
 

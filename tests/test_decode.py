@@ -1,5 +1,6 @@
 """nanochat.decode: few kernels against the model, in Triton's interpreter or on a GPU."""
 
+import math
 import subprocess
 import sys
 from functools import partial
@@ -119,6 +120,42 @@ def test_a_greedy_step_is_that_of_the_batch(make, rows, size):
 
 
 @needs_triton
+@pytest.mark.parametrize("rows", [1, 2])
+def test_slots_that_nobody_sees_are_not_looked_at(rows):
+    model = random_model(GPTConfig.modern(2, 100, 160, aspect=16, head_dim=16))
+    one, two = two_batches(model, rows, 24, seed=2)
+    for slots, keys, values in zip(two.cache.slots, two.cache.keys, two.cache.values):
+        age = (two.cache.clock - torch.arange(slots, device=DEVICE)) % slots
+        unseen = (age == 0) | (age > two.cache.lengths[:, None])  # (B, slots)
+        for tensor in (keys, values):
+            tensor.masked_fill_(unseen[:, None, :, None], math.nan)
+    with torch.inference_mode():
+        logits = decode.Decoder(model, two.cache)(two.ids)
+        assert torch.allclose(logits, model_logits(one, one.ids), atol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_long_ring_is_shared_by_as_many_programs_that_look_more_often(rows, monkeypatch):
+    monkeypatch.setattr(decode, "MOST_SPLITS", 2)
+    model = random_model(GPTConfig.modern(2, 100, 160, aspect=16, head_dim=16))
+    one, two = two_batches(model, rows, 140)
+    with torch.inference_mode():
+        logits = decode.Decoder(model, two.cache)(two.ids)
+        assert torch.allclose(logits, model_logits(one, one.ids), atol=1e-4)
+
+
+@needs_triton
+def test_a_bound_near_its_limit_is_exact_enough():
+    config = GPTConfig(100, 64, 2, 2, 2, 32, qk_scale=3.0)  # 3^2 sqrt(16) = 36 of 40
+    model = random_model(config)
+    one, two = two_batches(model, 2, 40)
+    with torch.inference_mode():
+        logits = decode.Decoder(model, two.cache)(two.ids)
+        assert torch.allclose(logits, model_logits(one, one.ids), atol=1e-4)
+
+
+@needs_triton
 def test_windows_forget_what_is_too_old():
     config = GPTConfig(50, 640, 3, 1, 1, 16, windows="S")  # 256 tokens back, the last layer all
     model = random_model(config)
@@ -196,9 +233,10 @@ def test_a_decoder_is_given_only_where_it_can_serve(monkeypatch):
     assert found(random_model(GPTConfig(50, 16, 2, 2, 2, 24), device="cpu")) is None
     steep = GPTConfig(50, 16, 2, 4, 2, 32, qk_scale=4.0)  # scores up to 45
     assert found(random_model(steep, device="cpu")) is None
-    monkeypatch.setattr(decode, "shared_memory", lambda device: 32 * 32 * 4 - 1)
+    # two rows are made eight, a block has 16 of w; 128 channels are padded to 4 slices of 128
+    monkeypatch.setattr(decode, "shared_memory", lambda device: (16 + 8) * 4 * 128 * 4 - 1)
     assert isinstance(found(), decode.Decoder) and found(rows=2) is None  # in registers, or shared
-    monkeypatch.setattr(decode, "shared_memory", lambda device: 32 * 32 * 4)
+    monkeypatch.setattr(decode, "shared_memory", lambda device: (16 + 8) * 4 * 128 * 4)
     assert isinstance(found(rows=2), decode.Decoder)
     model.blocks[1].mlp.up.__class__ = Guest
     assert found() is None

@@ -326,6 +326,17 @@ def test_the_modern_groups_have_the_published_settings():
     assert all(g["betas"] == (0.8, 0.95) and g["weight_decay"] == 0 for g in classic)
 
 
+def test_rates_of_the_residual_scalars_follow_the_matrices():
+    model = GPT(replace(SMALL, **MODERN))
+    names = {param: name.split(".", 1)[-1] for name, param in model.named_parameters()}
+    for full, low in zip(param_groups(model), param_groups(model, matrix_lr=0.005)):
+        follows = full["kind"] == "muon" or names[full["params"][0]] in (
+            "stream_scale",
+            "start_scale",
+        )
+        assert low["lr"] == pytest.approx(full["lr"] / 4 if follows else full["lr"])
+
+
 def test_adamw_rates_fall_with_the_root_of_the_width_and_muons_do_not():
     narrow, wide = (param_groups(GPT(replace(SMALL, n_embd=n))) for n in (32, 128))
     for a, b in zip(narrow, wide):
