@@ -790,13 +790,14 @@ residual stream are single numbers that must move by tenths, so their rates are 
 gate goes with them. The factors of the stream itself multiply up over the layers and may only
 creep.
 
-The two residual scalars need care. Their rates were found with batches of 2^19 tokens. A smaller
-batch has a noisier gradient, and a number that moves by a tenth in each step is shaken by it, and
-the whole stream with it. Chapter 5 lowers Muon's rate with the root of the batch; these two follow
-it. That is no detail: in 300 steps of 4,096 tokens, a modern model of depth 4 and width 192 came to
-2.090 bits per byte with the high rates and to 2.045 with a third of them (real text, one seed). At
-depth 12, after 62 million tokens on an H200, three seeds had 1.110 ± 0.0004 with the high rates;
-the first with rates that follow the batch had 1.096.
+The two scalars of the residual stream, `stream_scale` and `start_scale`, need care. Their rates
+were found with batches of 2^19 tokens. A smaller batch has a noisier gradient, which shakes these
+numbers, and with them the whole stream. Chapter 5 lowers `matrix_lr` with the root of the batch,
+and here the rates of these two follow it. That is no detail. In 300 steps of 4,096 tokens, a modern
+model of depth 4 and width 192 came to 2.090 bits per byte with the high rates and to 2.045 with a
+third of them (real text, one seed). At depth 12, after 62 million tokens in batches of 65,536,
+three seeds came to 1.1101 ± 0.0004 with the high rates, and one of them to 1.0964 with rates that
+follow the batch (on an H200, `benchmarks/RESULTS.md`).
 """
 
 
