@@ -2211,8 +2211,8 @@ measured = bench(engine, (1, 4), prompt=64, new=16, repeats=1)
 # %% [markdown]
 r"""
 On one H200 a model of 24 layers has its first token 8 ms after a prompt of 512, and then one every
-0.60 ms: 1,666 a second, 62 % of what the memory delivers to a plain sum there. 128 readers together
-get 18,600 a second (`benchmarks/RESULTS.md`). Up to sixteen rows are read by the kernels of
+0.57 ms: 1,770 a second, 65 % of what the memory delivers to a plain sum there. 128 readers together
+get 19,800 a second (`benchmarks/RESULTS.md`). Up to sixteen rows are read by the kernels of
 appendix A6, more by the model itself.
 
 Several beginnings at once, drawn at temperature 0.8:
