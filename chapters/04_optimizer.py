@@ -790,12 +790,12 @@ residual stream are single numbers that must move by tenths, so their rates are 
 gate goes with them. The factors of the stream itself multiply up over the layers and may only
 creep.
 
-The two residual scalars need care. Their rates were found with batches of 2^19 tokens. A smaller
-batch has a noisier gradient, and a number that moves by a tenth in each step is shaken by it, and
-the whole stream with it. Chapter 5 lowers Muon's rate with the root of the batch; these two follow
-it, as they follow whatever you set. That is no detail: at depth 12, after 62 million tokens in
-batches of 2^16 on an H200, three seeds had 1.110 ± 0.0004 bits per byte with the high rates; the
-first with rates that follow the batch had 1.096 (`benchmarks/RESULTS.md`).
+The two scalars of the residual stream, `stream_scale` and `start_scale`, need care. Their rates
+were found with batches of 2^19 tokens. A smaller batch has a noisier gradient, which shakes these
+numbers, and with them the whole stream. Chapter 5 lowers `matrix_lr` with the root of the batch,
+and here the rates of these two follow it. That is no detail: at depth 12, after 62 million tokens
+in batches of 2^16, three seeds came to 1.1101 ± 0.0004 bits per byte with the high rates, and one
+of them to 1.0964 with rates that follow the batch (on an H200, `benchmarks/RESULTS.md`).
 """
 
 

@@ -1127,8 +1127,9 @@ over at the end: there is nothing left to overlap with. Chapter 5's trainer comp
 model, so in the recipe only the exchange of weights overlaps, with the optimizer.
 
 *Size.* A small bucket starts early and pays the start-up time; a large one is efficient and starts
-late. AdamW's small tensors share one bucket. A bucket of Muon holds one matrix for each rank, or
-two, or three: with seven on four ranks, some ranks' parts would be padding.
+late. AdamW's small tensors share one bucket. A bucket of Muon holds as many matrices as there are
+ranks, or twice or three times as many. With seven on four ranks, three ranks would have two of them
+and the fourth only one: half of its part would be padding.
 """
 
 
@@ -1160,8 +1161,9 @@ def reduction_layouts(
 # %% [markdown]
 r"""
 `Reducer` does the rest: the hooks, the counting and the order. After a reduce-scatter no rank has
-the whole gradient, so its length, which the trainer logs, is put together from the ranks' parts.
-That waits for all of them: in the trainer no update starts while gradients are on their way.
+the whole gradient. But its length, which the trainer logs, can be had from the parts: each rank
+squares the length of its own, the squares are added up, and `norm` takes the root of the sum. That
+waits for all of them: in the trainer no update starts while gradients are on their way.
 """
 
 
@@ -1913,9 +1915,9 @@ assert step_range(two)[0] < step_range(two)[1] and step_range(one)[0] == step_ra
 
 # %% [markdown]
 r"""
-*Measured* on four H200s of one machine (machine B of `benchmarks/RESULTS.md`), with the modern
-model and the trainer of chapter 5: milliseconds of a step of 524,288 tokens on 1, 2 and 4 GPUs. The
-figure for one GPU gives `S`; an all-reduce over two ran at 304 GB/s and over four at 340.
+*Measured* on four H200s of one machine ("Four H200s" in `benchmarks/RESULTS.md`), with the modern
+model, trained as chapter 5 does it: milliseconds of a step of 524,288 tokens on 1, 2 and 4 GPUs.
+The figure for one GPU gives `S`. An all-reduce over two ran at 304 GB/s and over four at 340.
 *Assumed*: that eight GPUs of a node talk as fast as four; and between nodes either eight cards of
 400 Gb/s at 80 per cent of their name, 320 GB/s, or one ordinary cable of 100 Gb/s, 12.5 GB/s.
 """
@@ -1967,15 +1969,17 @@ plt.show()
 
 # %% [markdown]
 r"""
-On four GPUs the large model is a point below the formula, the small one three. Of the small one's
-239 ms, two micro-batches take 223 by the speed of one GPU, the update 6, and an exchange that
-nothing hides 3. Seven are left. We suppose that they are waiting: all ranks go on when the slowest
-has come, and four GPUs at their power limit never run at quite the same clock.
+(At 32 the figure shows four nodes, joined by InfiniBand.) On four GPUs the large model is a point
+below the formula, the small one three. Where do the small one's 239 ms go? Two micro-batches take
+223, at the speed of one GPU alone. The update takes 6. To average the gradients takes about 3,
+which nothing hides in a compiled model (section 7). Seven are left. We suppose that they are
+waiting: all ranks go on when the slowest has come, and four GPUs at their power limit never run at
+quite the same clock.
 
-That was *strong* scaling: the same batch for all. *Weak* scaling keeps the work of each GPU, here
-65,536 tokens at depth 12 and 32,768 at depth 20. There four GPUs ran at 98.1 and 108.3 per cent of
-the speed of one. More than a hundred, because one GPU alone updates all matrices and four share
-them: at depth 20 the update takes 47 ms on one and 18 on four.
+That was *strong* scaling: one batch, shared by all. *Weak* scaling keeps the work of each GPU, here
+65,536 tokens a step at depth 12 and 32,768 at depth 20. Each of four GPUs then did 98.1 and 108.3
+per cent of what one does alone. How can it be more than a hundred? One GPU alone updates all
+matrices, and four share them: at depth 20 the update takes 47 ms on one and 18 on four.
 
 Within a node the exchange costs little even if nothing is hidden. Over ordinary Ethernet thirty-two
 GPUs do the work of about five, and no overlap mends that: the wire is busy longer than the GPUs.
@@ -1983,8 +1987,8 @@ That is why clusters for training have a network card for each GPU. Otherwise th
 out: a larger batch (more computing for each exchange), or gradients in bfloat16 (`reduce_dtype`,
 half of their bytes).
 
-The figures for 8 and 32 GPUs are predictions. `benchmarks/distributed.py` measures what there is,
-with the formula beside it.
+The figures for 8 and 32 GPUs are predictions. `benchmarks/distributed.py` measures the GPUs that a
+machine has, and prints the formula beside them.
 
 ## Recap
 

@@ -493,8 +493,8 @@ class ChatTask:
 r"""
 Two rules find the answer in a reply. A sum is solved when the number after the mark `####` is
 right, whatever stands before it. The mark is four signs, not three and not five: chapter 10 pays
-for what this function finds. A fact is right when the reply names it and names no rival: who
-answers "a baker or a cook" knows nothing.
+for what this function finds, and its pitfalls tell what came of five. A fact is right when the
+reply names it and names no rival: who answers "a baker or a cook" knows nothing.
 """
 
 

@@ -1026,11 +1026,11 @@ for name, share in solved.items():
 
 # %% [markdown]
 r"""
-pass@1 gains more than ten points, and the interval of the gain is far from 0, although those of the
-two scores overlap. The two variants end alike: which of them is better cannot be told from one run
-on 60 questions. And pass@8 hardly moves. RL has not taught the model sums that it could never do;
-it has made it do *reliably* what it could do *sometimes*. That is why pass@k before training is a
-good forecast of what RL with a verifiable reward can give.
+pass@1 gains some ten to fifteen points, and the interval of the gain keeps clear of 0, although
+those of the two scores overlap. The two variants end alike: which of them is better cannot be told
+from one run on 60 questions. And pass@8 hardly moves. RL has not taught the model sums that it
+could never do; it has made it do *reliably* what it could do *sometimes*. That is why pass@k before
+training is a good forecast of what RL with a verifiable reward can give.
 
 The control says that the reward did it, and not the exercise: pushed about by a coin, the model
 gains nothing. The gauges show the price. They go up and down from step to step, but the policy ends
@@ -1108,9 +1108,9 @@ r"""
 * **Training on forced tokens.** Tool output was not sampled by the policy. With it in the loss, the
   model learns to make up results. The mask comes from the engine; a test compares the gradient with
   an explicit one.
-* **A reward that looks away.** Our own reward once took `#####` for the mark `####`, since four of
-  the five signs are there. Nothing was to be gained by more signs, but nothing was lost either, and
-  after RL a model on real text ended its answers with fifteen of them.
+* **A reward that looks away.** Our own reward once took `#####` for the mark `####`, since it found
+  four signs in the five. More signs earned nothing more, but they cost nothing either, and after RL
+  a model on real text wrote up to sixteen before its answer. Now four are a mark, and five are not.
 * **Test sums in training.** Splits that follow from seeds went wrong in nanochat (chapter 9). Ours
   go by the hash of the sum.
 * **A rate below zero.** A schedule that counts past its end turns descent into ascent (chapter 9).
