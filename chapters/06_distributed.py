@@ -844,7 +844,7 @@ fig, ax = figure(
     "tensor (bytes)",
     "bus bandwidth (GB/s)",
     alt="Bandwidth against size, log-log: "
-    "a memory copy above three collectives, all rising with size.",
+    "a memory copy above three collectives, all far higher for large tensors than for small ones.",
 )
 for name in ["copy", *BUS_FACTORS]:
     points = [(line["bytes"], line["gb_per_s"]) for line in found if line["what"] == name]

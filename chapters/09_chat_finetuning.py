@@ -1829,7 +1829,8 @@ def estimate_rows(mixture: Mixture, tokenizer, seq_len: int, sample: int = 200) 
     """Return about how many rows of seq_len + 1 tokens one epoch of a mixture packs into.
 
     Renders `sample` conversations spread over the mixture; padding is taken as 5 %, as rows of 128
-    tokens of the tiny world have. Rows of 2,048 of real conversations have 0.2 %: 5 % fewer.
+    tokens of the tiny world have. Rows of 2,048 of real conversations have hardly any: there are
+    5 % fewer rows than this says.
     """
     step, cut = max(1, len(mixture) // sample), seq_len + 1
     lengths = [
