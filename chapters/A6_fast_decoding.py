@@ -940,11 +940,11 @@ r"""
 A row has $H$ heads, and each looks at the keys and values of every token so far. A d24 has twelve
 heads, and an H200 has 132 processors: one program for a head would leave most of them idle. So a
 head's *slots* (the places of its ring, chapter 8) are split, 32 or more for each of at most 32
-programs, and the parts put together. But attention is a softmax, and a program that sees some of
-the scores does not know the sum over all. The trick is that of flash attention (appendix A3): a
-part is remembered as three things, the highest score $m$, the sum $s$ of $e^{\text{score} - m}$,
-and $r$, the values weighed with the same. Two parts become one by shrinking the one with the lower
-maximum:
+programs, and the parts put together. (A longer ring gives each program more slots, and more warps
+to hold them.) But attention is a softmax, and a program that sees some of the scores does not know
+the sum over all. The trick is that of flash attention (appendix A3): a part is remembered as three
+things, the highest score $m$, the sum $s$ of $e^{\text{score} - m}$, and $r$, the values weighed
+with the same. Two parts become one by shrinking the one with the lower maximum:
 
 $$m = \max(m_1, m_2), \quad s = s_1 e^{m_1 - m} + s_2 e^{m_2 - m}, \quad
 r = r_1 e^{m_1 - m} + r_2 e^{m_2 - m}, \quad \text{result} = r / s$$
@@ -1487,8 +1487,9 @@ The engine of chapter 8 asks `decoder` and takes what it gets: a Decoder, or Non
 itself must do. Our kernels take at most sixteen rows; where cuBLAS begins to be better, we have not
 measured. Low-rank layers and other guests in the model (chapter 9) do not fit our kernels, nor does
 a bound of the scores (section 8) above `MOST_SCORE`, where exponentials could vanish. For several
-rows the weights of a program and the rows of `x` must fit into the shared memory of one processor:
-sixteen rows of each, as wide as the model.
+rows a program's tiles of weights and of `x` must fit into the shared memory of one processor
+(`shared_bytes` in section 7); with the sizes of our table that is about sixteen rows of each, as
+wide as the model.
 """
 
 
