@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from nanochat.common import MetricsLog
@@ -30,7 +31,8 @@ def work(folder: Path, world) -> None:
     """Fine-tune, then reinforce; write model.safetensors and history.json."""
     sums = TinyWorldTask(World(), "arithmetic", size=400)
     tokenizer = Tokenizer.train(["What is 12 plus 30? Tom has 7 apples. ####"], vocab_size=280)
-    model = GPT(GPTConfig(tokenizer.vocab_size, 192, 1, 2, 2, 32)).to(world.device)
+    model = GPT(GPTConfig(tokenizer.vocab_size, 192, 1, 2, 2, 32)).to(world.device).double()
+    model.compute_dtype = world.reduce_dtype = torch.float64  # or rounding could change a token
     save(folder / "start.safetensors", model, world)
     mixture, place = Mixture([(sums, 1)]), (world.rank, world.world_size)
     batches = ConversationBatches(
