@@ -41,9 +41,9 @@ import torch
 
 from nanochat.common import pick_device, pick_dtype, synchronize
 from nanochat.distributed import (
-    Cluster,
     available_processes,
     build_sharded_optimizer,
+    calibrated,
     launch,
     measure,
     setup,
@@ -232,8 +232,7 @@ def warm(args, n_ranks):
 
 def formula(config, tokens_alone, seconds_alone, n, tokens, wire, net=1.0):
     """Return the ends of a step's seconds on n GPUs, and its efficiency, from a step on one."""
-    work = sum(step_seconds(config, 1, tokens_alone, Cluster(1.0, 1.0, 1.0)).values())
-    cluster = Cluster(work / seconds_alone, wire, net)  # so that it is right on one
+    cluster = calibrated(config, tokens_alone, seconds_alone, wire, net)  # right on one
     best, worst = step_range(step_seconds(config, n, tokens, cluster))
     ideal = seconds_alone / tokens_alone * tokens / n
     return (best, worst), f"{ideal / worst:.1%} to {ideal / best:.1%}"

@@ -1855,7 +1855,8 @@ $$ t = \frac{F B}{n S} + t_\text{Muon} + 2 \cdot \frac{n - 1}{n} \cdot \frac{4 P
 with `F` FLOPs a token, `B` tokens a batch, `S` FLOPs a second that one GPU reaches, `P` parameters,
 and `W` the bus bandwidth: computing, the optimizer's share, and twice the weights in float32 over
 the wire. Only the last term does not shrink. `step_seconds` gives the terms one by one, and
-`step_range` two ends: everything hidden that can be, and nothing.
+`step_range` two ends: everything hidden that can be, and nothing. `calibrated` finds `S` from a
+step that one GPU has made.
 """
 
 
@@ -1905,6 +1906,14 @@ def step_range(parts: dict[str, float]) -> tuple[float, float]:
     return best, sum(parts.values())
 
 
+def calibrated(
+    config: GPTConfig, batch_tokens: int, seconds: float, node_wire: float, net_wire: float = 1.0
+) -> Cluster:
+    """Return a Cluster one GPU of which makes a step of batch_tokens in the seconds given."""
+    flops = sum(step_seconds(config, 1, batch_tokens, Cluster(1.0, 1.0, 1.0)).values())
+    return Cluster(flops / seconds, node_wire, net_wire)
+
+
 # %%
 #| test
 tiny = GPTConfig.for_depth(2, 512, 64, head_dim=64)
@@ -1912,6 +1921,8 @@ one, two = (step_seconds(tiny, n, 4096, Cluster(1e12, 1e11, 1e9, 1)) for n in (1
 assert one["reduce"] == 0 and two["reduce"] == two["gather"] > 0
 assert one["compute"] == 2 * two["compute"] and one["muon"] == 2 * two["muon"]
 assert step_range(two)[0] < step_range(two)[1] and step_range(one)[0] == step_range(one)[1]
+_found = step_range(step_seconds(tiny, 1, 4096, calibrated(tiny, 4096, 0.25, 1e11)))
+assert all(abs(seconds - 0.25) < 1e-9 for seconds in _found)
 
 # %% [markdown]
 r"""
@@ -1929,11 +1940,10 @@ wires = {"InfiniBand": 320e9, "100 Gb/s Ethernet": 12.5e9}
 
 def forecast(depth, n, net=1.0):
     """The efficiency of n GPUs with nothing hidden and all hidden, and the two times in ms."""
-    config = GPTConfig.modern(depth, 32768, 2048)
-    one = sum(step_seconds(config, 1, 2**19, Cluster(1.0, 1.0, 1.0)).values())  # seconds at S = 1
-    speed = one / (measured[depth][1] / 1000)
-    ends = step_range(step_seconds(config, n, 2**19, Cluster(speed, 340e9, net)))
-    return *(measured[depth][1] / n / (1000 * t) for t in ends[::-1]), *(1000 * t for t in ends)
+    config, alone = GPTConfig.modern(depth, 32768, 2048), measured[depth][1] / 1000
+    cluster = calibrated(config, 2**19, alone, 340e9, net)
+    ends = step_range(step_seconds(config, n, 2**19, cluster))
+    return *(alone / n / t for t in ends[::-1]), *(1000 * t for t in ends)
 
 
 print("524,288 tokens a step")
@@ -1999,7 +2009,7 @@ machine has, and prints the formula beside them.
 - `build_sharded_optimizer` and `ShardedMuonAdamW` share out the optimizer, `shard_model` cuts the
   model itself, `save_together` writes a checkpoint that any number of ranks can read;
 - `python -m nanochat.distributed --check` tests a machine before you pay for it, `compare_ranks`
-  names an odd node, `step_seconds` and `step_range` predict a step.
+  names an odd node, `calibrated`, `step_seconds` and `step_range` predict a step.
 
 **Pitfalls that real projects shipped**
 

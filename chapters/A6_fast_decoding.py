@@ -882,13 +882,15 @@ class Products(Buffers):
 
     def shared_bytes(self) -> int:
         """Return the shared memory that a program of several rows wants at most, for w and x."""
+        if self.rows == 1:
+            return 0
         widest, C = 0, self.shape[0]
         for name, K in (("read", C), ("proj", C), ("down", 4 * C)):
             sizes = self.sizes(name, K, C)[1]
             step = sizes["SLICES"] * sizes["BLOCK_K"]
             span = -(-K // sizes["SPLITS"] // step) * step
             widest = max(widest, (sizes["BLOCK_N"] + self.rows) * span)
-        return 0 if self.rows == 1 else widest * self.narrow.element_size()
+        return widest * self.narrow.element_size()
 
     def read(self, w: Tensor, n_out: int, out: Tensor, squares: Tensor, act: int) -> None:
         """out = act(w rms_norm(stream)), for n_out rows of w."""

@@ -53,6 +53,7 @@ __all__ = [
     "available_processes",
     "buckets",
     "build_sharded_optimizer",
+    "calibrated",
     "check",
     "code_digest",
     "collective",
@@ -983,6 +984,14 @@ def step_range(parts: dict[str, float]) -> tuple[float, float]:
     late = max(0.0, parts["reduce"] - parts["compute"] * 2 / 3)
     best = parts["compute"] + late + max(parts["muon"], parts["gather"])
     return best, sum(parts.values())
+
+
+def calibrated(
+    config: GPTConfig, batch_tokens: int, seconds: float, node_wire: float, net_wire: float = 1.0
+) -> Cluster:
+    """Return a Cluster one GPU of which makes a step of batch_tokens in the seconds given."""
+    flops = sum(step_seconds(config, 1, batch_tokens, Cluster(1.0, 1.0, 1.0)).values())
+    return Cluster(flops / seconds, node_wire, net_wire)
 
 
 if __name__ == "__main__":
