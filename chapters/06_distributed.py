@@ -87,7 +87,14 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.common import UserError, pick_device, synchronize, usable_cores
+from nanochat.common import (
+    UserError,
+    pick_device,
+    read_json,
+    synchronize,
+    usable_cores,
+    write_json,
+)
 from nanochat.model import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, adamw_update, muon_update, param_groups
 from nanochat.train import SingleProcess, gradient_norm
@@ -428,24 +435,39 @@ else:
 # %%
 #| export
 def report_errors() -> None:
-    """Write an uncaught exception of this process where torchrun looks for it, then print it."""
+    """Write an uncaught exception of this process where torchrun looks for it, then print it.
+
+    The report is there whole or not at all: torchrun may kill this process while it writes.
+    """
+    name = os.environ.get("TORCHELASTIC_ERROR_FILE")
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        name = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if name:
+        try:
             text = "".join(traceback.format_exception(kind, error, trace))
             details = {"py_callstack": text, "timestamp": str(int(time.time()))}
             message = {"message": f"{kind.__name__}: {error}", "extraInfo": details}
-            Path(name).write_text(json.dumps({"message": message}), encoding="utf-8")
-        if issubclass(kind, UserError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, trace)
-        sys.stderr.flush()
-        os._exit(1)  # at once: the other ranks may be stuck in a collective with us
+            write_json(name, {"message": message})
+            if issubclass(kind, UserError):
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                sys.__excepthook__(kind, error, trace)
+            sys.stderr.flush()
+        finally:
+            os._exit(1)  # at once: the other ranks may be stuck in a collective with us
 
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    if name:
         sys.excepthook = hook
+
+
+def print_whole_lines() -> None:
+    """Let this process write its output a line at a time.
+
+    torchrun starts the ranks with `python -u`, so that `print` writes a line and its end
+    separately, and what torchrun reads in between becomes a line of its own.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, write_through=False)
 
 
 # %% [markdown]
@@ -466,7 +488,7 @@ def refuse_to_repeat() -> None:
     if name and count:
         before = Path(name).parents[2] / f"attempt_{count - 1}"
         for file in sorted(before.glob("*/error.json")):
-            message = json.loads(file.read_text(encoding="utf-8"))["message"]["message"]
+            message = read_json(file)["message"]["message"]
             if "UserError: " in message:
                 raise UserError(message.partition("UserError: ")[2])
 
@@ -498,6 +520,7 @@ def setup(device: str = "auto", timeout: float = 600.0) -> Any:
     """
     if "RANK" not in os.environ:
         return SingleProcess(pick_device(device))
+    print_whole_lines()
     report_errors()
     refuse_to_repeat()
     watch_launcher()
@@ -674,7 +697,7 @@ def find_failure(logs: Path, summary: str, code: int) -> LaunchError:
     last = attempts[-1] if attempts else logs
     reports = sorted(last.glob("*/error.json"), key=lambda f: f.stat().st_mtime_ns)
     if reports:
-        message = json.loads(reports[0].read_text(encoding="utf-8"))["message"]
+        message = read_json(reports[0])["message"]
         rank, trace = int(reports[0].parent.name), message["extraInfo"]["py_callstack"]
         return LaunchError(f"rank {rank} failed: {message['message']}", rank, trace)
     for file in sorted(last.glob("*/stderr.log")):
@@ -1584,8 +1607,9 @@ runs = []
 
 
 def keep(line):
-    if "{" in line:  # the rest are warnings, such as that gloo has no all-to-all of its own
-        runs.append(json.loads(line.removeprefix("[rank 1] ")))
+    record = line.removeprefix("[rank 1] ")
+    if record.startswith("{"):  # the rest are warnings, such as that gloo has no all-to-all
+        runs.append(json.loads(record))
 
 
 launch(str(file), [*numbers, *ways], nproc=2, on_line=keep)
@@ -1780,7 +1804,7 @@ for step in range(start, n_steps):
     optimizer.zero_grad()
     loss = float(world.sum(loss.detach())) / world.world_size
     if world.is_main:
-        print(json.dumps([step, loss]), flush=True)
+        print("step", step, loss, flush=True)
     if (step + 1) % 4 == 0:
         save_together(world, folder, step + 1, model, optimizer, {})
 """)
@@ -1789,8 +1813,9 @@ done = []
 
 # %%
 def note(line):
-    if line.startswith("["):
-        done.append(json.loads(line))
+    if line.startswith("step "):  # of rank 0; those of rank 1 begin with its number
+        _, step, loss = line.split()
+        done.append((int(step), float(loss)))
 
 
 launch(str(survivor), [*numbers, str(Path(folder.name) / "saved")], 2, note, restarts=1)

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.common import UserError, pick_device, synchronize, usable_cores
+from nanochat.common import UserError, pick_device, read_json, synchronize, usable_cores, write_json
 from nanochat.model import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, adamw_update, muon_update, param_groups
 from nanochat.train import SingleProcess, gradient_norm
@@ -70,6 +70,7 @@ __all__ = [
     "measure",
     "own_facts",
     "own_state",
+    "print_whole_lines",
     "recut",
     "reduce_scatter",
     "reduction_layouts",
@@ -225,24 +226,39 @@ def compare_ranks(ranks: list[dict[str, str]]) -> None:
 
 
 def report_errors() -> None:
-    """Write an uncaught exception of this process where torchrun looks for it, then print it."""
+    """Write an uncaught exception of this process where torchrun looks for it, then print it.
+
+    The report is there whole or not at all: torchrun may kill this process while it writes.
+    """
+    name = os.environ.get("TORCHELASTIC_ERROR_FILE")
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        name = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if name:
+        try:
             text = "".join(traceback.format_exception(kind, error, trace))
             details = {"py_callstack": text, "timestamp": str(int(time.time()))}
             message = {"message": f"{kind.__name__}: {error}", "extraInfo": details}
-            Path(name).write_text(json.dumps({"message": message}), encoding="utf-8")
-        if issubclass(kind, UserError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, trace)
-        sys.stderr.flush()
-        os._exit(1)  # at once: the other ranks may be stuck in a collective with us
+            write_json(name, {"message": message})
+            if issubclass(kind, UserError):
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                sys.__excepthook__(kind, error, trace)
+            sys.stderr.flush()
+        finally:
+            os._exit(1)  # at once: the other ranks may be stuck in a collective with us
 
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    if name:
         sys.excepthook = hook
+
+
+def print_whole_lines() -> None:
+    """Let this process write its output a line at a time.
+
+    torchrun starts the ranks with `python -u`, so that `print` writes a line and its end
+    separately, and what torchrun reads in between becomes a line of its own.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def refuse_to_repeat() -> None:
@@ -255,7 +271,7 @@ def refuse_to_repeat() -> None:
     if name and count:
         before = Path(name).parents[2] / f"attempt_{count - 1}"
         for file in sorted(before.glob("*/error.json")):
-            message = json.loads(file.read_text(encoding="utf-8"))["message"]["message"]
+            message = read_json(file)["message"]["message"]
             if "UserError: " in message:
                 raise UserError(message.partition("UserError: ")[2])
 
@@ -285,6 +301,7 @@ def setup(device: str = "auto", timeout: float = 600.0) -> Any:
     """
     if "RANK" not in os.environ:
         return SingleProcess(pick_device(device))
+    print_whole_lines()
     report_errors()
     refuse_to_repeat()
     watch_launcher()
@@ -417,7 +434,7 @@ def find_failure(logs: Path, summary: str, code: int) -> LaunchError:
     last = attempts[-1] if attempts else logs
     reports = sorted(last.glob("*/error.json"), key=lambda f: f.stat().st_mtime_ns)
     if reports:
-        message = json.loads(reports[0].read_text(encoding="utf-8"))["message"]
+        message = read_json(reports[0])["message"]
         rank, trace = int(reports[0].parent.name), message["extraInfo"]["py_callstack"]
         return LaunchError(f"rank {rank} failed: {message['message']}", rank, trace)
     for file in sorted(last.glob("*/stderr.log")):

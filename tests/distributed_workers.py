@@ -354,6 +354,14 @@ def mistaken(world, directory):
     raise UserError("the batch of 7 does not divide by 2 ranks; choose 8.")
 
 
+def writes_in_pieces(world, directory):
+    """Write a line slowly, as a busy machine does."""
+    for stream in (sys.stdout, sys.stderr):
+        for piece in ("one ", "whole ", f"line of {world.rank}\n"):
+            stream.write(piece)
+            time.sleep(0.3)  # torchrun looks ten times a second
+
+
 def sleeps(world, directory):
     """Say the process ids, then stay silent for long."""
     print("pid", os.getpid(), flush=True)

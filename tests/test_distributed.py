@@ -187,6 +187,28 @@ def test_a_module_that_ends_early_shows_what_it_wrote(tmp_path):
         launch(WORKERS, ["no_setup", str(tmp_path)], 1, lambda line: None)
 
 
+def test_a_line_written_in_pieces_arrives_whole(tmp_path):
+    lines = []
+    launch(WORKERS, ["writes_in_pieces", str(tmp_path)], 2, lines.append)
+    first, second = "one whole line of 0", "[rank 1] one whole line of 1"
+    assert sorted(line for line in lines if "line of" in line) == [second] * 2 + [first] * 2
+
+
+@posix_only
+def test_a_rank_killed_while_it_reports_leaves_no_half_of_a_report(tmp_path):
+    """torchrun ends a rank at any moment; here just before its report gets its name."""
+    code = (
+        "import os, signal\n"
+        "from nanochat.distributed import report_errors\n"
+        "report_errors()\n"
+        "os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "raise ValueError('x' * 100_000)\n"
+    )
+    env = {**launch_environment(1), "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
+    done = subprocess.run([sys.executable, "-c", code], env=env)
+    assert done.returncode == -signal.SIGKILL and not (tmp_path / "error.json").exists()
+
+
 @posix_only
 def test_an_interrupt_ends_every_rank_soon(tmp_path):
     """Within five seconds on a free machine; torchrun alone would wait thirty."""
