@@ -378,9 +378,10 @@ Python, torch, code and kind of device it has, reads what the others wrote, and 
 sentence that names the odd one.
 
 *Errors.* When a rank raises, its traceback must reach the person who started the job. torchrun
-names a file for it in `TORCHELASTIC_ERROR_FILE`; we fill that file. torchrun can also start all
-ranks again after a failure (section 10). That helps against a dead machine and not against a
-mistake, so a `UserError` of the attempt before is raised again at once.
+names a file for it in `TORCHELASTIC_ERROR_FILE`; we fill that file, whole or not at all, because
+torchrun may end us while we write. It can also start all ranks again after a failure (section 10).
+That helps against a dead machine and not against a mistake, so a `UserError` of the attempt before
+is raised again at once.
 
 *Orphans.* When a notebook is killed with `kill -9`, nobody tells its grandchildren to stop, and
 they keep the GPUs busy. So each rank watches a pipe whose other end the notebook holds. When the
@@ -459,12 +460,17 @@ def report_errors() -> None:
         sys.excepthook = hook
 
 
-def print_whole_lines() -> None:
-    """Let this process write its output a line at a time.
+# %% [markdown]
+r"""
+torchrun starts the ranks with `python -u`. Then `print` hands over a line and its end separately,
+and torchrun, which reads along, may look in between and take half a line for a whole one.
+"""
 
-    torchrun starts the ranks with `python -u`, so that `print` writes a line and its end
-    separately, and what torchrun reads in between becomes a line of its own.
-    """
+
+# %%
+#| export
+def print_whole_lines() -> None:
+    """Let this process write its output a line at a time, also under `python -u`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, write_through=False)

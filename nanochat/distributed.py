@@ -251,11 +251,7 @@ def report_errors() -> None:
 
 
 def print_whole_lines() -> None:
-    """Let this process write its output a line at a time.
-
-    torchrun starts the ranks with `python -u`, so that `print` writes a line and its end
-    separately, and what torchrun reads in between becomes a line of its own.
-    """
+    """Let this process write its output a line at a time, also under `python -u`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, write_through=False)
