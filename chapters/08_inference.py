@@ -410,8 +410,8 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse values outside their ranges, with the value in the sentence."""
         wrong = None
-        if not (0 <= self.temperature < math.inf):
-            wrong = f"temperature is {self.temperature}; use 0 (greedy) or a positive number"
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            wrong = f"temperature is {self.temperature}; use 0 (greedy) or a number from 1e-6 on"
         elif self.top_k is not None and self.top_k < 0:
             wrong = f"top_k is {self.top_k}; use a positive whole number, or None for no limit"
         elif self.top_p is not None and not 0 < self.top_p <= 1:
@@ -846,7 +846,7 @@ class Row:
         self.stop_ids = {tokenizer.special("assistant_end"), tokenizer.special("bos")}
         self.finish_reason: str | None = None if budget else "length"
         self.error: Exception | None = None
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % 2**64)
         self.uniforms = torch.rand(max(budget, 1), generator=generator, dtype=torch.float64)
 
     @property
@@ -867,9 +867,9 @@ class Row:
             self.queue.popleft()
         elif math.isnan(logprob):
             raise UserError("the model's output is not a number (NaN); load an earlier checkpoint.")
-        self.ids.append(id)
         self.mask.append(int(not forced))
         self.logprobs.append(logprob)
+        self.ids.append(id)  # last: another thread that sees the id finds the rest
         if not forced and id in self.stop_ids:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.budget:
@@ -2503,6 +2503,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 FILE_MB, FILE_SYSTEM_MB, MAX_FILES, MAX_PROCESSES, MAX_OPEN_FILES = 16, 64, 4096, 64, 64
+START_SECONDS = 30.0  # what a busy machine may need to start Python and put up the walls
 
 
 @dataclass
@@ -2794,8 +2795,10 @@ if __name__ == "__main__" and sys.argv[0].endswith("sandbox.py"):
 
 # %% [markdown]
 r"""
-The parent holds the clock and the knife. A program may have started others, so all its kin is
-killed with it. What it prints is read while it runs, and who prints without end is killed for that.
+The parent holds the clock and the knife. The clock starts when the child reports its walls: on a
+busy machine, starting Python may take longer than the program. A program may have started others,
+so all its kin is killed with it. What it prints is read while it runs, and who prints without end
+is killed for that.
 """
 
 
@@ -2821,14 +2824,19 @@ class Capture(threading.Thread):
         super().__init__(daemon=True)
         self.pipe, self.limit, self.on_flood = pipe, limit, on_flood
         self.data, self.flooded = bytearray(), False
+        self.began = threading.Event()  # something came, or the end
         self.start()
 
     def run(self) -> None:
         while piece := self.pipe.read1(65536):
-            self.data += piece[: self.limit - len(self.data)]
-            if len(piece) and len(self.data) >= self.limit and not self.flooded:
+            self.began.set()
+            room = self.limit - len(self.data)
+            self.data += piece[:room]
+            if len(piece) > room and not self.flooded:
                 self.flooded = True
                 self.on_flood()
+        self.began.set()
+        self.pipe.close()
 
 
 def environment(folder: str) -> dict[str, str]:
@@ -2845,11 +2853,12 @@ def run_python(
 ) -> Result:
     """Run a Python program in a limited child process and return its Result.
 
-    `timeout` is in seconds of wall-clock time, `memory_mb` counts address space, `output_limit` is
-    in bytes for each of stdout and stderr. The program starts in an empty folder that is deleted
-    afterwards; it has no input, no environment, no children and, where the system allows, no
-    network and no other files. See `Result.protections`; without "landlock" and "seccomp" among
-    them, run only code that you would run yourself.
+    `timeout` is in seconds of wall-clock time from the moment at which the walls are up and the
+    program begins, `memory_mb` counts address space, `output_limit` is in bytes for each of stdout
+    and stderr. The program starts in an empty folder that is deleted afterwards; it has no input,
+    no environment, no children and, where the system allows, no network and no other files. See
+    `Result.protections`; without "landlock" and "seccomp" among them, run only code that you would
+    run yourself.
     """
     script = find_spec("nanochat.sandbox").origin
     detach = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
@@ -2871,6 +2880,7 @@ def run_python(
         except OSError:  # the child died early; its stderr says why
             pass
         try:
+            captures[1].began.wait(START_SECONDS)  # the walls come first on stderr
             process.wait(timeout)
         except subprocess.TimeoutExpired:
             timed_out = True
@@ -2878,8 +2888,7 @@ def run_python(
             kill_tree(process)
             exit_code = process.wait()
         for capture in captures:
-            capture.join(1.0)
-            capture.pipe.close()
+            capture.join(1.0)  # no longer: what escaped may hold the pipe open
     return make_result(exit_code, timed_out, proof, *captures)
 
 

@@ -1241,8 +1241,8 @@ def best_of(parts, SPLITS: constexpr):
     best = tl.load(part + 2, cache_modifier=".cg")
     where = tl.load(part + 3, cache_modifier=".cg")
     total = tl.max(high, 0) + tl.log(tl.sum(sums * tl.exp(high - tl.max(high, 0)), 0))
-    first = tl.min(tl.where(best == tl.max(best, 0), where, float("inf")), 0).to(tl.int64)
-    return first, total
+    first = tl.min(tl.where(best == tl.max(best, 0), where, float("inf")), 0)
+    return tl.where(first < float("inf"), first, 0).to(tl.int64), total  # inf: all were NaN
 
 
 # %%

@@ -165,8 +165,8 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse values outside their ranges, with the value in the sentence."""
         wrong = None
-        if not (0 <= self.temperature < math.inf):
-            wrong = f"temperature is {self.temperature}; use 0 (greedy) or a positive number"
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            wrong = f"temperature is {self.temperature}; use 0 (greedy) or a number from 1e-6 on"
         elif self.top_k is not None and self.top_k < 0:
             wrong = f"top_k is {self.top_k}; use a positive whole number, or None for no limit"
         elif self.top_p is not None and not 0 < self.top_p <= 1:
@@ -327,7 +327,7 @@ class Row:
         self.stop_ids = {tokenizer.special("assistant_end"), tokenizer.special("bos")}
         self.finish_reason: str | None = None if budget else "length"
         self.error: Exception | None = None
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % 2**64)
         self.uniforms = torch.rand(max(budget, 1), generator=generator, dtype=torch.float64)
 
     @property
@@ -348,9 +348,9 @@ class Row:
             self.queue.popleft()
         elif math.isnan(logprob):
             raise UserError("the model's output is not a number (NaN); load an earlier checkpoint.")
-        self.ids.append(id)
         self.mask.append(int(not forced))
         self.logprobs.append(logprob)
+        self.ids.append(id)  # last: another thread that sees the id finds the rest
         if not forced and id in self.stop_ids:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.budget:

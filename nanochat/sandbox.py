@@ -28,6 +28,7 @@ __all__ = [
     "MAX_OPEN_FILES",
     "MAX_PROCESSES",
     "Result",
+    "START_SECONDS",
     "SYSTEM_CALLS",
     "child",
     "enter_namespaces",
@@ -46,6 +47,7 @@ __all__ = [
 
 
 FILE_MB, FILE_SYSTEM_MB, MAX_FILES, MAX_PROCESSES, MAX_OPEN_FILES = 16, 64, 4096, 64, 64
+START_SECONDS = 30.0  # what a busy machine may need to start Python and put up the walls
 
 
 @dataclass
@@ -294,14 +296,19 @@ class Capture(threading.Thread):
         super().__init__(daemon=True)
         self.pipe, self.limit, self.on_flood = pipe, limit, on_flood
         self.data, self.flooded = bytearray(), False
+        self.began = threading.Event()  # something came, or the end
         self.start()
 
     def run(self) -> None:
         while piece := self.pipe.read1(65536):
-            self.data += piece[: self.limit - len(self.data)]
-            if len(piece) and len(self.data) >= self.limit and not self.flooded:
+            self.began.set()
+            room = self.limit - len(self.data)
+            self.data += piece[:room]
+            if len(piece) > room and not self.flooded:
                 self.flooded = True
                 self.on_flood()
+        self.began.set()
+        self.pipe.close()
 
 
 def environment(folder: str) -> dict[str, str]:
@@ -316,11 +323,12 @@ def run_python(
 ) -> Result:
     """Run a Python program in a limited child process and return its Result.
 
-    `timeout` is in seconds of wall-clock time, `memory_mb` counts address space, `output_limit` is
-    in bytes for each of stdout and stderr. The program starts in an empty folder that is deleted
-    afterwards; it has no input, no environment, no children and, where the system allows, no
-    network and no other files. See `Result.protections`; without "landlock" and "seccomp" among
-    them, run only code that you would run yourself.
+    `timeout` is in seconds of wall-clock time from the moment at which the walls are up and the
+    program begins, `memory_mb` counts address space, `output_limit` is in bytes for each of stdout
+    and stderr. The program starts in an empty folder that is deleted afterwards; it has no input,
+    no environment, no children and, where the system allows, no network and no other files. See
+    `Result.protections`; without "landlock" and "seccomp" among them, run only code that you would
+    run yourself.
     """
     script = find_spec("nanochat.sandbox").origin
     detach = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
@@ -342,6 +350,7 @@ def run_python(
         except OSError:  # the child died early; its stderr says why
             pass
         try:
+            captures[1].began.wait(START_SECONDS)  # the walls come first on stderr
             process.wait(timeout)
         except subprocess.TimeoutExpired:
             timed_out = True
@@ -349,8 +358,7 @@ def run_python(
             kill_tree(process)
             exit_code = process.wait()
         for capture in captures:
-            capture.join(1.0)
-            capture.pipe.close()
+            capture.join(1.0)  # no longer: what escaped may hold the pipe open
     return make_result(exit_code, timed_out, proof, *captures)
 
 

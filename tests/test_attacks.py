@@ -20,7 +20,8 @@ from test_calculator import REFUSED
 from nanochat.calculator import calculate
 from nanochat.sandbox import run_python
 
-WALLS = set(run_python("pass").protections)
+WALLS = set(run_python("pass", timeout=60).protections)
+assert WALLS, "the sandbox did not start"
 
 FILES = {
     "passwords": "open('/etc/passwd').read()",

@@ -173,6 +173,40 @@ def test_shared_prompts_and_seeds():
     assert len({tuple(c.ids) for c in done}) > 1
     assert done[0].ids == [t.id for t in ENGINE.generate(prompt, 10, seed=3)]
     assert done != ENGINE.generate_batch([prompt] * 6, 10, seed=4)
+    assert len(ENGINE.generate_batch([prompt] * 2, 3, seed=2**64 - 1)) == 2  # no seed is too large
+
+
+class Waiting(list):
+    """A list that a thread leaves only when it may, as if it lost the processor there."""
+
+    def __init__(self, items):
+        super().__init__(items)
+        self.arrived, self.go = threading.Event(), threading.Event()
+
+    def append(self, item):
+        super().append(item)
+        self.arrived.set()
+        assert self.go.wait(60)
+
+
+def test_two_threads_read_two_streams():
+    """One thread decodes for both; the other sees an id as soon as it is there, and all of it."""
+    engine = Engine(MODEL, TOKENIZER)
+    expected = [t.id for t in engine.generate([1, 3], 20, seed=3)]
+    mine, other = (engine.generate([1, i], 20, seed=i) for i in (2, 3))
+    next(mine), next(other)
+    for stream in (mine, other):
+        while stream.count < len(stream.row.ids):  # what is there, so that the next must be decoded
+            next(stream)
+    other.row.ids = ids = Waiting(other.row.ids)
+    thread = threading.Thread(target=lambda: next(mine))
+    thread.start()
+    try:
+        assert ids.arrived.wait(60)
+        assert next(other).id == expected[other.count - 1]
+    finally:
+        ids.go.set()
+        thread.join(60)
 
 
 @settings(max_examples=10, deadline=None)
@@ -250,7 +284,7 @@ def test_draw_never_takes_what_has_no_probability(weights, u):
 
 @pytest.mark.parametrize(
     "knobs", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.2}, {"min_p": 2},
-              {"temperature": math.nan}]
+              {"temperature": math.nan}, {"temperature": 1e-40}]
 )  # fmt: skip
 def test_bad_knobs_are_one_sentence(knobs):
     with pytest.raises(UserError):

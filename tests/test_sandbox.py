@@ -7,12 +7,15 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nanochat import sandbox
 from nanochat.sandbox import Result, environment, filter_program, kill_tree, run_python
 
-WALLS = run_python("pass").protections
+WALLS = run_python("pass", timeout=60).protections
+assert WALLS, "the sandbox did not start"
 needs = {
     wall: pytest.mark.skipif(wall not in WALLS, reason=f"this system has no {wall}")
     for wall in ("seccomp", "landlock", "network namespace", "private file system", "memory limit",
@@ -88,19 +91,54 @@ def test_no_input():
 
 def test_infinite_loop_ends_in_time():
     start = time.monotonic()
-    result = run_python("print('start', flush=True)\nwhile True: pass", timeout=0.7)
-    assert result.timed_out and not result.ok and time.monotonic() - start < 3
+    result = run_python("print('start', flush=True)\nwhile True: pass", timeout=3)
+    assert result.timed_out and not result.ok and time.monotonic() - start < 60
     assert result.stdout == "start\n"
     assert run_python("import time; time.sleep(60)", timeout=0.5).timed_out
     ignoring = "import signal\nfor s in (15, 2, 1): signal.signal(s, signal.SIG_IGN)\nwhile 1: pass"
     assert run_python(ignoring, timeout=0.7).timed_out
 
 
-def test_output_flood_is_cut():
+def run_in(tmp_path, monkeypatch, script, code, timeout):
+    """Run a program in a sandbox whose child process starts with another script."""
+    (tmp_path / "sandbox.py").write_text(script)
+    other = SimpleNamespace(origin=str(tmp_path / "sandbox.py"))
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "find_spec", lambda name: other)
+        return run_python(code, timeout=timeout)
+
+
+PATH = f"import sys\nsys.path.insert(0, {str(Path(sandbox.__file__).parents[1])!r})\n"
+
+
+def test_the_clock_starts_with_the_program(tmp_path, monkeypatch):
+    """A machine that takes long to start Python takes nothing from the program's time."""
+    script = PATH + "import time\ntime.sleep(2)\nfrom nanochat import sandbox\nsandbox.child()\n"
+    result = run_in(tmp_path, monkeypatch, script, "print('done')", timeout=1.9)
+    assert result.ok and result.stdout == "done\n", result
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX")
+def test_a_grandchild_that_escapes_does_not_hold_the_parent_up(tmp_path, monkeypatch):
+    """Without seccomp a program can start another in a session of its own: it keeps the pipe."""
+    script = "from nanochat import sandbox\nsandbox.restrict_system_calls = lambda: []\n"
+    code = (
+        "import os, time\n"
+        "if os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\n"
+        "else:\n    print('started', flush=True)\n    time.sleep(600)\n"
+    )
     start = time.monotonic()
-    result = run_python("while True: print('x' * 1000)", timeout=10, output_limit=5000)
+    result = run_in(tmp_path, monkeypatch, f"{PATH}{script}sandbox.child()\n", code, timeout=2)
+    assert result.timed_out and result.stdout == "started\n", result
+    assert time.monotonic() - start < 50
+
+
+def test_output_flood_is_cut():
+    result = run_python("while True: print('x' * 1000)", timeout=60, output_limit=5000)
     assert result.truncated and not result.ok and len(result.stdout) == 5000
-    assert time.monotonic() - start < 8
+    assert not result.timed_out
+    just = run_python("print('x' * 4999)", output_limit=5000)
+    assert just.ok and not just.truncated and len(just.stdout) == 5000
     result = run_python("import sys\nwhile True: sys.stderr.write('x' * 1000)", output_limit=5000)
     assert result.truncated and len(result.stderr) < 7000
 
