@@ -34,7 +34,14 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.common import UserError, pick_device, read_json, synchronize, usable_cores, write_json
+from nanochat.common import (
+    UserError,
+    atomic_write,
+    pick_device,
+    read_json,
+    synchronize,
+    usable_cores,
+)
 from nanochat.model import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, adamw_update, muon_update, param_groups
 from nanochat.train import SingleProcess, gradient_norm
@@ -226,7 +233,7 @@ def compare_ranks(ranks: list[dict[str, str]]) -> None:
 
 
 def report_errors() -> None:
-    """Write an uncaught exception of this process where torchrun looks for it, then print it.
+    """Let this process print an uncaught exception and write it where torchrun looks for it.
 
     The report is there whole or not at all: torchrun may kill this process while it writes.
     """
@@ -234,15 +241,13 @@ def report_errors() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         try:
-            text = "".join(traceback.format_exception(kind, error, trace))
-            details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            lines = traceback.format_exception(kind, error, trace)
+            told = [f"error: {error}\n"] if issubclass(kind, UserError) else lines
+            sys.stdout.flush()
+            print("".join(told), end="", file=sys.stderr, flush=True)
+            details = {"py_callstack": "".join(lines), "timestamp": str(int(time.time()))}
             message = {"message": f"{kind.__name__}: {error}", "extraInfo": details}
-            write_json(name, {"message": message})
-            if issubclass(kind, UserError):
-                print(f"error: {error}", file=sys.stderr)
-            else:
-                sys.__excepthook__(kind, error, trace)
-            sys.stderr.flush()
+            atomic_write(name, json.dumps({"message": message}))
         finally:
             os._exit(1)  # at once: the other ranks may be stuck in a collective with us
 
@@ -251,7 +256,7 @@ def report_errors() -> None:
 
 
 def print_whole_lines() -> None:
-    """Let this process write its output a line at a time, also under `python -u`."""
+    """Let this process write lines of up to 8,192 bytes at once, also under `python -u`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, write_through=False)
@@ -419,8 +424,11 @@ def launch(
 
 def find_failure(logs: Path, summary: str, code: int) -> LaunchError:
     """Say which rank failed first, and why, from the launcher's log folder and its summary."""
-    ends = re.findall(r"rank\s*: (\d+) \(local_rank.*?\n\s*exitcode\s*: (-?\d+)", summary)
-    killed = [(int(rank), -int(end)) for rank, end in ends if int(end) in (-4, -7, -9, -11)]
+    pattern = r"rank\s*: (\d+) \(local_rank.*?\n\s*exitcode\s*: (-?\d+) \(pid: (\d+)"
+    ends = [tuple(map(int, found)) for found in re.findall(pattern, summary)]
+    slow = {int(pid) for pid in re.findall(r"Unable to shutdown process (\d+)", summary)}
+    fatal = (-4, -7, -9, -11)  # of ranks that torchrun did not kill itself
+    killed = [(rank, -end) for rank, end, pid in ends if end in fatal and pid not in slow]
     if killed:
         rank, number = killed[0]
         name = signal.Signals(number).name
@@ -433,7 +441,9 @@ def find_failure(logs: Path, summary: str, code: int) -> LaunchError:
         message = read_json(reports[0])["message"]
         rank, trace = int(reports[0].parent.name), message["extraInfo"]["py_callstack"]
         return LaunchError(f"rank {rank} failed: {message['message']}", rank, trace)
-    for file in sorted(last.glob("*/stderr.log")):
+    failed = {rank for rank, end, _ in ends if end > 0}  # by themselves; torchrun ended the others
+    files = sorted(last.glob("*/stderr.log"), key=lambda f: int(f.parent.name))
+    for file in sorted(files, key=lambda f: int(f.parent.name) not in failed):
         text = file.read_text(encoding="utf-8", errors="replace").strip()
         if text:
             rank, tail = int(file.parent.name), "\n".join(text.splitlines()[-30:])

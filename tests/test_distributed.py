@@ -262,6 +262,59 @@ def test_failure_without_any_report_shows_the_launcher(tmp_path):
     assert error.rank is None and "no module named nowhere" in str(error)
 
 
+SUMMARY = """
+W1129 api.py:889] Unable to shutdown process 70 via Signals.SIGTERM, forcefully exiting via SIGKILL
+Failures:
+[1]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : {first} (pid: 70)
+Root Cause (first observed failure):
+[0]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : {second} (pid: 71)
+"""
+
+
+def test_a_rank_that_torchrun_killed_is_not_the_first_to_fail(tmp_path):
+    report = tmp_path / "job" / "attempt_0" / "1" / "error.json"
+    report.parent.mkdir(parents=True)
+    details = {"py_callstack": "Traceback ...", "timestamp": "1"}
+    message = {"message": "ValueError: the mistake", "extraInfo": details}
+    report.write_text(json.dumps({"message": message}))
+    error = find_failure(tmp_path, SUMMARY.format(first=-9, second=1), 1)
+    assert error.rank == 1 and "the mistake" in str(error)
+    error = find_failure(tmp_path, SUMMARY.format(first=-15, second=-9), 1)
+    assert error.rank == 1 and "killed by SIGKILL" in str(error)
+
+
+def test_without_a_report_the_rank_that_failed_speaks(tmp_path):
+    for rank, text in enumerate(("a harmless warning", "no file tokens/train")):
+        file = tmp_path / "job" / "attempt_0" / str(rank) / "stderr.log"
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    error = find_failure(tmp_path, SUMMARY.format(first=-15, second=1), 1)
+    assert error.rank == 1 and "no file tokens/train" in str(error)
+
+
+@posix_only
+@pytest.mark.parametrize("failure", ["no folder", "odd name"])
+def test_an_error_that_cannot_be_reported_is_printed(tmp_path, failure):
+    folder = "/proc/none" if failure == "no folder" else tmp_path
+    code = (
+        "from nanochat.distributed import report_errors, print_whole_lines\n"
+        "print_whole_lines(), report_errors()\n"
+        "print('loading ... ', end='')\n"
+        "raise ValueError('the cause: \\udcff')\n"
+    )
+    env = {**launch_environment(1), "TORCHELASTIC_ERROR_FILE": f"{folder}/error.json"}
+    command = [sys.executable, "-u", "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "the cause" in done.stderr and done.stdout == "loading ... "
+    if failure == "odd name":
+        told = json.loads((tmp_path / "error.json").read_text())["message"]
+        assert told["message"] == "ValueError: the cause: \udcff"
+
+
 def test_setup_refuses_a_device_that_is_not_there():
     with pytest.raises(UserError, match="available"):
         setup("tpu")
