@@ -263,7 +263,7 @@ def read_setting(name: str, value: Any, kind: type) -> Any:
     """
     try:
         found = kind(value)
-        if kind is int and float(value) != found:
+        if kind is int and isinstance(value, float) and value != found:
             raise ValueError(value)
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{name} must be {kind.__name__}, got {value!r}.") from None
@@ -286,7 +286,7 @@ class Recipe(Settings):
     """The settings of a run: `for_profile` names a ready set, `for_depth` derives one."""
 
     @classmethod
-    def for_profile(cls, profile: str, **changes: Any) -> "Recipe":
+    def for_profile(cls, profile: str, /, **changes: Any) -> "Recipe":
         """Return the recipe of a profile (smoke, laptop, gpu1, speedrun, classic), with changes.
 
         Raises UserError for an unknown profile or an unknown field.
@@ -316,7 +316,7 @@ class Recipe(Settings):
             ratio = flops / per_token / scaling_params(depth)
         return recipe.changed(**scaled_settings(depth, ratio))
 
-    def changed(self, **changes: Any) -> "Recipe":
+    def changed(self, /, **changes: Any) -> "Recipe":
         """Return a copy with some fields changed; UserError for one that does not exist.
 
         Text is read as the field's type ("12" is 12), so that the command line can pass it on.
@@ -552,7 +552,7 @@ def check_recipe(recipe: Recipe) -> None:
         lowest = int(isinstance(value, int) and field.name not in may_be_zero)
         if not isinstance(value, str) and not lowest <= value < math.inf:
             raise UserError(f"{field.name} must be a number from {lowest} up, got {value}.")
-    if not recipe.name or recipe.name != Path(recipe.name).name or "\\" in recipe.name:
+    if recipe.name in ("", "..") or recipe.name != Path(recipe.name).name or "\\" in recipe.name:
         raise UserError(f"name must be a plain folder name, got {recipe.name!r}.")
     if recipe.head_dim % 2 or recipe.rl_samples < 2:
         raise UserError(
@@ -678,7 +678,8 @@ class Run:
                     f"run {recipe.name!r} in {directory} was started with another recipe "
                     f"({'; '.join(differ[:3])}); choose another name or delete that folder."
                 )
-        write_json(path, asdict(recipe))
+        if not path.exists() or old != new:
+            write_json(path, asdict(recipe))
         return cls(directory)
 
     def done(self, stage: str) -> dict[str, Any] | None:
@@ -2566,6 +2567,7 @@ a function `do_NAME` of the parsed flags; flags of its own are added by `NAME_op
 #| export cli
 import argparse
 import errno
+import hashlib
 import json
 import os
 import re
@@ -2575,6 +2577,7 @@ from typing import Any
 
 import torch
 
+from nanochat.budget import sizes_of
 from nanochat.common import UserError, doctor, pick_device, pick_dtype, write_json
 from nanochat.distributed import LaunchError, setup
 from nanochat.engine import Engine, bench
@@ -2935,6 +2938,14 @@ def chat_result(
     return evaluate_chat(engine, engine.tokenizer, task, limit, **how)
 
 
+def questions_digest(task: ChatTask, limit: int | None) -> str:
+    """Return a SHA-256 over what a task asks, and over the right answers."""
+    digest = hashlib.sha256()
+    for index in range(len(task))[:limit]:
+        digest.update(json.dumps(task.conversation(index), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 # %%
 #| export cli
 def do_chat_core(args: argparse.Namespace) -> None:
@@ -2942,13 +2953,14 @@ def do_chat_core(args: argparse.Namespace) -> None:
     run, stage = open_model(args)
     world, engine, results = setup(run.recipe.device), run.engine(stage), {}
     folder = Path(args.results or run.directory / "chat_core" / stage)
-    about = {"model": model_digest(engine.model), "limit": args.limit, "samples": args.samples}
+    common = {"model": model_digest(engine.model), "limit": args.limit, "samples": args.samples}
     for name, task in chat_exams(args.chat).items():
+        about = {**common, "task": questions_digest(task, args.limit)}
         path = folder / f"{name}.json"
         result = kept_result(path, about)
-        if result is None:
+        seen = world.sum(torch.tensor(float(result is not None)))  # by every process, or not done
+        if seen < world.world_size:
             result = chat_result(engine, task, args.limit, args.samples, world)
-            world.barrier()  # every process has looked for the file
             if world.is_main:
                 write_json(path, {**about, "result": result})
         results[name] = result
@@ -2958,7 +2970,7 @@ def do_chat_core(args: argparse.Namespace) -> None:
             print(f"{name:14s} {result['accuracy']:.3f} {span} of {result['n']:,}{more}")
     if world.is_main:
         mean = chat_core(results)
-        write_json(folder / "chat_core.json", {**mean, **about})
+        write_json(folder / "chat_core.json", {**mean, **common})
         print(f"{'ChatCORE':14s} {mean['core']:.4f} ({mean['low']:.4f} to {mean['high']:.4f})")
     if world.world_size > 1:
         world.close()
@@ -3006,16 +3018,26 @@ def do_report(args: argparse.Namespace) -> None:
         print(path)
 
 
+def quick_speed(recipe: Recipe, memory: int) -> float:
+    """Measure tokens per second in seconds; of a model over 2 GiB by the FLOPs of a small one."""
+    small = recipe
+    if memory > 2 << 30:
+        small = recipe.changed(depth=4, seq_len=512, micro_batch=4)
+    config, device = small.config(small.vocab_size), pick_device(recipe.device)
+    whole, part = (sizes_of(r.config(r.vocab_size)).flops_per_token() for r in (recipe, small))
+    return training_speed(small, config, device) * part / whole
+
+
 def do_estimate(args: argparse.Namespace) -> None:
-    """Print what pretraining of a recipe will take; on a CPU its speed is measured first."""
+    """Print what pretraining of a recipe will take; on a CPU its speed is measured for that."""
     recipe = open_run(args).recipe if args.folder else named_recipe(args)
     check_recipe(recipe)
-    device, config = pick_device(recipe.device), recipe.config(recipe.vocab_size)
-    speed = None if device.type == "cuda" else training_speed(recipe, config, device)
-    plan = estimate(recipe, speed=speed)
+    plan = estimate(recipe)
     size, text = plan["parameters"] / 1e6, plan["tokens"] / 1e6
     print(f"{size:.1f} M parameters, {text:,.1f} M tokens, {plan['flops']:.2g} FLOPs")
     print(f"{plan['memory'] / 2**30:.2f} GiB with {recipe.micro_batch or 1} rows at a time\n")
+    if pick_device(recipe.device).type != "cuda":
+        plan = estimate(recipe, speed=quick_speed(recipe, plan["memory"]))
     print(markdown_table(estimate_table(plan)))
 
 
@@ -3119,7 +3141,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         what, where = error.strerror, error.filename or "the folder of the run"
         advice = "free some space or choose another folder ($NANOCHAT_RUNS), then run again"
-        print(f"nanochat: cannot write to {where}: {what}; {advice}.", file=sys.stderr)
+        sentence = f"cannot write to {where}: {what}; {advice}."
+        if "RANK" in os.environ:
+            raise UserError(sentence) from error
+        print(f"nanochat: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

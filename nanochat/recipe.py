@@ -262,7 +262,7 @@ def read_setting(name: str, value: Any, kind: type) -> Any:
     """
     try:
         found = kind(value)
-        if kind is int and float(value) != found:
+        if kind is int and isinstance(value, float) and value != found:
             raise ValueError(value)
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{name} must be {kind.__name__}, got {value!r}.") from None
@@ -274,7 +274,7 @@ class Recipe(Settings):
     """The settings of a run: `for_profile` names a ready set, `for_depth` derives one."""
 
     @classmethod
-    def for_profile(cls, profile: str, **changes: Any) -> "Recipe":
+    def for_profile(cls, profile: str, /, **changes: Any) -> "Recipe":
         """Return the recipe of a profile (smoke, laptop, gpu1, speedrun, classic), with changes.
 
         Raises UserError for an unknown profile or an unknown field.
@@ -304,7 +304,7 @@ class Recipe(Settings):
             ratio = flops / per_token / scaling_params(depth)
         return recipe.changed(**scaled_settings(depth, ratio))
 
-    def changed(self, **changes: Any) -> "Recipe":
+    def changed(self, /, **changes: Any) -> "Recipe":
         """Return a copy with some fields changed; UserError for one that does not exist.
 
         Text is read as the field's type ("12" is 12), so that the command line can pass it on.
@@ -436,7 +436,7 @@ def check_recipe(recipe: Recipe) -> None:
         lowest = int(isinstance(value, int) and field.name not in may_be_zero)
         if not isinstance(value, str) and not lowest <= value < math.inf:
             raise UserError(f"{field.name} must be a number from {lowest} up, got {value}.")
-    if not recipe.name or recipe.name != Path(recipe.name).name or "\\" in recipe.name:
+    if recipe.name in ("", "..") or recipe.name != Path(recipe.name).name or "\\" in recipe.name:
         raise UserError(f"name must be a plain folder name, got {recipe.name!r}.")
     if recipe.head_dim % 2 or recipe.rl_samples < 2:
         raise UserError(
@@ -527,7 +527,8 @@ class Run:
                     f"run {recipe.name!r} in {directory} was started with another recipe "
                     f"({'; '.join(differ[:3])}); choose another name or delete that folder."
                 )
-        write_json(path, asdict(recipe))
+        if not path.exists() or old != new:
+            write_json(path, asdict(recipe))
         return cls(directory)
 
     def done(self, stage: str) -> dict[str, Any] | None:

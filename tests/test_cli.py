@@ -15,8 +15,8 @@ from tiny_run import TINY, copy_of, finished_run, one_thread, tiny_recipe  # noq
 import nanochat.__main__ as program
 from nanochat import cli, common
 from nanochat.cli import main
-from nanochat.common import read_json
-from nanochat.recipe import STAGES, Run
+from nanochat.common import UserError, read_json
+from nanochat.recipe import STAGES, Recipe, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
@@ -79,6 +79,8 @@ def test_a_command_that_does_not_exist_is_refused(argv, capsys):
         (["pretrain", "--set", "depth"], "--set needs FIELD=VALUE, got 'depth'"),
         (["pretrain", "--set", "dept=4"], "a recipe has no 'dept'; perhaps you mean 'depth'."),
         (["pretrain", "--set", "depth=four"], "depth must be int, got 'four'"),
+        (["pretrain", "--set", "profile=smoke"], "a recipe has no 'profile'"),
+        (["pretrain", "--set", "self=1"], "a recipe has no 'self'"),
         (["pretrain", "--set", "batch_tokens=1000"], "is no multiple of 256"),
         (["pretrain", "--folder", "nowhere"], "recipe.json does not exist"),
         (["pretrain", "--folder", "nowhere", "--set", "depth=4"], "leave --set out"),
@@ -130,6 +132,14 @@ def test_a_broken_shard_is_one_sentence(tmp_path, capsys):
 
 def no_space(*args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_no_space_left_in_a_rank_is_told_to_the_launcher(monkeypatch):
+    """A UserError: the launcher does not try again what no second attempt mends."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(cli, "do_stage", no_space)
+    with pytest.raises(UserError, match="cannot write to .*No space left.*free some space"):
+        main(["pretrain", *TINY_SET])
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "data", "base"])
@@ -252,6 +262,20 @@ def test_what_starts_first_is_read_by_an_old_python():
 
     for name in ("__init__.py", "__main__.py"):
         ast.parse((ROOT / "nanochat" / name).read_text(encoding="utf-8"), feature_version=(3, 7))
+
+
+def test_an_estimate_of_a_large_model_measures_a_small_one(monkeypatch, capsys):
+    tried = []
+
+    def speed(recipe, config, device):
+        tried.append(config)
+        return 1000.0
+
+    monkeypatch.setattr(cli, "training_speed", speed)
+    for profile in ("laptop", "speedrun"):
+        assert main(["estimate", "--profile", profile, "--set", "device=cpu"]) == 0
+    assert [config.n_layer for config in tried] == [Recipe.for_profile("laptop").depth, 4]
+    assert "GiB with" in capsys.readouterr().out
 
 
 def test_an_estimate_needs_no_run_and_makes_none(tmp_path, capsys):

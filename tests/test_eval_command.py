@@ -139,6 +139,9 @@ def test_chat_core_of_a_run(run, exams, capsys):
         assert main([*command, "--samples", "2"]) == 0
     assert capsys.readouterr().out == said
     assert "belongs to another samples" in sentence(capsys, *command)
+    other = dict(question=["1+1?"] * 3, answer=["2\n#### 2"] * 2 + ["3\n#### 3"])
+    write_table(exams / "gsm8k/test.parquet", **other)  # one answer is another
+    assert "belongs to another task" in sentence(capsys, *command, "--samples", "2")
     assert "leave --core and --hf out" in sentence(capsys, *command, "--core")
     (exams / "mmlu" / "test.parquet").unlink()
     assert "no test.parquet" in sentence(capsys, *command)

@@ -103,6 +103,10 @@ def test_text_is_read_by_the_type_of_the_field(name, value):
     assert {**asdict(changed), name: None} == {**asdict(Recipe()), name: None}
 
 
+def test_a_whole_number_may_be_large():
+    assert Recipe().changed(seed=str(10**23)).seed == 10**23
+
+
 @pytest.mark.parametrize("value", ["four", "4.5", 4.5, None, math.inf, math.nan, [4]])
 def test_a_value_of_the_wrong_type_is_one_sentence(value):
     with pytest.raises(UserError, match="depth must be int, got"):
@@ -140,6 +144,7 @@ def test_unknown_names_are_one_sentence_with_the_known_ones():
         (dict(tracker="excel"), "tracker must be one of nothing, wandb, tensorboard, trackio"),
         (dict(name=""), "name must be a plain folder name"),
         (dict(name="../elsewhere"), "name must be a plain folder name"),
+        (dict(name=".."), "name must be a plain folder name"),
         (dict(name="a\\b"), "name must be a plain folder name"),
     ],
 )
