@@ -35,7 +35,8 @@ if "--worker" in sys.argv and "--see-all" not in sys.argv:
     # A rank that sees its own GPU alone compiles for "cuda:0", and finds what others compiled.
     local = int(os.environ["LOCAL_RANK"])
     seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(local + 1)))
-    os.environ.update(CUDA_VISIBLE_DEVICES=seen.split(",")[local], LOCAL_RANK="0")
+    if local < len(seen.split(",")):
+        os.environ.update(CUDA_VISIBLE_DEVICES=seen.split(",")[local], LOCAL_RANK="0")
 
 import torch
 
@@ -46,6 +47,7 @@ from nanochat.distributed import (
     calibrated,
     launch,
     measure,
+    print_whole_lines,
     setup,
     shard_model,
     share_out,
@@ -184,6 +186,7 @@ def work(args):
     if int(os.environ["WORLD_SIZE"]) > 1:
         world = setup()
     else:
+        print_whole_lines()
         watch_launcher()
         world = SingleProcess(pick_device())
     n = world.world_size

@@ -500,10 +500,11 @@ print(f"loss {loss:.4f}; all eight rows at once would give {GPT(config)(*batch):
 
 # %% [markdown]
 r"""
-`EarlyWarnings` watches four numbers while the run goes on. A **loss** that is not finite ends the
-run at once. A **gradient** ten times as long as usual, or a **residual stream** that has grown a
-hundredfold, announces an explosion. And a loop that waits for **data** is dear, since the GPU is
-paid by the hour. Each warning is one sentence, once a run, on the screen and in the log.
+`EarlyWarnings` watches four numbers while the run goes on. A **loss** or a **gradient** that is not
+finite ends the run at once, before such weights take the place of the last good checkpoint. A
+gradient ten times as long as usual, or a **residual stream** that has grown a hundredfold,
+announces an explosion. And a loop that waits for **data** is dear, since the GPU is paid by the
+hour. Each warning is one sentence, once a run, on the screen and in the log.
 """
 
 
@@ -533,7 +534,9 @@ class EarlyWarnings:
         found = []
         if not math.isfinite(loss):
             found.append(("loss", f"the loss is not a number ({loss}); try lower rates"))
-        if not norm <= 10 * usual:
+        elif not math.isfinite(norm):
+            found.append(("loss", f"the gradient is not a number ({norm}); try lower rates"))
+        if norm > 10 * usual:
             found.append(("gradient", f"the gradient's norm is {norm:.3g}, usual is {usual:.3g}"))
         if not grown <= 100:
             found.append(("activation", f"the activations are {grown:.0f} times those at first"))
@@ -615,7 +618,7 @@ class Meter:
 
     def __init__(self, log: MetricsLog, bar: Progress, world: Any, start_step: int, n_steps: int):
         self.log, self.bar, self.world, self.n_steps = log, bar, world, n_steps
-        self.first_timed = start_step + min(10, n_steps // 4)
+        self.first_timed = start_step + min(10, (n_steps - start_step) // 4)
         self.warnings, self.pending = EarlyWarnings(), None
         self.loss, self.seconds, self.tokens = math.nan, 0.0, 0
         self.clock = time.perf_counter()
@@ -638,7 +641,7 @@ class Meter:
     def read(
         self, step: int, loss: Any, norm: Any, tokens: Any, waited: float, size: Any, **copies: Any
     ) -> None:
-        """Wait for a step's numbers; log them and warn. UserError when the loss is not finite."""
+        """Wait for a step's numbers; log and warn. UserError for a loss or norm not finite."""
         if copies:
             copies["ready"].synchronize()
         self.loss, norm, tokens = float(loss), float(norm), int(tokens)
@@ -1182,7 +1185,7 @@ class Checkpoint:
 
 def saved_steps(directory: str | Path) -> list[int]:
     """Return the steps that have a complete checkpoint in a folder, in ascending order."""
-    folders = Path(directory).glob("step_[0-9]*")
+    folders = (f for f in Path(directory).glob("step_*") if f.name[5:].isdecimal())
     return sorted(int(f.name[5:]) for f in folders if (f / "meta.json").exists())
 
 
@@ -1199,6 +1202,12 @@ def best_step(directory: str | Path) -> int | None:
         if score is not None:
             scores[step] = score
     return min(scores, key=scores.get, default=None)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what a process left that was killed while it wrote or deleted a checkpoint."""
+    for folder in directory.glob(".step_*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_aside(folder: Path) -> Path:
@@ -1227,12 +1236,12 @@ def save_checkpoint(
     best is the one with the lowest `score`, if scores are given (bits per byte, say).
 
     All files are written under a temporary name, synced, then renamed at once: a process killed at
-    any moment leaves the old checkpoint or the new one. A full disk raises UserError and leaves
-    nothing behind.
+    any moment leaves the checkpoints before, or the new one, too. (Of a step that is saved again
+    the old one goes first.) A full disk raises UserError and leaves nothing behind.
     """
     directory = Path(directory)
     final, temporary = directory / f"step_{step:06d}", directory / f".step_{step:06d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_leftovers(directory)
     try:
         temporary.mkdir(parents=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -1260,8 +1269,9 @@ def save_checkpoint(
             f"free some space or choose another folder, then run again: training resumes."
         ) from error
     best = best_step(directory)
-    for past in (step for step in saved_steps(directory)[:-keep] if step != best):
-        shutil.rmtree(put_aside(directory / f"step_{past:06d}"), ignore_errors=True)
+    for past in saved_steps(directory)[:-keep]:
+        if past not in (best, step):
+            shutil.rmtree(put_aside(directory / f"step_{past:06d}"), ignore_errors=True)
     return final
 
 
@@ -1295,8 +1305,8 @@ def load_checkpoint(
         raise UserError(f"no checkpoint {step or ''} in {directory} (steps there: {found}).")
     meta = read_json(folder / "meta.json")
     optimizer_file = folder / "optimizer.safetensors"
-    optimizer = optimizer and optimizer_file.exists()
     try:
+        optimizer = optimizer and optimizer_file.name in meta["sha256"]
         for name, expected in meta["sha256"].items():
             wanted = optimizer or name != optimizer_file.name
             if wanted and file_digest(folder / name, "sha256") != expected:

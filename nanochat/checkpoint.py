@@ -27,6 +27,7 @@ __all__ = [
     "latest_step",
     "load_checkpoint",
     "put_aside",
+    "remove_leftovers",
     "save_checkpoint",
     "saved_steps",
 ]
@@ -43,7 +44,7 @@ class Checkpoint:
 
 def saved_steps(directory: str | Path) -> list[int]:
     """Return the steps that have a complete checkpoint in a folder, in ascending order."""
-    folders = Path(directory).glob("step_[0-9]*")
+    folders = (f for f in Path(directory).glob("step_*") if f.name[5:].isdecimal())
     return sorted(int(f.name[5:]) for f in folders if (f / "meta.json").exists())
 
 
@@ -60,6 +61,12 @@ def best_step(directory: str | Path) -> int | None:
         if score is not None:
             scores[step] = score
     return min(scores, key=scores.get, default=None)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what a process left that was killed while it wrote or deleted a checkpoint."""
+    for folder in directory.glob(".step_*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_aside(folder: Path) -> Path:
@@ -86,12 +93,12 @@ def save_checkpoint(
     best is the one with the lowest `score`, if scores are given (bits per byte, say).
 
     All files are written under a temporary name, synced, then renamed at once: a process killed at
-    any moment leaves the old checkpoint or the new one. A full disk raises UserError and leaves
-    nothing behind.
+    any moment leaves the checkpoints before, or the new one, too. (Of a step that is saved again
+    the old one goes first.) A full disk raises UserError and leaves nothing behind.
     """
     directory = Path(directory)
     final, temporary = directory / f"step_{step:06d}", directory / f".step_{step:06d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_leftovers(directory)
     try:
         temporary.mkdir(parents=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -119,8 +126,9 @@ def save_checkpoint(
             f"free some space or choose another folder, then run again: training resumes."
         ) from error
     best = best_step(directory)
-    for past in (step for step in saved_steps(directory)[:-keep] if step != best):
-        shutil.rmtree(put_aside(directory / f"step_{past:06d}"), ignore_errors=True)
+    for past in saved_steps(directory)[:-keep]:
+        if past not in (best, step):
+            shutil.rmtree(put_aside(directory / f"step_{past:06d}"), ignore_errors=True)
     return final
 
 
@@ -144,8 +152,8 @@ def load_checkpoint(
         raise UserError(f"no checkpoint {step or ''} in {directory} (steps there: {found}).")
     meta = read_json(folder / "meta.json")
     optimizer_file = folder / "optimizer.safetensors"
-    optimizer = optimizer and optimizer_file.exists()
     try:
+        optimizer = optimizer and optimizer_file.name in meta["sha256"]
         for name, expected in meta["sha256"].items():
             wanted = optimizer or name != optimizer_file.name
             if wanted and file_digest(folder / name, "sha256") != expected:

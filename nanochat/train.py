@@ -154,7 +154,9 @@ class EarlyWarnings:
         found = []
         if not math.isfinite(loss):
             found.append(("loss", f"the loss is not a number ({loss}); try lower rates"))
-        if not norm <= 10 * usual:
+        elif not math.isfinite(norm):
+            found.append(("loss", f"the gradient is not a number ({norm}); try lower rates"))
+        if norm > 10 * usual:
             found.append(("gradient", f"the gradient's norm is {norm:.3g}, usual is {usual:.3g}"))
         if not grown <= 100:
             found.append(("activation", f"the activations are {grown:.0f} times those at first"))
@@ -201,7 +203,7 @@ class Meter:
 
     def __init__(self, log: MetricsLog, bar: Progress, world: Any, start_step: int, n_steps: int):
         self.log, self.bar, self.world, self.n_steps = log, bar, world, n_steps
-        self.first_timed = start_step + min(10, n_steps // 4)
+        self.first_timed = start_step + min(10, (n_steps - start_step) // 4)
         self.warnings, self.pending = EarlyWarnings(), None
         self.loss, self.seconds, self.tokens = math.nan, 0.0, 0
         self.clock = time.perf_counter()
@@ -224,7 +226,7 @@ class Meter:
     def read(
         self, step: int, loss: Any, norm: Any, tokens: Any, waited: float, size: Any, **copies: Any
     ) -> None:
-        """Wait for a step's numbers; log them and warn. UserError when the loss is not finite."""
+        """Wait for a step's numbers; log and warn. UserError for a loss or norm not finite."""
         if copies:
             copies["ready"].synchronize()
         self.loss, norm, tokens = float(loss), float(norm), int(tokens)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,39 @@ def test_absent_and_broken_checkpoints_say_so(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="is broken"):
         load_checkpoint(tmp_path)
+
+
+def test_an_optimizer_that_is_gone_is_not_taken_for_none(tmp_path):
+    model, state = trained()
+    (save_checkpoint(tmp_path, 1, model, state, {}) / "optimizer.safetensors").unlink()
+    with pytest.raises(UserError, match="is broken .*optimizer.safetensors"):
+        load_checkpoint(tmp_path)
+    assert load_checkpoint(tmp_path, optimizer=False).meta["step"] == 1
+    save_checkpoint(tmp_path, 2, model, None, {})
+    assert load_checkpoint(tmp_path).optimizer_state == {}
+
+
+def test_a_copy_beside_the_checkpoints_is_no_checkpoint(tmp_path):
+    folder = save_checkpoint(tmp_path, 10, *trained(), {})
+    for name in ("step_000010 (copy)", "step_000010.bak", "step_"):
+        shutil.copytree(folder, tmp_path / name)
+    assert saved_steps(tmp_path) == [10] and best_step(tmp_path) is None
+
+
+def test_what_was_just_saved_stays_beside_a_later_step_of_another_run(tmp_path):
+    model, state = trained()
+    save_checkpoint(tmp_path, 100, model, state, {})
+    assert save_checkpoint(tmp_path, 10, model, state, {}).exists()
+    assert saved_steps(tmp_path) == [10, 100]
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    model, state = trained()
+    for name in (".step_000001.old", ".step_000007.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path, 9, model, state, {})
+    assert [f.name for f in tmp_path.iterdir()] == ["step_000009"]
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path):
@@ -194,7 +228,7 @@ def test_twenty_kills_change_nothing(tmp_path):
     """A run killed 20 times, also inside of saves, ends with the weights of one never killed."""
     program = Path(__file__).with_name("kill_training.py")
     done = subprocess.run(
-        [sys.executable, program, tmp_path], capture_output=True, text=True, timeout=300
+        [sys.executable, program, tmp_path], capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)

@@ -4,13 +4,13 @@ import importlib
 import json
 import math
 import sys
-import time
 import types
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from nanochat import train
 from nanochat.common import MetricsLog, UserError, read_metrics
 from nanochat.model import GPT, GPTConfig
 from nanochat.optim import build_optimizer
@@ -242,9 +242,16 @@ class Burst(Batches):
 
 
 class Slow(Batches):
+    """Batches that take a while, by a clock that stands still otherwise."""
+
+    now = 0.0
+
     def next(self):
-        time.sleep(0.05)
+        self.now += 0.05
         return super().next()
+
+    def perf_counter(self):
+        return self.now
 
 
 def warned(tmp_path, capsys, model, batches, n_steps):
@@ -263,10 +270,48 @@ def test_an_explosion_of_gradient_and_activations_is_told(tmp_path, capsys):
     assert 30 <= kinds["gradient"] < 40 and 30 <= kinds["activation"] < 40
 
 
-def test_a_run_that_waits_for_data_is_told_and_the_log_has_the_waiting(tmp_path, capsys):
-    assert warned(tmp_path, capsys, GPT(SMALL), Slow(), 12) == {"data": 9}
+def test_a_run_that_waits_for_data_is_told_and_the_log_has_the_waiting(
+    tmp_path, capsys, monkeypatch
+):
+    slow = Slow()
+    monkeypatch.setattr(train, "time", slow)
+    assert warned(tmp_path, capsys, GPT(SMALL), slow, 12) == {"data": 9}
     steps = read_metrics(tmp_path / "metrics.jsonl", "step")
-    assert all(e["seconds"] >= e["waited"] >= 0.05 and e["gradient_norm"] > 0 for e in steps)
+    for event in steps:
+        assert event["seconds"] == event["waited"] == pytest.approx(0.05)
+        assert event["gradient_norm"] > 0
+
+
+class Poisoned(Batches):
+    """From batch 8 on a gradient is infinite, though the loss is a number."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def next(self):
+        if self.at == 8:
+            self.model.head.weight.register_hook(lambda grad: grad * math.inf)
+        return super().next()
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_next_checkpoint(tmp_path):
+    model, log = GPT(SMALL), MetricsLog(tmp_path / "metrics.jsonl")
+    optimizer, saved = build_optimizer(model), []
+
+    def save(step):
+        saved.append((step, all(p.isfinite().all() for p in model.parameters())))
+
+    with pytest.raises(UserError, match="at step 8 the gradient is not a number"):
+        fit(model, optimizer, Poisoned(model), 20, log=log, save=save, save_every=3)
+    assert saved == [(3, True), (6, True)]
+
+
+@pytest.mark.parametrize("start", [119, 128, 129])
+def test_a_run_that_goes_on_near_its_end_knows_its_speed(start):
+    model = GPT(SMALL)
+    found = fit(model, build_optimizer(model), Batches(start=start), 130, start_step=start)
+    assert found["tokens_per_second"] > 0
 
 
 def test_a_loss_that_is_not_finite_is_in_the_log_too(tmp_path):
@@ -283,7 +328,7 @@ def test_a_calm_run_is_never_warned_about(norms):
     watch = EarlyWarnings()
     for norm in norms:
         assert watch.check(norm, norm, norm, 0.1 * norm, norm) == []
-    assert [kind for kind, _ in watch.check(math.nan, 1.0, 1.0, 0.0)] == ["loss"]
+    assert [kind for kind, _ in watch.check(math.nan, math.nan, 1.0, 0.0)] == ["loss"]
 
 
 # Trackers: one function that takes the dict of an event.
