@@ -94,7 +94,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -191,24 +191,30 @@ validation set moved with each download, and a failed download turned a training
 validation shard without a word. We name the shard in everything that we record, and a missing one
 is an error.
 
-Hub exports often name their splits in the file name (`train-00000-of-00002.parquet`). Where a name
-says `train` or `val` we obey it, since nothing is guessed then; `test` files are left alone.
+Hub exports often name their splits, in the name of the file (`train-00000-of-00002.parquet`) or of
+its folder (`test/0000.parquet`). Where a name says `train` or `val` we obey it, since nothing is
+guessed then; `test` files are left alone. The innermost name counts, and folders above the one that
+was opened say nothing: a whole collection may lie in `/home/ann/test`.
 """
 
 
 # %%
 #| export
+SPLIT_NAME = re.compile(r"(train|val|test)(ing|id|idation)?(?![a-z])", re.IGNORECASE)
+
+
 def split_shards(names: Iterable[str]) -> dict[str, list[str]]:
     """Assign shard names to splits: {"train": [...], "val": [...]}, each in name order.
 
-    Files called train*, val* and test* go where they say (test: nowhere); if none is called train*,
-    those that say nothing are for training. If none says val, the last training shard in name
-    order is validation.
+    Files called train*, val* and test* go where they say (test: nowhere), and so do those in
+    folders called like that; if none says train, those that say nothing are for training. If none
+    says val, the last training shard in name order is validation.
     """
     said: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
     for name in sorted(names):
-        match = re.match(r"(train|val|test)(idation)?(?![a-z])", Path(name).name)
-        said[match[1] if match else ""].append(name)
+        parts = reversed(PurePosixPath(name).parts)  # the file first, then the folders around it
+        match = next(filter(None, map(SPLIT_NAME.match, parts)), None)
+        said[match[1].lower() if match else ""].append(name)
     train, val = said["train"] or said[""], said["val"]
     if not val:
         train, val = train[:-1], train[-1:]
@@ -220,6 +226,7 @@ def split_shards(names: Iterable[str]) -> dict[str, list[str]]:
 assert split_shards(["b", "c", "a"]) == {"train": ["a", "b"], "val": ["c"]}
 assert split_shards(["d/train-0", "d/test-0", "d/validation-0"])["val"] == ["d/validation-0"]
 assert split_shards(["train-0", "train-1", "test-0"]) == {"train": ["train-0"], "val": ["train-1"]}
+assert split_shards(["test/0", "train/0", "val/0"]) == {"train": ["train/0"], "val": ["val/0"]}
 
 # %% [markdown]
 r"""

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -50,6 +50,7 @@ __all__ = [
     "Prefetch",
     "Read",
     "RowPlan",
+    "SPLIT_NAME",
     "ShardedSource",
     "Source",
     "TinyWorldSource",
@@ -145,17 +146,21 @@ def write_shard(path: str | Path, texts: Sequence[str]) -> None:
     atomic_write(path, buffer.getvalue().to_pybytes())
 
 
+SPLIT_NAME = re.compile(r"(train|val|test)(ing|id|idation)?(?![a-z])", re.IGNORECASE)
+
+
 def split_shards(names: Iterable[str]) -> dict[str, list[str]]:
     """Assign shard names to splits: {"train": [...], "val": [...]}, each in name order.
 
-    Files called train*, val* and test* go where they say (test: nowhere); if none is called train*,
-    those that say nothing are for training. If none says val, the last training shard in name
-    order is validation.
+    Files called train*, val* and test* go where they say (test: nowhere), and so do those in
+    folders called like that; if none says train, those that say nothing are for training. If none
+    says val, the last training shard in name order is validation.
     """
     said: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
     for name in sorted(names):
-        match = re.match(r"(train|val|test)(idation)?(?![a-z])", Path(name).name)
-        said[match[1] if match else ""].append(name)
+        parts = reversed(PurePosixPath(name).parts)  # the file first, then the folders around it
+        match = next(filter(None, map(SPLIT_NAME.match, parts)), None)
+        said[match[1].lower() if match else ""].append(name)
     train, val = said["train"] or said[""], said["val"]
     if not val:
         train, val = train[:-1], train[-1:]

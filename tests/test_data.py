@@ -144,6 +144,34 @@ def test_split_names():
     assert split_shards([]) == {"train": [], "val": []}
 
 
+def test_split_names_of_folders():
+    """As the hub writes them: default/train/0000.parquet. The innermost name counts."""
+    names = [f"d/{split}/000{i}" for split in ("test", "train", "validation") for i in (0, 1)]
+    assert split_shards(names) == {"train": names[2:4], "val": names[4:]}
+    assert split_shards(names[:4]) == {"train": names[2:3], "val": names[3:4]}
+    mixed = ["train/test-0", "test/train-0", "test/train/0", "train/val/part-0", "train/values"]
+    assert split_shards(mixed) == {
+        "train": ["test/train-0", "test/train/0", "train/values"],
+        "val": ["train/val/part-0"],
+    }
+    assert split_shards(["trainer/a", "testament/b", "values/c"])["val"] == ["values/c"]
+
+
+@pytest.mark.parametrize(
+    "train, test, val",
+    [("Train-0", "Test-0", "VAL-0"), ("training", "testing", "valid"), ("TRAIN", "test", "Valid")],
+)
+def test_split_names_in_other_spellings(train, test, val):
+    assert split_shards([train, test, val]) == {"train": [train], "val": [val]}
+
+
+def test_folders_above_the_opened_one_say_nothing(tmp_path):
+    for name in ("a", "b"):
+        write_shard(tmp_path / "test" / "tales" / f"{name}.parquet", [name])
+    source = open_source(f"folder:{tmp_path / 'test' / 'tales'}")
+    assert source.splits == {"train": ["a.parquet"], "val": ["b.parquet"]}
+
+
 def broken(kind, path):
     good = path.read_bytes()
     if kind == "missing column":
