@@ -489,7 +489,8 @@ def retrying(
 r"""
 The range request is a few lines. If a part of the file is here, ask for the rest; a server that
 does not know ranges answers 200 instead of 206 and sends everything, so we begin anew. The access
-token, if there is one, goes to the hub and not to the server that the hub may redirect us to.
+token, if there is one, goes to the hub and not to the server that the hub may redirect us to. A
+server that sends more than was announced could fill the disk, so we stop at the first byte too many.
 """
 
 
@@ -504,7 +505,8 @@ def fetch_rest(
 ) -> None:
     """Append to `part` what is missing of the `size` bytes at url; IncompleteDownload if cut.
 
-    `arrived(n)` is told of every n bytes; it may raise to stop.
+    `arrived(n)` is told of every n bytes; it may raise to stop. More bytes than announced are a
+    UserError, and nothing is kept.
     """
     have = part.stat().st_size if part.exists() else 0
     if have == size:
@@ -519,13 +521,20 @@ def fetch_rest(
             urllib.request.urlopen(request, timeout=20) as response,
             open(part, "ab" if response.status == 206 else "wb") as file,
         ):
-            while block := response.read1(1 << 20):
+            while file.tell() <= size and (block := response.read1(1 << 20)):
                 file.write(block)
                 arrived(len(block))
     except (http.client.HTTPException, TimeoutError) as error:
         raise IncompleteDownload(f"the connection broke off: {error!r}") from error
-    if part.stat().st_size != size:
-        raise IncompleteDownload(f"{part.stat().st_size:,} of {size:,} bytes came")
+    came = part.stat().st_size
+    if came > size:
+        part.unlink()
+        raise UserError(
+            f"{url} sends more than the {size:,} bytes announced; the bytes were thrown away, run "
+            "again or try another network."
+        )
+    if came < size:
+        raise IncompleteDownload(f"{came:,} of {size:,} bytes came")
 
 
 # %% [markdown]
@@ -646,12 +655,27 @@ def fetch_together(
 # %% [markdown]
 r"""
 Next, what the hub is asked: the files of a data set with their sizes and hashes, at the *commit*
-that the revision stands for today.
+that the revision stands for today. `HF_ENDPOINT` may name any server, and its list says where files
+are written, so `check_listing` refuses a path that leads out of our folder.
 """
 
 
 # %%
 #| export
+def check_listing(files: dict[str, dict], where: str) -> None:
+    """Raise UserError unless all files have plain relative paths and hashes in hex."""
+    for name, facts in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", name):
+            raise UserError(
+                f"{where} holds {name!r}, which is no plain file inside of it; do not use it."
+            )
+        if not re.fullmatch(r"[0-9a-f]{40,64}", str(facts["digest"])):
+            raise UserError(
+                f"{where} gives {name!r} the hash {facts['digest']!r}, which is none; do not use it."
+            )
+
+
 def hub_listing(name: str, revision: str, endpoint: str) -> dict:
     """Ask a hub for the parquet files of a data set: {"commit", "files": {path: facts}}.
 
@@ -735,6 +759,7 @@ class HubSource(ShardedSource):
         self.folder = cache_folder() / "hub" / self.dataset.replace("/", "--")
         listing = kept_listing(self.dataset, revision, self.endpoint, self.folder)
         self.commit, self.files = listing["commit"], listing["files"]
+        check_listing(self.files, f"data set {self.dataset} at {self.endpoint}")
         splits = split_shards(self.files)
         if not splits["train"]:
             raise UserError(
@@ -1616,7 +1641,8 @@ Window = tuple[Read, Sequence[int], Sequence[int]]  # how to read tokens; starts
 # %% [markdown]
 r"""
 `RowPlan` is the endless list of rows and the place in it. It asks the shards for one window at a
-time and packs it when its first row is needed.
+time and packs it when its first row is needed. If a whole epoch has no row, as when all documents
+are empty, it says so instead of looking for ever.
 """
 
 
@@ -1651,13 +1677,21 @@ class RowPlan:
         self.rows = [(read, rows[i]) for i in order.tolist()]
 
     def take(self, n: int) -> list[tuple[Read, list[Piece]]]:
-        """Return the next n rows, each with the function that reads its tokens, and advance."""
+        """Return the next n rows, each with the function that reads its tokens, and advance.
+
+        Raises UserError when a whole epoch has no rows.
+        """
         taken: list[tuple[Read, list[Piece]]] = []
+        epoch = self.epoch  # of the last row
         while len(taken) < n:
             if self.rows is None:
                 self.plan_window()
             found = self.rows[self.row : self.row + n - len(taken)]
             taken, self.row = taken + found, self.row + len(found)
+            if found:
+                epoch = self.epoch
+            elif self.epoch > epoch + 1:
+                raise UserError("the data source holds empty documents only; choose another one.")
             if self.row == len(self.rows):
                 self.go_to(self.epoch, self.window + 1, 0)
         return taken

@@ -901,6 +901,26 @@ def test_stream_of_nothing(tokenizer):
         TokenStream(ListSource([]), tokenizer, "test")
 
 
+def test_stream_of_empty_documents_ends_with_a_sentence(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "WINDOW", 3)
+    windows, window = itertools.count(), TokenStream.window
+
+    def counted(self, *place):
+        assert next(windows) < 100, "it would go on for ever"
+        return window(self, *place)
+
+    monkeypatch.setattr(TokenStream, "window", counted)
+    loader = TokenBatches(TokenStream(ListSource([""] * 8), tokenizer), 1, 8)
+    for _ in range(2):
+        with pytest.raises(UserError, match="holds empty documents only"):
+            loader.next()
+    one = TokenBatches(TokenStream(ListSource([""] * 8 + ["a"] + [""] * 8), tokenizer), 4, 8)
+    for start in (one.state_dict(), {**one.state_dict(), "window": 4}):
+        one.load_state_dict(start)  # also from a place behind the only row
+        inputs, _ = one.next()
+        assert inputs[:, 1].tolist() == tokenizer.encode("a") * 4
+
+
 def test_real_text_from_files_to_batches(shared_data, tmp_path):
     source = open_source(f"folder:{shared_data / 'corpus'}")
     assert source.splits["val"] == ["shard_00004.parquet"]
