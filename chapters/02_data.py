@@ -123,7 +123,7 @@ class Source(Protocol):
     """Anything that gives documents for the splits "train" and "val"."""
 
     def describe(self, split: str) -> str:
-        """Say in one line where the documents of a split come from; shards are named."""
+        """Say in one line where the documents of a split come from; other text, another line."""
         ...
 
     def documents(self, split: str, start: int = 0) -> Iterator[str]:
@@ -294,8 +294,33 @@ def read_shard(path: Path, start: int = 0) -> Iterator[str]:
 
 # %% [markdown]
 r"""
+Has a shard been written anew since we last looked? Its size and its last bytes tell, without
+reading the rest: the footer is there, and with it the number of rows, the compressed size of each
+row group and its smallest and largest text. (Of a small file, they are all there is.) A hub needs
+none of this: its commit stands for the content.
+"""
+
+
+# %%
+#| export
+def shard_end(path: Path) -> tuple[int, str]:
+    """Return the size of a shard and the hash of its last 256 kB. UserError if it is missing."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - (1 << 18), 0))
+            return size, hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"shard {path} cannot be read ({error.strerror}); put it back or choose another folder."
+        ) from None
+
+
+# %% [markdown]
+r"""
 What a folder and the hub have in common: documents come shard by shard, in name order. They differ
-in one method, `path`, which says where a shard lies.
+in `path`, which says where a shard lies, and a folder adds to its description what `shard_end`
+tells.
 """
 
 
@@ -357,6 +382,16 @@ class FolderSource(ShardedSource):
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
             n_bytes += sum(group.total_byte_size for group in groups)
         return n_bytes // 3
+
+    def describe(self, split: str) -> str:
+        """Name the folder, the shards from first to last, and a hash of what is in them.
+
+        The hash is of names, sizes and last bytes. Raises UserError when a shard is missing.
+        """
+        digest, line = hashlib.sha256(), super().describe(split)
+        for shard in self.splits[split]:
+            digest.update(repr((shard, shard_end(self.path(shard)))).encode())
+        return f"{line}, content {digest.hexdigest()[:12]}"
 
     def path(self, shard: str) -> Path:
         """Return the path of a shard."""
@@ -490,7 +525,7 @@ r"""
 The range request is a few lines. If a part of the file is here, ask for the rest; a server that
 does not know ranges answers 200 instead of 206 and sends everything, so we begin anew. The access
 token, if there is one, goes to the hub and not to the server that the hub may redirect us to. A
-server that sends more than was announced could fill the disk, so we stop at the first byte too many.
+server that sends more than was announced could fill the disk, so we stop when too many bytes come.
 """
 
 
@@ -670,9 +705,10 @@ def check_listing(files: dict[str, dict], where: str) -> None:
             raise UserError(
                 f"{where} holds {name!r}, which is no plain file inside of it; do not use it."
             )
-        if not re.fullmatch(r"[0-9a-f]{40,64}", str(facts["digest"])):
+        digest = str(facts["digest"])
+        if not re.fullmatch(r"[0-9a-f]{40,64}", digest):
             raise UserError(
-                f"{where} gives {name!r} the hash {facts['digest']!r}, which is none; do not use it."
+                f"{where} gives {name!r} the hash {digest!r}, which is none; do not use it."
             )
 
 
@@ -1018,14 +1054,18 @@ def write_token_shard(folder: Path, index: dict, parts: list[Encoded], ended: bo
 # %% [markdown]
 r"""
 The index remembers which tokenizer and which source made the tokens. Tokens of another tokenizer
-are refused: they are numbers like any others, and training on them would fail without a word.
+are refused: they are numbers like any others, and training on them would fail without a word. So
+are tokens of a folder whose shards have been written anew: adding to them would mix old and new.
 """
 
 
 # %%
 #| export
 def open_index(folder: Path, source: Source, tokenizer: Tokenizer, split: str) -> dict:
-    """Return the index of a folder, or a fresh one; UserError if it is not of this making."""
+    """Return the index of a folder, or a fresh one; UserError if it is not of this making.
+
+    Tokens of a `folder:` source made before its description held a hash are refused too.
+    """
     wanted = {
         "source": source.describe(split),
         "tokenizer": tokenizer.fingerprint(),

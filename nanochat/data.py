@@ -94,6 +94,7 @@ __all__ = [
     "prepare_tokens",
     "read_shard",
     "retrying",
+    "shard_end",
     "shard_fault",
     "split_shards",
     "start_worker",
@@ -108,7 +109,7 @@ class Source(Protocol):
     """Anything that gives documents for the splits "train" and "val"."""
 
     def describe(self, split: str) -> str:
-        """Say in one line where the documents of a split come from; shards are named."""
+        """Say in one line where the documents of a split come from; other text, another line."""
         ...
 
     def documents(self, split: str, start: int = 0) -> Iterator[str]:
@@ -213,6 +214,19 @@ def read_shard(path: Path, start: int = 0) -> Iterator[str]:
         raise UserError(f"shard {path} is damaged inside ({reason}); replace the file.") from None
 
 
+def shard_end(path: Path) -> tuple[int, str]:
+    """Return the size of a shard and the hash of its last 256 kB. UserError if it is missing."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - (1 << 18), 0))
+            return size, hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"shard {path} cannot be read ({error.strerror}); put it back or choose another folder."
+        ) from None
+
+
 class ShardedSource:
     """Documents from parquet shards; `path(name)` may fetch a shard first (see HubSource)."""
 
@@ -267,6 +281,16 @@ class FolderSource(ShardedSource):
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
             n_bytes += sum(group.total_byte_size for group in groups)
         return n_bytes // 3
+
+    def describe(self, split: str) -> str:
+        """Name the folder, the shards from first to last, and a hash of what is in them.
+
+        The hash is of names, sizes and last bytes. Raises UserError when a shard is missing.
+        """
+        digest, line = hashlib.sha256(), super().describe(split)
+        for shard in self.splits[split]:
+            digest.update(repr((shard, shard_end(self.path(shard)))).encode())
+        return f"{line}, content {digest.hexdigest()[:12]}"
 
     def path(self, shard: str) -> Path:
         """Return the path of a shard."""
@@ -469,9 +493,10 @@ def check_listing(files: dict[str, dict], where: str) -> None:
             raise UserError(
                 f"{where} holds {name!r}, which is no plain file inside of it; do not use it."
             )
-        if not re.fullmatch(r"[0-9a-f]{40,64}", str(facts["digest"])):
+        digest = str(facts["digest"])
+        if not re.fullmatch(r"[0-9a-f]{40,64}", digest):
             raise UserError(
-                f"{where} gives {name!r} the hash {facts['digest']!r}, which is none; do not use it."
+                f"{where} gives {name!r} the hash {digest!r}, which is none; do not use it."
             )
 
 
@@ -705,7 +730,10 @@ def write_token_shard(folder: Path, index: dict, parts: list[Encoded], ended: bo
 
 
 def open_index(folder: Path, source: Source, tokenizer: Tokenizer, split: str) -> dict:
-    """Return the index of a folder, or a fresh one; UserError if it is not of this making."""
+    """Return the index of a folder, or a fresh one; UserError if it is not of this making.
+
+    Tokens of a `folder:` source made before its description held a hash are refused too.
+    """
     wanted = {
         "source": source.describe(split),
         "tokenizer": tokenizer.fingerprint(),

@@ -369,6 +369,45 @@ def test_another_tokenizer_or_source_is_refused(tokenizer, tmp_path):
         prepare_tokens(ListSource(TEXTS, "other"), tokenizer, tmp_path, "train", 1000)
 
 
+def test_a_folder_that_was_written_anew_is_another_source(folder, tokenizer, tmp_path):
+    prepare = dict(tokenizer=tokenizer, directory=tmp_path / "tokens", split="train")
+    source, path = open_source(f"folder:{folder}"), folder / "shard_1.parquet"
+    first = prepare_tokens(source, n_tokens=800, **prepare)
+    content = path.read_bytes()
+    path.write_bytes(content)  # the same bytes at another time
+    os.utime(path, (1, 1))
+    more = prepare_tokens(open_source(f"folder:{folder}"), n_tokens=1600, **prepare)
+    assert more.read(0, 800).tolist() == first.read(0, 800).tolist()
+    write_shard(folder / "shard_2.parquet", ["validation is another split"])
+    prepare_tokens(open_source(f"folder:{folder}"), n_tokens=1600, **prepare)
+    texts = list(read_shard(path))
+    texts[50] = texts[50].replace("document", "document"[::-1])  # as many rows and characters
+    for rewritten in (["NEW"] * 99, texts):
+        write_shard(path, rewritten)
+        for asked in (1600, 10**6):
+            with pytest.raises(UserError, match="were made with another source .*content") as no:
+                prepare_tokens(source, n_tokens=asked, **prepare)
+            assert "\n" not in str(no.value)
+    path.write_bytes(content)
+    assert len(prepare_tokens(source, n_tokens=10**6, **prepare)) > 1600
+
+
+def test_a_change_at_the_beginning_of_a_large_shard_is_seen_at_its_end(tmp_path):
+    texts = [hashlib.shake_128(b"%d" % n).hexdigest(500) for n in range(3000)]
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.parquet", texts)
+    source, path = open_source(f"folder:{tmp_path}"), tmp_path / "a.parquet"
+    before, size = source.describe("train"), path.stat().st_size
+    assert source.describe("train") == before
+    assert size > 800_000  # a change in the first row group is far from the last bytes ...
+    write_shard(path, [texts[0][::-1] + "x", *texts[1:]])
+    after = source.describe("train")
+    assert after != before and after.split(", content")[0] == before.split(", content")[0]
+    path.unlink()  # ... but the footer knows its size
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
+        source.describe("train")
+
+
 def names(folder):
     return sorted(p.name for p in folder.rglob("*") if p.is_file())
 
