@@ -94,7 +94,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -123,7 +123,7 @@ class Source(Protocol):
     """Anything that gives documents for the splits "train" and "val"."""
 
     def describe(self, split: str) -> str:
-        """Say in one line where the documents of a split come from; shards are named."""
+        """Say in one line where the documents of a split come from; other text, another line."""
         ...
 
     def documents(self, split: str, start: int = 0) -> Iterator[str]:
@@ -191,24 +191,30 @@ validation set moved with each download, and a failed download turned a training
 validation shard without a word. We name the shard in everything that we record, and a missing one
 is an error.
 
-Hub exports often name their splits in the file name (`train-00000-of-00002.parquet`). Where a name
-says `train` or `val` we obey it, since nothing is guessed then; `test` files are left alone.
+Hub exports often name their splits, in the name of the file (`train-00000-of-00002.parquet`) or of
+its folder (`test/0000.parquet`). Where a name says `train` or `val` we obey it, since nothing is
+guessed then; `test` files are left alone. The innermost name counts, and folders above the one that
+was opened say nothing: a whole collection may lie in `/home/ann/test`.
 """
 
 
 # %%
 #| export
+SPLIT_NAME = re.compile(r"(train|val|test)(ing|id|idation)?(?![a-z])", re.IGNORECASE)
+
+
 def split_shards(names: Iterable[str]) -> dict[str, list[str]]:
     """Assign shard names to splits: {"train": [...], "val": [...]}, each in name order.
 
-    Files called train*, val* and test* go where they say (test: nowhere); if none is called train*,
-    those that say nothing are for training. If none says val, the last training shard in name
-    order is validation.
+    Files called train*, val* and test* go where they say (test: nowhere), and so do those in
+    folders called like that; if none says train, those that say nothing are for training. If none
+    says val, the last training shard in name order is validation.
     """
     said: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
     for name in sorted(names):
-        match = re.match(r"(train|val|test)(idation)?(?![a-z])", Path(name).name)
-        said[match[1] if match else ""].append(name)
+        parts = reversed(PurePosixPath(name).parts)  # the file first, then the folders around it
+        match = next(filter(None, map(SPLIT_NAME.match, parts)), None)
+        said[match[1].lower() if match else ""].append(name)
     train, val = said["train"] or said[""], said["val"]
     if not val:
         train, val = train[:-1], train[-1:]
@@ -220,6 +226,7 @@ def split_shards(names: Iterable[str]) -> dict[str, list[str]]:
 assert split_shards(["b", "c", "a"]) == {"train": ["a", "b"], "val": ["c"]}
 assert split_shards(["d/train-0", "d/test-0", "d/validation-0"])["val"] == ["d/validation-0"]
 assert split_shards(["train-0", "train-1", "test-0"]) == {"train": ["train-0"], "val": ["train-1"]}
+assert split_shards(["test/0", "train/0", "val/0"]) == {"train": ["train/0"], "val": ["val/0"]}
 
 # %% [markdown]
 r"""
@@ -287,8 +294,33 @@ def read_shard(path: Path, start: int = 0) -> Iterator[str]:
 
 # %% [markdown]
 r"""
+Has a shard been written anew since we last looked? Its size and its last bytes tell, without
+reading the rest: the footer is there, and with it the number of rows, the compressed size of each
+row group and its smallest and largest text. (Of a small file, they are all there is.) A hub needs
+none of this: its commit stands for the content.
+"""
+
+
+# %%
+#| export
+def shard_end(path: Path) -> tuple[int, str]:
+    """Return the size of a shard and the hash of its last 256 kB. UserError if it is missing."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - (1 << 18), 0))
+            return size, hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"shard {path} cannot be read ({error.strerror}); put it back or choose another folder."
+        ) from None
+
+
+# %% [markdown]
+r"""
 What a folder and the hub have in common: documents come shard by shard, in name order. They differ
-in one method, `path`, which says where a shard lies.
+in `path`, which says where a shard lies, and a folder adds to its description what `shard_end`
+tells.
 """
 
 
@@ -350,6 +382,16 @@ class FolderSource(ShardedSource):
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
             n_bytes += sum(group.total_byte_size for group in groups)
         return n_bytes // 3
+
+    def describe(self, split: str) -> str:
+        """Name the folder, the shards from first to last, and a hash of what is in them.
+
+        The hash is of names, sizes and last bytes. Raises UserError when a shard is missing.
+        """
+        digest, line = hashlib.sha256(), super().describe(split)
+        for shard in self.splits[split]:
+            digest.update(repr((shard, shard_end(self.path(shard)))).encode())
+        return f"{line}, content {digest.hexdigest()[:12]}"
 
     def path(self, shard: str) -> Path:
         """Return the path of a shard."""
@@ -482,7 +524,8 @@ def retrying(
 r"""
 The range request is a few lines. If a part of the file is here, ask for the rest; a server that
 does not know ranges answers 200 instead of 206 and sends everything, so we begin anew. The access
-token, if there is one, goes to the hub and not to the server that the hub may redirect us to.
+token, if there is one, goes to the hub and not to the server that the hub may redirect us to. A
+server that sends more than was announced could fill the disk, so we stop when too many bytes come.
 """
 
 
@@ -497,7 +540,8 @@ def fetch_rest(
 ) -> None:
     """Append to `part` what is missing of the `size` bytes at url; IncompleteDownload if cut.
 
-    `arrived(n)` is told of every n bytes; it may raise to stop.
+    `arrived(n)` is told of every n bytes; it may raise to stop. More bytes than announced are a
+    UserError, and nothing is kept.
     """
     have = part.stat().st_size if part.exists() else 0
     if have == size:
@@ -512,13 +556,20 @@ def fetch_rest(
             urllib.request.urlopen(request, timeout=20) as response,
             open(part, "ab" if response.status == 206 else "wb") as file,
         ):
-            while block := response.read1(1 << 20):
+            while file.tell() <= size and (block := response.read1(1 << 20)):
                 file.write(block)
                 arrived(len(block))
     except (http.client.HTTPException, TimeoutError) as error:
         raise IncompleteDownload(f"the connection broke off: {error!r}") from error
-    if part.stat().st_size != size:
-        raise IncompleteDownload(f"{part.stat().st_size:,} of {size:,} bytes came")
+    came = part.stat().st_size
+    if came > size:
+        part.unlink()
+        raise UserError(
+            f"{url} sends more than the {size:,} bytes announced; the bytes were thrown away, run "
+            "again or try another network."
+        )
+    if came < size:
+        raise IncompleteDownload(f"{came:,} of {size:,} bytes came")
 
 
 # %% [markdown]
@@ -639,12 +690,28 @@ def fetch_together(
 # %% [markdown]
 r"""
 Next, what the hub is asked: the files of a data set with their sizes and hashes, at the *commit*
-that the revision stands for today.
+that the revision stands for today. `HF_ENDPOINT` may name any server, and its list says where files
+are written, so `check_listing` refuses a path that leads out of our folder.
 """
 
 
 # %%
 #| export
+def check_listing(files: dict[str, dict], where: str) -> None:
+    """Raise UserError unless all files have plain relative paths and hashes in hex."""
+    for name, facts in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", name):
+            raise UserError(
+                f"{where} holds {name!r}, which is no plain file inside of it; do not use it."
+            )
+        digest = str(facts["digest"])
+        if not re.fullmatch(r"[0-9a-f]{40,64}", digest):
+            raise UserError(
+                f"{where} gives {name!r} the hash {digest!r}, which is none; do not use it."
+            )
+
+
 def hub_listing(name: str, revision: str, endpoint: str) -> dict:
     """Ask a hub for the parquet files of a data set: {"commit", "files": {path: facts}}.
 
@@ -728,6 +795,7 @@ class HubSource(ShardedSource):
         self.folder = cache_folder() / "hub" / self.dataset.replace("/", "--")
         listing = kept_listing(self.dataset, revision, self.endpoint, self.folder)
         self.commit, self.files = listing["commit"], listing["files"]
+        check_listing(self.files, f"data set {self.dataset} at {self.endpoint}")
         splits = split_shards(self.files)
         if not splits["train"]:
             raise UserError(
@@ -986,14 +1054,18 @@ def write_token_shard(folder: Path, index: dict, parts: list[Encoded], ended: bo
 # %% [markdown]
 r"""
 The index remembers which tokenizer and which source made the tokens. Tokens of another tokenizer
-are refused: they are numbers like any others, and training on them would fail without a word.
+are refused: they are numbers like any others, and training on them would fail without a word. So
+are tokens of a folder whose shards have been written anew: adding to them would mix old and new.
 """
 
 
 # %%
 #| export
 def open_index(folder: Path, source: Source, tokenizer: Tokenizer, split: str) -> dict:
-    """Return the index of a folder, or a fresh one; UserError if it is not of this making."""
+    """Return the index of a folder, or a fresh one; UserError if it is not of this making.
+
+    Tokens of a `folder:` source made before its description held a hash are refused too.
+    """
     wanted = {
         "source": source.describe(split),
         "tokenizer": tokenizer.fingerprint(),
@@ -1609,7 +1681,8 @@ Window = tuple[Read, Sequence[int], Sequence[int]]  # how to read tokens; starts
 # %% [markdown]
 r"""
 `RowPlan` is the endless list of rows and the place in it. It asks the shards for one window at a
-time and packs it when its first row is needed.
+time and packs it when its first row is needed. If a whole epoch has no row, as when all documents
+are empty, it says so instead of looking for ever.
 """
 
 
@@ -1644,13 +1717,21 @@ class RowPlan:
         self.rows = [(read, rows[i]) for i in order.tolist()]
 
     def take(self, n: int) -> list[tuple[Read, list[Piece]]]:
-        """Return the next n rows, each with the function that reads its tokens, and advance."""
+        """Return the next n rows, each with the function that reads its tokens, and advance.
+
+        Raises UserError when a whole epoch has no rows.
+        """
         taken: list[tuple[Read, list[Piece]]] = []
+        epoch = self.epoch  # of the last row
         while len(taken) < n:
             if self.rows is None:
                 self.plan_window()
             found = self.rows[self.row : self.row + n - len(taken)]
             taken, self.row = taken + found, self.row + len(found)
+            if found:
+                epoch = self.epoch
+            elif self.epoch > epoch + 1:
+                raise UserError("the data source holds empty documents only; choose another one.")
             if self.row == len(self.rows):
                 self.go_to(self.epoch, self.window + 1, 0)
         return taken

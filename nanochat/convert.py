@@ -3,6 +3,7 @@
 Exported from chapters/05_pretraining.py (chapter 05, Pretraining); edit there, not here.
 """
 
+import math
 import re
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,14 +17,17 @@ from nanochat.common import UserError, read_json, write_json
 from nanochat.model import GPT, MODERN, GPTConfig
 
 __all__ = [
+    "BROKEN",
     "NAMES",
     "NANOCHAT",
     "OURS",
     "STEP",
     "TRANSFORMERS",
+    "check_settings",
     "filled",
     "from_nanochat",
     "from_transformers",
+    "read_rope",
     "renamed",
     "to_transformers",
 ]
@@ -127,16 +131,46 @@ def filled(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
     return model
 
 
+BROKEN = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError)
+
+
+def read_rope(facts: dict) -> tuple[str, float]:
+    """Return type and base of the rotary angles; transformers 4 wrote them elsewhere than 5."""
+    rope = facts.get("rope_scaling") or facts.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return kind, rope.get("rope_theta", facts.get("rope_theta", 10000.0))
+
+
+def check_settings(facts: dict, directory: Path) -> None:
+    """Raise UserError when a config asks for something that our classic model does not compute."""
+    kind, act = read_rope(facts)[0], facts.get("hidden_act", "relu2")
+    eps, cap = facts.get("rms_norm_eps", 1e-6), facts.get("final_logit_softcapping", 15.0)
+    for name, value, fits, ours in (
+        ("rope_type", kind, kind == "default", "'default'"),
+        ("hidden_act", act, act == "relu2", "'relu2'"),
+        ("rms_norm_eps", eps, 0 <= eps <= 1e-6, "1e-06 or less"),
+        ("final_logit_softcapping", cap, cap and 0 < cap < math.inf, "a positive number"),
+    ):
+        if not fits:
+            raise UserError(
+                f"{directory} has {name} {value!r}, and our model can only have {ours}: its logits "
+                "would be wrong; use this model with transformers."
+            )
+
+
 def from_transformers(directory: str | Path) -> GPT:
     """Read a folder that holds a NanoChat model of Hugging Face transformers.
 
-    Raises UserError for another kind of model and for a broken file.
+    Raises UserError for another kind of model, for settings that ours has not, and for a broken
+    file.
     """
     directory = Path(directory)
     facts = read_json(directory / "config.json")
-    if facts.get("model_type") != "nanochat":
-        raise UserError(f"{directory} holds a {facts.get('model_type')!r} model, not 'nanochat'.")
+    found = facts.get("model_type") if isinstance(facts, dict) else facts
+    if found != "nanochat":
+        raise UserError(f"{directory} holds a {str(found)[:40]!r} model, not 'nanochat'.")
     try:
+        check_settings(facts, directory)
         config = GPTConfig(
             vocab_size=facts["vocab_size"],
             seq_len=facts["max_position_embeddings"],
@@ -144,17 +178,17 @@ def from_transformers(directory: str | Path) -> GPT:
             n_head=facts["num_attention_heads"],
             n_kv_head=facts["num_key_value_heads"],
             n_embd=facts["hidden_size"],
-            rope_base=facts.get("rope_parameters", facts).get("rope_theta", 10000.0),
+            rope_base=read_rope(facts)[1],
         )
         state = {}
         for file in sorted(directory.glob("*.safetensors")):
             state.update(load_file(file))
         state = {name: tensor for name, tensor in state.items() if "inv_freq" not in name}
         model = filled(config, renamed(state, TRANSFORMERS, OURS))
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+        model.softcap = float(facts.get("final_logit_softcapping", 15.0))
+        return model
+    except BROKEN as error:
         raise UserError(f"{directory} cannot be read as a NanoChat model ({error}).") from error
-    model.softcap = float(facts.get("final_logit_softcapping") or 15.0)
-    return model
 
 
 STEP = re.compile(r"model_(\d{6})\.pt$")

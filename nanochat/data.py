@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -50,6 +50,7 @@ __all__ = [
     "Prefetch",
     "Read",
     "RowPlan",
+    "SPLIT_NAME",
     "ShardedSource",
     "Source",
     "TinyWorldSource",
@@ -62,6 +63,7 @@ __all__ = [
     "WORKER",
     "Window",
     "cache_folder",
+    "check_listing",
     "check_space",
     "check_split",
     "document_bounds",
@@ -92,6 +94,7 @@ __all__ = [
     "prepare_tokens",
     "read_shard",
     "retrying",
+    "shard_end",
     "shard_fault",
     "split_shards",
     "start_worker",
@@ -106,7 +109,7 @@ class Source(Protocol):
     """Anything that gives documents for the splits "train" and "val"."""
 
     def describe(self, split: str) -> str:
-        """Say in one line where the documents of a split come from; shards are named."""
+        """Say in one line where the documents of a split come from; other text, another line."""
         ...
 
     def documents(self, split: str, start: int = 0) -> Iterator[str]:
@@ -145,17 +148,21 @@ def write_shard(path: str | Path, texts: Sequence[str]) -> None:
     atomic_write(path, buffer.getvalue().to_pybytes())
 
 
+SPLIT_NAME = re.compile(r"(train|val|test)(ing|id|idation)?(?![a-z])", re.IGNORECASE)
+
+
 def split_shards(names: Iterable[str]) -> dict[str, list[str]]:
     """Assign shard names to splits: {"train": [...], "val": [...]}, each in name order.
 
-    Files called train*, val* and test* go where they say (test: nowhere); if none is called train*,
-    those that say nothing are for training. If none says val, the last training shard in name
-    order is validation.
+    Files called train*, val* and test* go where they say (test: nowhere), and so do those in
+    folders called like that; if none says train, those that say nothing are for training. If none
+    says val, the last training shard in name order is validation.
     """
     said: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
     for name in sorted(names):
-        match = re.match(r"(train|val|test)(idation)?(?![a-z])", Path(name).name)
-        said[match[1] if match else ""].append(name)
+        parts = reversed(PurePosixPath(name).parts)  # the file first, then the folders around it
+        match = next(filter(None, map(SPLIT_NAME.match, parts)), None)
+        said[match[1].lower() if match else ""].append(name)
     train, val = said["train"] or said[""], said["val"]
     if not val:
         train, val = train[:-1], train[-1:]
@@ -205,6 +212,19 @@ def read_shard(path: Path, start: int = 0) -> Iterator[str]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"shard {path} is damaged inside ({reason}); replace the file.") from None
+
+
+def shard_end(path: Path) -> tuple[int, str]:
+    """Return the size of a shard and the hash of its last 256 kB. UserError if it is missing."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - (1 << 18), 0))
+            return size, hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"shard {path} cannot be read ({error.strerror}); put it back or choose another folder."
+        ) from None
 
 
 class ShardedSource:
@@ -261,6 +281,16 @@ class FolderSource(ShardedSource):
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
             n_bytes += sum(group.total_byte_size for group in groups)
         return n_bytes // 3
+
+    def describe(self, split: str) -> str:
+        """Name the folder, the shards from first to last, and a hash of what is in them.
+
+        The hash is of names, sizes and last bytes. Raises UserError when a shard is missing.
+        """
+        digest, line = hashlib.sha256(), super().describe(split)
+        for shard in self.splits[split]:
+            digest.update(repr((shard, shard_end(self.path(shard)))).encode())
+        return f"{line}, content {digest.hexdigest()[:12]}"
 
     def path(self, shard: str) -> Path:
         """Return the path of a shard."""
@@ -334,7 +364,8 @@ def fetch_rest(
 ) -> None:
     """Append to `part` what is missing of the `size` bytes at url; IncompleteDownload if cut.
 
-    `arrived(n)` is told of every n bytes; it may raise to stop.
+    `arrived(n)` is told of every n bytes; it may raise to stop. More bytes than announced are a
+    UserError, and nothing is kept.
     """
     have = part.stat().st_size if part.exists() else 0
     if have == size:
@@ -349,13 +380,20 @@ def fetch_rest(
             urllib.request.urlopen(request, timeout=20) as response,
             open(part, "ab" if response.status == 206 else "wb") as file,
         ):
-            while block := response.read1(1 << 20):
+            while file.tell() <= size and (block := response.read1(1 << 20)):
                 file.write(block)
                 arrived(len(block))
     except (http.client.HTTPException, TimeoutError) as error:
         raise IncompleteDownload(f"the connection broke off: {error!r}") from error
-    if part.stat().st_size != size:
-        raise IncompleteDownload(f"{part.stat().st_size:,} of {size:,} bytes came")
+    came = part.stat().st_size
+    if came > size:
+        part.unlink()
+        raise UserError(
+            f"{url} sends more than the {size:,} bytes announced; the bytes were thrown away, run "
+            "again or try another network."
+        )
+    if came < size:
+        raise IncompleteDownload(f"{came:,} of {size:,} bytes came")
 
 
 def check_space(folder: Path, n_bytes: int, what: str) -> None:
@@ -447,6 +485,21 @@ def fetch_together(
         raise failures[0]
 
 
+def check_listing(files: dict[str, dict], where: str) -> None:
+    """Raise UserError unless all files have plain relative paths and hashes in hex."""
+    for name, facts in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", name):
+            raise UserError(
+                f"{where} holds {name!r}, which is no plain file inside of it; do not use it."
+            )
+        digest = str(facts["digest"])
+        if not re.fullmatch(r"[0-9a-f]{40,64}", digest):
+            raise UserError(
+                f"{where} gives {name!r} the hash {digest!r}, which is none; do not use it."
+            )
+
+
 def hub_listing(name: str, revision: str, endpoint: str) -> dict:
     """Ask a hub for the parquet files of a data set: {"commit", "files": {path: facts}}.
 
@@ -513,6 +566,7 @@ class HubSource(ShardedSource):
         self.folder = cache_folder() / "hub" / self.dataset.replace("/", "--")
         listing = kept_listing(self.dataset, revision, self.endpoint, self.folder)
         self.commit, self.files = listing["commit"], listing["files"]
+        check_listing(self.files, f"data set {self.dataset} at {self.endpoint}")
         splits = split_shards(self.files)
         if not splits["train"]:
             raise UserError(
@@ -676,7 +730,10 @@ def write_token_shard(folder: Path, index: dict, parts: list[Encoded], ended: bo
 
 
 def open_index(folder: Path, source: Source, tokenizer: Tokenizer, split: str) -> dict:
-    """Return the index of a folder, or a fresh one; UserError if it is not of this making."""
+    """Return the index of a folder, or a fresh one; UserError if it is not of this making.
+
+    Tokens of a `folder:` source made before its description held a hash are refused too.
+    """
     wanted = {
         "source": source.describe(split),
         "tokenizer": tokenizer.fingerprint(),
@@ -987,13 +1044,21 @@ class RowPlan:
         self.rows = [(read, rows[i]) for i in order.tolist()]
 
     def take(self, n: int) -> list[tuple[Read, list[Piece]]]:
-        """Return the next n rows, each with the function that reads its tokens, and advance."""
+        """Return the next n rows, each with the function that reads its tokens, and advance.
+
+        Raises UserError when a whole epoch has no rows.
+        """
         taken: list[tuple[Read, list[Piece]]] = []
+        epoch = self.epoch  # of the last row
         while len(taken) < n:
             if self.rows is None:
                 self.plan_window()
             found = self.rows[self.row : self.row + n - len(taken)]
             taken, self.row = taken + found, self.row + len(found)
+            if found:
+                epoch = self.epoch
+            elif self.epoch > epoch + 1:
+                raise UserError("the data source holds empty documents only; choose another one.")
             if self.row == len(self.rows):
                 self.go_to(self.epoch, self.window + 1, 0)
         return taken

@@ -12,6 +12,7 @@ import itertools
 import os
 import pickletools
 import queue
+import re
 import subprocess
 import sys
 import warnings
@@ -29,8 +30,11 @@ from nanochat.bpe import SPLIT_PATTERN, count_batches, learn_merges, ranks_from_
 from nanochat.common import UserError, atomic_write, read_json, usable_cores, write_json
 
 __all__ = [
+    "BLANK_SIGN",
     "ENCODING",
     "LARGEST_FILE",
+    "LONG_BLANKS",
+    "LONG_RUN",
     "PUSHED",
     "PUSHED_BYTES",
     "SPECIAL_TOKENS",
@@ -39,6 +43,7 @@ __all__ = [
     "TokenizerFiles",
     "count_chunks",
     "count_in_worker",
+    "encode_long",
     "pickled_fields",
     "pieces_as_html",
     "read_limited",
@@ -256,6 +261,25 @@ class TokenizerFiles:
         return tokenizer
 
 
+LONG_RUN = 900_000  # blanks in a run; from 999,999 on tiktoken's pattern engine gives up
+BLANK_SIGN = r"[^\S\r\n\x1c-\x1f]"  # white space as the engine knows it, except line ends
+LONG_BLANKS = rf"(?<!{BLANK_SIGN}){BLANK_SIGN}{{%d,}}(?!{BLANK_SIGN}|[\r\n])"
+
+
+def encode_long(encoding: tiktoken.Encoding, text: str, long_run: int = LONG_RUN) -> list[int]:
+    """Encode text as `encode_ordinary` does, but runs of `long_run` blanks past the pattern.
+
+    The cut is that of SPLIT_PATTERN: the last blank before a word goes with the word.
+    """
+    ids, done = [], 0
+    for run in re.finditer(LONG_BLANKS % long_run, text):
+        stop = run.end() - (run.end() < len(text))
+        ids += encoding.encode_ordinary(text[done : run.start()])
+        ids += encoding._encode_single_piece(text[run.start() : stop])
+        done = stop
+    return ids + encoding.encode_ordinary(text[done:])
+
+
 class Tokenizer(TokenizerFiles):
     """Byte-level BPE with special tokens: text to integers and back, without loss.
 
@@ -289,7 +313,8 @@ class Tokenizer(TokenizerFiles):
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Encode text as ordinary tokens, never as special ones; `bos` puts that one in front."""
-        ids = self.encoding.encode_ordinary(text)
+        short = len(text) < LONG_RUN
+        ids = self.encoding.encode_ordinary(text) if short else encode_long(self.encoding, text)
         return [self.bos_id, *ids] if bos else ids
 
     def encode_batch(

@@ -2,14 +2,15 @@
 
 It lists the files of one data set, resolves them and serves ranges; it can be told to fail: `busy`
 answers 503 to the next requests for file bytes, `cut` closes the connection after that many bytes,
-`forge` sends other bytes than announced, `no_ranges` ignores the Range header, `down` refuses all.
+`forge` sends other bytes than announced, `no_ranges` ignores the Range header, `endless` sends more
+bytes as long as somebody takes them.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 import threading
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -25,7 +26,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.name, self.files, self.commit = name, files, COMMIT
         self.busy, self.cut, self.forge, self.no_ranges = 0, [], False, False
-        self.list_busy = 0
+        self.list_busy, self.endless, self.sent = 0, False, 0
         self.meet = None  # a threading.Barrier at which requests for file bytes wait for each other
         self.plain = set()  # files kept in git itself, without LFS
         self.asked = []  # (path, Range header or None) of each request for file bytes
@@ -104,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         body = data[start:]
+        if server.endless:
+            return self.send_on(body)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if server.cut:
@@ -111,8 +114,18 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         self.wfile.write(body)
 
+    def send_on(self, body):
+        """Send the body again and again, to no announced end; 40 MB are enough for a test."""
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.suppress(ConnectionError):
+            for _ in range(40_000_000 // len(body)):
+                self.wfile.write(body)
+                self.server.sent += len(body)
 
-@contextmanager
+
+@contextlib.contextmanager
 def hub_server(name, files):
     """Serve a data set on a free loopback port; yields the HubServer."""
     server = HubServer(name, files)

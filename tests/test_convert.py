@@ -1,6 +1,7 @@
 """nanochat.convert: there and back, against transformers' own class and nanochat's own layout."""
 
 import json
+import math
 import os
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from test_model import FULL, SMALL, random_model
 
+from nanochat import convert
 from nanochat.common import UserError
 from nanochat.convert import from_nanochat, from_transformers, to_transformers
 from nanochat.model import GPT, GPTConfig
@@ -58,6 +60,97 @@ def test_there_and_back_is_exact(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
     with torch.no_grad():
         assert torch.equal(ours(IDX), again(IDX))
+
+
+def with_facts(folder, **changed):
+    """The model of a folder's config.json with other settings; `...` takes one out."""
+    to_transformers(random_model(SMALL), folder)
+    facts = json.loads((folder / "config.json").read_text()) | changed
+    facts = {key: value for key, value in facts.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(facts))
+
+
+def logits_of_both(theirs, folder):
+    loaded = theirs.NanoChatForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return from_transformers(folder)(IDX), loaded(IDX).logits.float()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"final_logit_softcapping": 3.0},
+        {"final_logit_softcapping": ...},
+        {"hidden_act": ...},
+        {"rms_norm_eps": ...},
+        {"rope_parameters": None},
+        {"rope_parameters": ...},
+        {"rope_parameters": {}},
+        {"rope_parameters": {"rope_theta": 500.0}},
+        {"rope_parameters": ..., "rope_theta": 500.0, "rope_scaling": None},
+        {"rope_parameters": None, "rope_theta": 500.0},
+    ],
+    ids=str,
+)
+def test_settings_that_are_missing_or_null_mean_what_they_mean_there(tmp_path, theirs, changed):
+    with_facts(tmp_path, **changed)
+    torch.testing.assert_close(*logits_of_both(theirs, tmp_path), atol=2e-4, rtol=1e-3)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"final_logit_softcapping": None}, "final_logit_softcapping None, .* a positive number"),
+        ({"rope_parameters": {**YARN, "rope_type": "linear"}}, "rope_type 'linear', .* 'default'"),
+        ({"rope_parameters": YARN}, "rope_type 'yarn'"),
+        ({"rope_parameters": ..., "rope_scaling": {**YARN, "rope_type": "linear"}}, "'linear'"),
+        ({"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "'linear'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu', .* only have 'relu2'"),
+        ({"rms_norm_eps": 0.01}, "rms_norm_eps 0.01, .* 1e-06 or less"),
+    ],
+    ids=str,
+)
+def test_settings_that_our_model_has_not_are_refused(tmp_path, theirs, changed, message, request):
+    with_facts(tmp_path, **changed)
+    with pytest.raises(UserError, match=message) as caught:
+        from_transformers(tmp_path)
+    assert "\n" not in str(caught.value)
+    monkeypatch = request.getfixturevalue("monkeypatch")  # and rightly so: the logits differ
+    monkeypatch.setattr(convert, "check_settings", lambda facts, directory: None)
+    monkeypatch.setattr(convert, "float", lambda cap: float(cap or 15.0), raising=False)
+    ours, others = logits_of_both(theirs, tmp_path)
+    assert (ours - others).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"final_logit_softcapping": "much"},
+        {"final_logit_softcapping": 0},
+        {"final_logit_softcapping": math.inf},
+        {"final_logit_softcapping": math.nan},
+        {"rms_norm_eps": None},
+        {"rope_parameters": ["yarn"]},
+        {"rope_parameters": {"rope_theta": None}},
+        {"vocab_size": None},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_one_sentence(tmp_path, changed):
+    with_facts(tmp_path, **changed)
+    with pytest.raises(UserError):
+        from_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", '"nanochat of another kind"', "[" * 3 + "]" * 3])
+def test_a_config_that_is_no_table_is_one_sentence(tmp_path, text):
+    with_facts(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="model, not 'nanochat'"):
+        from_transformers(tmp_path)
 
 
 def test_a_modern_model_is_not_exported(tmp_path):

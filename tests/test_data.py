@@ -144,6 +144,34 @@ def test_split_names():
     assert split_shards([]) == {"train": [], "val": []}
 
 
+def test_split_names_of_folders():
+    """As the hub writes them: default/train/0000.parquet. The innermost name counts."""
+    names = [f"d/{split}/000{i}" for split in ("test", "train", "validation") for i in (0, 1)]
+    assert split_shards(names) == {"train": names[2:4], "val": names[4:]}
+    assert split_shards(names[:4]) == {"train": names[2:3], "val": names[3:4]}
+    mixed = ["train/test-0", "test/train-0", "test/train/0", "train/val/part-0", "train/values"]
+    assert split_shards(mixed) == {
+        "train": ["test/train-0", "test/train/0", "train/values"],
+        "val": ["train/val/part-0"],
+    }
+    assert split_shards(["trainer/a", "testament/b", "values/c"])["val"] == ["values/c"]
+
+
+@pytest.mark.parametrize(
+    "train, test, val",
+    [("Train-0", "Test-0", "VAL-0"), ("training", "testing", "valid"), ("TRAIN", "test", "Valid")],
+)
+def test_split_names_in_other_spellings(train, test, val):
+    assert split_shards([train, test, val]) == {"train": [train], "val": [val]}
+
+
+def test_folders_above_the_opened_one_say_nothing(tmp_path):
+    for name in ("a", "b"):
+        write_shard(tmp_path / "test" / "tales" / f"{name}.parquet", [name])
+    source = open_source(f"folder:{tmp_path / 'test' / 'tales'}")
+    assert source.splits == {"train": ["a.parquet"], "val": ["b.parquet"]}
+
+
 def broken(kind, path):
     good = path.read_bytes()
     if kind == "missing column":
@@ -339,6 +367,45 @@ def test_another_tokenizer_or_source_is_refused(tokenizer, tmp_path):
         prepare_tokens(ListSource(TEXTS), other, tmp_path, "train", 1000)
     with pytest.raises(UserError, match="another source"):
         prepare_tokens(ListSource(TEXTS, "other"), tokenizer, tmp_path, "train", 1000)
+
+
+def test_a_folder_that_was_written_anew_is_another_source(folder, tokenizer, tmp_path):
+    prepare = dict(tokenizer=tokenizer, directory=tmp_path / "tokens", split="train")
+    source, path = open_source(f"folder:{folder}"), folder / "shard_1.parquet"
+    first = prepare_tokens(source, n_tokens=800, **prepare)
+    content = path.read_bytes()
+    path.write_bytes(content)  # the same bytes at another time
+    os.utime(path, (1, 1))
+    more = prepare_tokens(open_source(f"folder:{folder}"), n_tokens=1600, **prepare)
+    assert more.read(0, 800).tolist() == first.read(0, 800).tolist()
+    write_shard(folder / "shard_2.parquet", ["validation is another split"])
+    prepare_tokens(open_source(f"folder:{folder}"), n_tokens=1600, **prepare)
+    texts = list(read_shard(path))
+    texts[50] = texts[50].replace("document", "document"[::-1])  # as many rows and characters
+    for rewritten in (["NEW"] * 99, texts):
+        write_shard(path, rewritten)
+        for asked in (1600, 10**6):
+            with pytest.raises(UserError, match="were made with another source .*content") as no:
+                prepare_tokens(source, n_tokens=asked, **prepare)
+            assert "\n" not in str(no.value)
+    path.write_bytes(content)
+    assert len(prepare_tokens(source, n_tokens=10**6, **prepare)) > 1600
+
+
+def test_a_change_at_the_beginning_of_a_large_shard_is_seen_at_its_end(tmp_path):
+    texts = [hashlib.shake_128(b"%d" % n).hexdigest(500) for n in range(3000)]
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.parquet", texts)
+    source, path = open_source(f"folder:{tmp_path}"), tmp_path / "a.parquet"
+    before, size = source.describe("train"), path.stat().st_size
+    assert source.describe("train") == before
+    assert size > 800_000  # a change in the first row group is far from the last bytes ...
+    write_shard(path, [texts[0][::-1] + "x", *texts[1:]])
+    after = source.describe("train")
+    assert after != before and after.split(", content")[0] == before.split(", content")[0]
+    path.unlink()  # ... but the footer knows its size
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
+        source.describe("train")
 
 
 def names(folder):
@@ -871,6 +938,26 @@ def test_stream_of_nothing(tokenizer):
         loader.next()
     with pytest.raises(UserError, match="split 'test'"):
         TokenStream(ListSource([]), tokenizer, "test")
+
+
+def test_stream_of_empty_documents_ends_with_a_sentence(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "WINDOW", 3)
+    windows, window = itertools.count(), TokenStream.window
+
+    def counted(self, *place):
+        assert next(windows) < 100, "it would go on for ever"
+        return window(self, *place)
+
+    monkeypatch.setattr(TokenStream, "window", counted)
+    loader = TokenBatches(TokenStream(ListSource([""] * 8), tokenizer), 1, 8)
+    for _ in range(2):
+        with pytest.raises(UserError, match="holds empty documents only"):
+            loader.next()
+    one = TokenBatches(TokenStream(ListSource([""] * 8 + ["a"] + [""] * 8), tokenizer), 4, 8)
+    for start in (one.state_dict(), {**one.state_dict(), "window": 4}):
+        one.load_state_dict(start)  # also from a place behind the only row
+        inputs, _ = one.next()
+        assert inputs[:, 1].tolist() == tokenizer.encode("a") * 4
 
 
 def test_real_text_from_files_to_batches(shared_data, tmp_path):

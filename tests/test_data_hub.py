@@ -186,6 +186,55 @@ def test_wrong_checksum_is_refused_and_leaves_nothing(hub, tmp_path):
     assert len(list(open_source(f"hub:{NAME}").documents("val"))) == 60
 
 
+@pytest.mark.parametrize("have", [0, 5_000])
+def test_server_that_sends_more_than_announced_is_left_at_once(hub, files, tmp_path, have):
+    source = open_source(f"hub:{NAME}")
+    if have:  # a part of an earlier run
+        hub.cut = [have] + [0] * 5
+        with pytest.raises(UserError, match="keeps breaking off"):
+            next(source.documents("val"))
+        hub.cut = []
+    hub.endless = True
+    size = len(files["data/shard_3.parquet"])
+    with pytest.raises(UserError, match=rf"shard_3.* sends more than the {size:,} bytes") as caught:
+        next(source.documents("val"))
+    assert "\n" not in str(caught.value) and hub.asked[-1][1] == ("bytes=5000-" if have else None)
+    assert cached(tmp_path) == [] and hub.sent < 20_000_000
+    hub.endless = False
+    assert len(list(source.documents("val"))) == 60
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../evil/a.parquet", "/tmp/evil.parquet", "C:evil.parquet", "a\\b.parquet", "\0.parquet"],
+)
+def test_listed_path_that_leads_out_of_the_cache_is_refused(hub, tmp_path, name):
+    hub.files = {name: b"x", **hub.files}
+    with pytest.raises(
+        UserError, match="which is no plain file inside of it; do not use it"
+    ) as caught:
+        open_source(f"hub:{NAME}")
+    assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
+    assert hub.asked == [] and cached(tmp_path) == []
+
+
+def test_kept_list_is_checked_too(hub, monkeypatch):
+    folder = open_source(f"hub:{NAME}").folder
+    kept = folder / "listing-main.json"
+    kept.write_text(kept.read_text().replace("data/shard_3", "../shard_3"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"holds '\.\./shard_3"):
+        open_source(f"hub:{NAME}")
+
+
+def test_hash_that_is_none_is_refused(hub, monkeypatch):
+    real = type(hub).entry
+    forged = {"oid": "../../../../evil", "size": 3, "pointerSize": 130}
+    monkeypatch.setattr(type(hub), "entry", lambda self, path: {**real(self, path), "lfs": forged})
+    with pytest.raises(UserError, match="gives .* the hash '../../../../evil', which is none"):
+        open_source(f"hub:{NAME}")
+
+
 def test_damaged_cache_is_fetched_again(hub):
     source = open_source(f"hub:{NAME}")
     path = source.path("data/shard_3.parquet")

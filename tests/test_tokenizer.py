@@ -18,6 +18,7 @@ from nanochat.tokenizer import (
     StreamDecoder,
     Tokenizer,
     count_chunks,
+    encode_long,
     pickled_fields,
     pieces_as_html,
     read_nanochat_pickle,
@@ -220,6 +221,43 @@ def test_html_is_escaped_and_complete(tokenizer):
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 200_000, "^" * 200_000, "1" * 200_000])
 def test_long_runs_encode(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+BLANKS = " ", "\t", "\xa0", "\u3000", " \t"
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+@pytest.mark.parametrize("before, after", [("", ""), ("x", "y"), ("\n", "\x1c"), (".\r", " y")])
+def test_a_million_blanks_encode(tokenizer, before, after, blank):
+    text = before + (blank * 1_000_000)[:1_000_000] + after
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_batch([text], bos=True) == [[tokenizer.bos_id, *ids]]
+
+
+@pytest.mark.parametrize("text", [" " * 1_100_000 + "\nx", "\n " * 600_000 + "x", "\n" * 1_100_000])
+def test_a_million_blanks_with_line_ends_encode(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+SPACED = st.text(st.sampled_from("     \t\xa0\u2028\x1c\x85\r\nab.1é\ud800"), max_size=60)
+
+
+@given(SPACED, st.integers(2, 6))
+@settings(max_examples=1000, deadline=None)
+def test_long_runs_are_cut_where_the_pattern_cuts(tokenizer, text, long_run):
+    wanted = tokenizer.encoding.encode_ordinary(text)
+    assert encode_long(tokenizer.encoding, text, long_run) == wanted
+
+
+def test_the_longest_runs_that_the_pattern_engine_takes_are_cut_alike(tokenizer):
+    text = "a" + " " * 950_000 + "b  c"
+    assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
+
+
+def test_long_texts_with_many_short_runs_are_searched_once(tokenizer):
+    text = ("a" + " " * 299_999) * 20  # a search from each blank would never end
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
