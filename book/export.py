@@ -287,13 +287,13 @@ def global_names(source: str, tree: ast.Module) -> dict[str, int]:
     """Names that a cell looks up at module level, with the row of their first use."""
     # With the future import, symtable would leave annotations out.
     source = source.replace("from __future__ import annotations", "")
-    names, tables = set(), [symtable.symtable(source, "cell", "exec")]
+    module = symtable.symtable(source, "cell", "exec")
+    looked_up = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_referenced()}
+    names, tables = looked_up - comprehension_names(tree), module.get_children()
     while tables:
         table = tables.pop()
         tables += table.get_children()
-        for symbol in table.get_symbols():
-            if symbol.is_referenced() if table.get_type() == "module" else symbol.is_global():
-                names.add(symbol.get_name())
+        names.update(symbol.get_name() for symbol in table.get_symbols() if symbol.is_global())
     rows: dict[str, int] = {}
     for node in ast.walk(tree):
         quoted = [
@@ -303,6 +303,22 @@ def global_names(source: str, tree: ast.Module) -> dict[str, int]:
         for name in [*quoted, *([node.id] if isinstance(node, ast.Name) else [])]:
             rows[name] = min(node.lineno, rows.get(name, node.lineno))
     return {name: rows.get(name, 1) for name in sorted(names)}
+
+
+def comprehension_names(tree: ast.Module) -> set[str]:
+    """Names that only comprehensions use and bind; from Python 3.12 on symtable gives them to the
+    scope around."""
+    bound, outside, nodes = set(), set(), [tree]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.comprehension):
+            bound.update(n.id for n in ast.walk(node.target) if isinstance(n, ast.Name))
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Name):
+            outside.add(node.id)
+        inside = isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp))
+        nodes += [node.generators[0].iter] if inside else ast.iter_child_nodes(node)
+    return bound - outside
 
 
 def quoted_names(annotation: ast.AST | None) -> list[str]:
