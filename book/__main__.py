@@ -38,7 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         return act(load_book(Path.cwd()), chosen, rest)
-    except BookError as error:
+    except Exception as error:
+        common = sys.modules.get("nanochat.common")  # if loaded: `export` must do without it
+        if not isinstance(error, (BookError, getattr(common, "UserError", BookError))):
+            raise
         print(error, file=sys.stderr)
         return 1
 

@@ -40,6 +40,13 @@ MEMORY_MB = 2048  # what an answer may take beyond what Python and torch have ta
 FORKS = sys.platform == "linux"  # elsewhere a fork of a process that has loaded torch may crash
 
 
+class Elsewhere(str):
+    """A text as another process has it: equal, with another hash. It may be sent to an answer."""
+
+    def __hash__(self) -> int:
+        return ~str.__hash__(self)
+
+
 def pack(message: tuple, functions: list | None = None) -> bytes:
     """A message as bytes. Functions in it are added to `functions`, their number is sent."""
     blobs, size = [], 0
@@ -53,6 +60,8 @@ def pack(message: tuple, functions: list | None = None) -> bytes:
     def tree(x: Any) -> Any:
         if x is None or isinstance(x, bool):
             return x
+        if isinstance(x, Elsewhere):
+            return {"elsewhere": str(x)}
         for kind in (int, float, str):
             if isinstance(x, kind):
                 return kind(x)
@@ -99,6 +108,8 @@ def unpack(data: bytes, function: Any = None) -> tuple:
             return {value(k): value(v) for k, v in content}
         if kind == "bytes":
             return blob[content[0] : content[1]]
+        if kind == "elsewhere":
+            return (Elsewhere if function else str)(content)  # what comes back is plain text
         if kind == "dtype":
             return dtype(content)
         if kind == "tensor":

@@ -198,18 +198,24 @@ def hint(id: str) -> None:
 
 
 def read_progress() -> dict:
-    """work/progress.json; an unreadable file is put aside, never overwritten."""
+    """work/progress.json; an unreadable file is put aside, and nothing is ever overwritten."""
     path = WORK / "progress.json"
     if not path.is_file():
         return {}
+    kinds = {"best": (int, float), "tries": int, "hints": int}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if all({"best", "tries", "hints"} <= set(entry) for entry in record.values()):
+        every = [(entry[name], kind) for entry in record.values() for name, kind in kinds.items()]
+        if all(isinstance(value, kind) and value >= 0 for value, kind in every):
             return record
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, LookupError):
         pass
-    path.replace(path.with_suffix(".unreadable.json"))
-    print("work/progress.json could not be read; it is now progress.unreadable.json")
+    number, aside = 1, path.with_suffix(".unreadable.json")
+    while aside.exists():
+        number += 1
+        aside = path.with_suffix(f".unreadable{number}.json")
+    path.replace(aside)
+    print(f"work/progress.json could not be read; it is now {aside.name}")
     return {}
 
 

@@ -15,6 +15,8 @@ import re
 import signal
 import sys
 import tarfile
+import tempfile
+import traceback
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,7 +27,7 @@ import psutil
 
 from book.answering import Answer, Nursery
 from book.graded import Outcome, Result, examine, namespace_of, properties
-from book.manuscript import Book, BookError, read_cells
+from book.manuscript import Book, BookError, parse, read_cells
 from book.sheets import Exercise, Sheet, read_sheet
 
 MARK = re.compile(r"\s*#\| exercise id=(\S+)")
@@ -203,17 +205,37 @@ def total(parts: list[dict]) -> dict:
 
 
 def hidden_cases(path: Path | None, sheets: list[Sheet]) -> dict[str, str]:
-    """{exercise id: source} of the `#| checks ID` cells of an instructor's file."""
+    """{exercise id: source} of the `#| checks ID` cells of an instructor's file.
+
+    All cells of an exercise are one source, in which each stands on the lines of the file.
+    """
     if path is None:
         return {}
-    cells = [c for c in read_cells(path) if "checks" in c.directives]
-    known = {id for sheet in sheets for id in sheet.exercises}
-    for cell in cells:
-        if cell.directives["checks"] not in known:
-            raise BookError(f"{path}:{cell.line}: no exercise is {cell.directives['checks']!r}")
+    try:
+        cells = [c for c in read_cells(path) if "checks" in c.directives]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BookError(f"{path} cannot be read ({error}); name a py:percent file") from None
     if not cells:
         raise BookError(f"{path}: there is no cell that begins with `#| checks ID`")
-    return {cell.directives["checks"]: cell.source for cell in cells}
+    known, cases = {id for sheet in sheets for id in sheet.exercises}, {}
+    for cell in cells:
+        id = cell.directives["checks"]
+        if id not in known:
+            raise BookError(f"{path}:{cell.line}: no exercise is {id!r}")
+        parse(cell, str(path))
+        before = cases.get(id, "")
+        cases[id] = before + "\n" * (cell.line - 1 - before.count("\n")) + cell.source
+    for sheet in sheets:
+        given = namespace_of(sheet) if cases.keys() & sheet.exercises.keys() else {}
+        for id in [id for id in sheet.exercises if id in cases]:
+            try:
+                properties(sheet.exercises[id], given, cases[id])
+            except (Exception, SystemExit) as error:
+                frames = traceback.extract_tb(error.__traceback__)
+                lines = [f.lineno for f in frames if f.filename == f"checks of {id}"]
+                where = f"{path}:{(lines or [getattr(error, 'lineno', 1)])[-1]}"
+                raise BookError(f"{where}: this line fails ({name_of(error)}); mend it") from None
+    return cases
 
 
 def begin_worker(sheets: list[Sheet], hidden: dict[str, str]) -> None:
@@ -244,7 +266,15 @@ def grade(
     students, sheets = submissions(folder), all_sheets(book)
     if not students:
         raise BookError(f"{folder} holds no notebook, no folder and no archive of a student")
+    if workers < 1:
+        raise BookError(f"--workers is {workers}; name how many to grade at a time, 1 or more")
     cases, grades = hidden_cases(hidden, sheets), {}
+    try:
+        (out / "feedback").mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        why = f"cannot write to {out} ({error.strerror})"
+        raise BookError(f"{why}; choose another folder with --out") from None
     with Progress(len(students), "grading", "submission") as bar:
         for name, found in in_workers(students, sheets, cases, workers):
             if found:

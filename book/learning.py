@@ -12,10 +12,12 @@ from book.printing import digest
 
 def work(book: Book, numbers: list[str]) -> None:
     """Copy printed notebooks and sheets into work/; a file that a learner changed is kept."""
+    from nanochat.common import write_json
+
     folder = book.root / "work"
     record = folder / ".copies.json"
     names = [f"{c.name}.ipynb" for c in book.select(numbers)]
-    copies = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    copies = read_copies(record)
     sources = {name: book.root / "chapters" / name for name in names}
     sources.update({f"exercises/{n}": book.root / "exercises" / n for n in names})
     sources = {name: path for name, path in sources.items() if path.is_file()}
@@ -23,22 +25,32 @@ def work(book: Book, numbers: list[str]) -> None:
         raise BookError("there is no printed notebook to copy; run `python -m book print` first")
     for name, path in sources.items():
         copy(folder, name, path.read_text(encoding="utf-8"), copies)
-    record.write_text(json.dumps(copies, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(record, copies)
+
+
+def read_copies(record: Path) -> dict[str, str]:
+    """{name: digest} of the copies that were made; unreadable, it knows of none."""
+    try:
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def copy(folder: Path, name: str, text: str, copies: dict[str, str]) -> None:
     """Write `name`, or the first of NAME.new.ipynb, NAME.new2.ipynb that nobody has changed."""
+    from nanochat.common import atomic_write
+
     number, target = 0, name
     while (folder / target).is_file():
         here = (folder / target).read_text(encoding="utf-8")
         if here == text:
+            copies[target] = digest(text)
             return
         if digest(here) == copies.get(target):
             break
         number += 1
         target = name.replace(".ipynb", f".new{number if number > 1 else ''}.ipynb")
-    (folder / target).parent.mkdir(parents=True, exist_ok=True)
-    (folder / target).write_bytes(text.encode("utf-8"))
+    atomic_write(folder / target, text)
     copies[target] = digest(text)
     kept = f" (work/{name} has your changes and is kept)" if target != name else ""
     print(f"wrote work/{target}{kept}")

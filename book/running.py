@@ -15,7 +15,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
-from book.contents import content_files
+from book.contents import content_files, read_times
 from book.export import write_files
 from book.manuscript import Book, BookError, Chapter
 
@@ -117,6 +117,10 @@ def run(book: Book, numbers: list[str], strict: bool = False, record: bool = Fal
     """Run chapters, print and keep their costs; raise BookError when one fails."""
     from book.printing import notebook_of
 
+    kept = [book.root / "runs" / "chapters.json"]
+    kept += [book.root / "chapters" / "TIMES.json"] if record else []
+    for path in kept:
+        read_times(path)  # a damaged one is named now, and not after all that work
     results, problems = {}, []
     print(f"{'chapter':<22}{'seconds':>9}{'MB':>8}")
     for chapter in book.select(numbers):
@@ -134,9 +138,9 @@ def run(book: Book, numbers: list[str], strict: bool = False, record: bool = Fal
         else:
             cost = {"seconds": round(done.seconds, 1), "memory_mb": round(done.memory_mb)}
             results[chapter.name] = cost
-    keep(book.root / "runs" / "chapters.json", results)
+    for path in kept:
+        keep(path, results)
     if record:
-        keep(book.root / "chapters" / "TIMES.json", results)
         write_files(book, content_files(book))
     if problems:
         raise BookError("\n".join(problems))
@@ -144,7 +148,9 @@ def run(book: Book, numbers: list[str], strict: bool = False, record: bool = Fal
 
 def keep(path: Path, results: dict) -> None:
     """Merge measurements into a JSON file that also names the machine."""
-    old = json.loads(path.read_text(encoding="utf-8"))["chapters"] if path.is_file() else {}
+    from nanochat.common import atomic_write
+
+    old = read_times(path)["chapters"]
     machine = {
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -153,5 +159,4 @@ def keep(path: Path, results: dict) -> None:
         "date": datetime.date.today().isoformat(),
     }
     table = {"machine": machine, "chapters": dict(sorted({**old, **results}.items()))}
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes((json.dumps(table, indent=1) + "\n").encode("utf-8"))
+    atomic_write(path, json.dumps(table, indent=1) + "\n")

@@ -93,12 +93,15 @@ def _(surprise):
 
 @says(
     "huge logits give no NaN and no infinity",
-    "exp of a large number is infinite. A constant taken from all logits does not change softmax.",
+    "exp of a large number is infinite. A constant taken from all logits does not change softmax. "
+    "And a tiny probability is rounded to 0, of which there is no logarithm: take it before.",
 )
 def _(surprise):
     logits, targets = scores(1), torch.tensor([2])
     for shift in (1000.0, -1000.0):
         assert close(surprise(logits + shift, targets), surprise(logits, targets), atol=1e-3)
+    far, near = (surprise(torch.tensor([[z, 0.0]]), torch.tensor([1])) for z in (1000.0, 50.0))
+    assert close(far, 20 * near)
 
 
 # %%
@@ -121,10 +124,16 @@ def surprise(logits, targets):
 
 
 # %%
+#| wrong 00-surprise: huge logits give no NaN and no infinity
+def surprise(logits, targets):
+    return -logits.softmax(-1).log()[torch.arange(len(targets)), targets].mean()
+
+
+# %%
 #| wrong 00-surprise: one position has the right surprise
 def surprise(logits, targets):
-    p = logits.softmax(-1)
-    return -p[torch.arange(len(targets)), targets].log2().mean()
+    bits = -logits.log_softmax(-1) / math.log(2)
+    return bits[torch.arange(len(targets)), targets].mean()
 
 
 # %%

@@ -187,11 +187,13 @@ def _(bits_per_byte):
 
 @says(
     "masked targets do not count",
-    "token_bytes[-1] is the last token of the vocabulary, and its bytes do not belong here.",
+    "token_bytes[-1] is the last token of the vocabulary, and its bytes do not belong here. "
+    "The loss may be anything, even NaN, and 0 times NaN is NaN: leave it out of the sum.",
 )
 def _(bits_per_byte):
-    masked = bits_per_byte(losses_of(2, 7, 3), ids_of(0, -1, 1), BYTES)
-    assert close(masked, bits_per_byte(losses_of(2, 3), ids_of(0, 1), BYTES))
+    for nothing in (7, math.nan):
+        masked = bits_per_byte(losses_of(2, nothing, 3), ids_of(0, -1, 1), BYTES)
+        assert close(masked, bits_per_byte(losses_of(2, 3), ids_of(0, 1), BYTES))
 
 
 @says("nothing to count gives infinity", "No bytes at all: not 0, not NaN, no ZeroDivisionError.")
@@ -245,6 +247,15 @@ def bits_per_byte(losses, targets, token_bytes):
 
 
 # %%
+#| wrong 07-bpb: masked targets do not count
+def bits_per_byte(losses, targets, token_bytes):
+    n_bytes = token_bytes[targets.clamp(min=0)] * (targets >= 0)
+    if n_bytes.sum() == 0:
+        return math.inf
+    return (losses * (n_bytes > 0)).sum().item() / math.log(2) / n_bytes.sum().item()
+
+
+# %%
 #| wrong 07-bpb: nothing to count gives infinity
 def bits_per_byte(losses, targets, token_bytes):
     n_bytes = token_bytes[targets.clamp(min=0)] * (targets >= 0)
@@ -257,7 +268,7 @@ def bits_per_byte(losses, targets, token_bytes):
     nats, n_bytes = 0.0, 0
     for loss, target in zip(losses.flatten().tolist(), targets.flatten().tolist()):
         size = int(token_bytes[target]) if target >= 0 else 0
-        nats, n_bytes = nats + loss * (size > 0), n_bytes + size
+        nats, n_bytes = nats + (loss if size else 0), n_bytes + size
     return nats / n_bytes / math.log(2) if n_bytes else math.inf
 
 

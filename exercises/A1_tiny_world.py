@@ -63,6 +63,9 @@ check("A1-seeds", quiz_word)
 
 # %%
 #| checks A1-seeds
+from book.answering import Elsewhere
+
+
 def vocabulary(n, seed=0):
     rng = random.Random(seed)
     words = {"".join(rng.choices("abdegiklmnoprstu", k=6)) for _ in range(2 * n)}
@@ -106,14 +109,16 @@ def _(quiz_word):
 
 
 @says(
-    "the same index gives the same word",
-    "The index is the seed of the draw; a draw without a seed is another one each time.",
+    "the same index gives the same word, in another process too",
+    "The index is the seed of the draw; a draw without a seed is another one each time. And in "
+    "another process `hash` of a text is another number, and a set has another order.",
 )
 def _(quiz_word):
     words = vocabulary(40)
     for split in ("train", "test"):
         once = [quiz_word(words, split, index) for index in range(12)]
-        assert once == [quiz_word(words, split, index) for index in range(12)]
+        for again in (words, [Elsewhere(word) for word in words]):
+            assert once == [quiz_word(again, split, index) for index in range(12)]
 
 
 # %%
@@ -151,7 +156,15 @@ def quiz_word(words, split, index):
 
 
 # %%
-#| wrong A1-seeds: the same index gives the same word
+#| wrong A1-seeds: the same index gives the same word, in another process too
+def quiz_word(words, split, index):
+    side = [hashlib.sha256(w.encode()).digest()[0] % 5 == 0 for w in words]
+    mine = {w for w, test in zip(words, side) if test == (split == "test")}
+    return random.Random(index).choice(list(mine))
+
+
+# %%
+#| wrong A1-seeds: the same index gives the same word, in another process too
 def quiz_word(words, split, index):
     test = [w for w in words if hashlib.sha256(w.encode()).digest()[0] % 5 == 0]
     return random.choice(test if split == "test" else [w for w in words if w not in test])

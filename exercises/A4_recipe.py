@@ -864,10 +864,15 @@ def _(stages_to_run):
     assert stages_to_run(OLD, {**OLD, "processes": 8}, READS, list(READS)) == []
 
 
-@says("a setting that the old recipe lacks is a change", "Look it up without a KeyError.")
+@says(
+    "a setting that the old recipe lacks is a change",
+    "Look it up without a KeyError. The new value may be None, and that is a change as well.",
+)
 def _(stages_to_run):
     old = {name: value for name, value in OLD.items() if name != "sft_steps"}
     assert stages_to_run(old, OLD, READS, list(READS)) == ["sft"]
+    new, reads = {**OLD, "teacher": None}, {**READS, "sft": [*READS["sft"], "teacher"]}
+    assert stages_to_run(OLD, new, reads, list(reads)) == ["sft"]
 
 
 # %%
@@ -906,6 +911,16 @@ def stages_to_run(old, new, reads, done):
     run = []
     for stage, names in reads.items():
         if run or stage not in done or any(old[name] != new[name] for name in names):
+            run.append(stage)
+    return run
+
+
+# %%
+#| wrong A4-stale: a setting that the old recipe lacks is a change
+def stages_to_run(old, new, reads, done):
+    run = []
+    for stage, names in reads.items():
+        if run or stage not in done or any(old.get(name) != new[name] for name in names):
             run.append(stage)
     return run
 

@@ -5,9 +5,10 @@ import re
 
 import pytest
 
+from book import learning
 from book.__main__ import main
 from book.check import check
-from book.learning import work
+from book.learning import copy, work
 from book.manuscript import BookError, load_book
 from book.printing import print_book
 from book.sheets import sheet_files, without_solutions
@@ -253,6 +254,63 @@ def test_a_learners_copy_is_never_overwritten(printed, capsys):
     work(book, ["00"])
     assert "My area is" in new.read_text()
     assert (printed / "work" / "00_circle.new2.ipynb").is_file()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\0", None])
+def test_without_a_readable_record_a_copy_that_is_what_was_printed_is_nobodys(printed, text):
+    book, record = load_book(printed), printed / "work" / ".copies.json"
+    work(book, ["00"])
+    if text is None:
+        record.unlink()
+    else:
+        record.write_text(text)
+    work(book, ["00"])  # sees whose they are
+    edit(printed / "chapters" / "00_circle.ipynb", "The area is", "Its area is")
+    work(book, ["00"])
+    assert "Its area is" in (printed / "work" / "00_circle.ipynb").read_text()
+    assert not (printed / "work" / "00_circle.new.ipynb").exists()
+
+
+def test_what_was_copied_before_an_interruption_is_on_record(printed, monkeypatch):
+    def interrupted(folder, name, *rest):
+        if name.startswith("exercises/"):
+            raise KeyboardInterrupt
+        copy(folder, name, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(learning, "copy", interrupted)
+        work(load_book(printed), ["00"])
+    edit(printed / "chapters" / "00_circle.ipynb", "The area is", "Its area is")
+    work(load_book(printed), ["00"])
+    assert "Its area is" in (printed / "work" / "00_circle.ipynb").read_text()
+    assert not (printed / "work" / "00_circle.new.ipynb").exists()
+
+
+def test_a_copy_that_cannot_be_written_is_one_sentence(printed, monkeypatch, capsys):
+    (printed / "work").write_text("a file where a folder should be")
+    monkeypatch.chdir(printed)
+    assert main(["work"]) == 1
+    assert capsys.readouterr().err.startswith("cannot write ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"chapters": {"00_circle": {"seconds": null}}}',
+        '{"chapters": {}, "machine": {}}',
+    ],
+)
+def test_damaged_times_are_named(printed, text, monkeypatch, capsys):
+    monkeypatch.chdir(printed)
+    for name, verbs in (("chapters/TIMES.json", ["export"]), ("runs/chapters.json", ["run"])):
+        (printed / name).parent.mkdir(exist_ok=True)
+        (printed / name).write_text(text)
+        assert main(verbs) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"{name} is damaged") and said.count("\n") == 1
+        (printed / name).unlink()
 
 
 def test_a_copy_needs_something_printed(sample):

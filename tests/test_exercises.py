@@ -76,6 +76,19 @@ def test_the_grader_asks_answers_in_their_own_process_and_finds_the_same(name, i
     assert [o.name for o in result.outcomes if not o.passed] == [property], str(result)
 
 
+def test_a_split_by_the_hash_of_python_is_noticed_here_and_in_the_graders_processes(grader):
+    sheet, property = SHEETS["A1_tiny_world"], "the same index gives the same word, in another"
+    exercise, given = exercise_of("A1_tiny_world", "A1-seeds")
+    source = """
+def quiz_word(words, split, index):
+    mine = [w for w in words if (hash(w) % 5 == 0) == (split == "test")]
+    return random.Random(index).choice(mine)
+"""
+    here = failed(exercise, given, source)
+    there = [o.name for o in grader.grade(sheet, exercise, source).outcomes if not o.passed]
+    assert [len([n for n in names if n.startswith(property)]) for names in (here, there)] == [1, 1]
+
+
 def test_every_chapter_has_four_exercises_and_there_are_sixty():
     for chapter in load_book(ROOT).chapters:
         assert len(SHEETS[chapter.name].exercises) >= 4, chapter.name

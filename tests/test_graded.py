@@ -90,7 +90,19 @@ def test_a_progress_file_with_more_points_than_there_are_shows_no_more(course):
     assert progress().rows == [("00 Circles", 2, 2)]
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"00-square": 3}', '{"00-square": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[1]",
+        '{"00-square": 3}',
+        '{"00-square": {}}',
+        '{"00-square": {"best": null, "tries": 1, "hints": 0}}',
+        '{"00-square": {"best": 1, "tries": "1", "hints": 0}}',
+        '{"00-square": {"best": NaN, "tries": 1, "hints": 0}}',
+        '{"00-cube": {"best": 1, "tries": 1, "hints": -1}}',
+    ],
+)
 def test_an_unreadable_progress_file_is_put_aside(course, text, capsys):
     path = course / "work" / "progress.json"
     path.parent.mkdir()
@@ -99,6 +111,17 @@ def test_an_unreadable_progress_file_is_put_aside(course, text, capsys):
     assert "is now progress.unreadable.json" in capsys.readouterr().out
     assert (course / "work" / "progress.unreadable.json").read_text() == text
     assert record(course)["best"] == 2
+
+
+def test_a_second_unreadable_progress_file_does_not_replace_the_first(course, capsys):
+    (course / "work").mkdir()
+    for number in ("", "2", "3"):
+        (course / "work" / "progress.json").write_text(f"unreadable {number}")
+        progress()
+        assert f"is now progress.unreadable{number}.json" in capsys.readouterr().out
+    for number in ("", "2", "3"):
+        text = (course / "work" / f"progress.unreadable{number}.json").read_text()
+        assert text == f"unreadable {number}"
 
 
 def test_an_id_that_does_not_exist_is_one_sentence(course):

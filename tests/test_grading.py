@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import random
+import re
 import tarfile
 import weakref
 import zipfile
@@ -18,7 +19,7 @@ from hypothesis import given, strategies as st
 
 from book import answering
 from book.__main__ import main
-from book.answering import Answer, Nursery, error_of, pack, unpack
+from book.answering import Answer, Elsewhere, Nursery, error_of, pack, unpack
 from book.grading import Grader, all_sheets, grade, hidden_cases, read_answers, submissions
 from book.manuscript import BookError, load_book
 
@@ -522,6 +523,68 @@ def test_a_folder_or_a_hidden_file_that_is_of_no_use(book, tmp_path):
         grade(book, tmp_path / "class", tmp_path / "out", hidden)
 
 
+HIDDEN = "# %%\n#| checks 00-softmax\n@says('one', '')\ndef _(softmax):\n    assert True\n"
+MORE = "\n# %%\n#| checks 00-softmax\n"
+
+
+def test_two_hidden_cells_of_one_exercise_both_count(book, tmp_path):
+    hidden = tmp_path / "hidden.py"
+    hidden.write_text(HIDDEN + MORE + "@says('two', '')\ndef _(softmax):\n    assert True\n")
+    sheets = all_sheets(book)
+    grader = Grader(sheets, hidden_cases(hidden, sheets))
+    outcomes = grader.student([])["chapters"][0]["exercises"][0]["outcomes"]
+    assert [o["name"] for o in outcomes][2:] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (None, r"hidden.py cannot be read \(.*No such file.*\); name a py:percent file"),
+        (b"# %%\n\xff", "hidden.py cannot be read .*decode"),
+        (HIDDEN + MORE + "x = (", r"hidden.py:9: `x = \(`: this is not Python"),
+        (HIDDEN + MORE + "x = 1\nreturn x", r"hidden.py:10: this line fails \(SyntaxError"),
+        (HIDDEN + MORE + "x = 1\n\nx = y", r"hidden.py:11: this line fails \(NameError: .*'y'"),
+        (HIDDEN + MORE + "@says('two')\ndef _(f): 1", r"hidden.py:9: this line fails \(TypeErr"),
+        (HIDDEN + MORE + "exit()", r"hidden.py:9: this line fails \(SystemExit"),
+    ],
+)
+def test_a_hidden_file_that_fails_is_one_sentence_before_grading(
+    book, tmp_path, text, expected, monkeypatch, capsys
+):
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "a.ipynb").write_text(notebook(SECONDS))
+    if text is not None:
+        (tmp_path / "hidden.py").write_bytes(text if isinstance(text, bytes) else text.encode())
+    monkeypatch.setattr("book.grading.in_workers", None)
+    monkeypatch.chdir(book.root)
+    out = tmp_path / "out"
+    options = ["--hidden", str(tmp_path / "hidden.py"), "--out", str(out)]
+    assert main(["grade", str(tmp_path / "class"), *options]) == 1
+    said = capsys.readouterr().err
+    assert re.match(f"{re.escape(str(tmp_path))}/{expected}", said) and said.count("\n") == 1, said
+    assert not out.exists()
+
+
+def test_a_wrong_out_or_number_of_workers_is_one_sentence_before_grading(
+    book, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "a.ipynb").write_text(notebook(SECONDS))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "feedback").write_text("")
+    monkeypatch.setattr("book.grading.in_workers", None)
+    monkeypatch.chdir(book.root)
+    for options, expected in (
+        (["--workers", "0"], "--workers is 0; name how many to grade at a time, 1 or more\n"),
+        (["--out", str(tmp_path / "file")], f"cannot write to {tmp_path / 'file'} (Not a dir"),
+        (["--out", str(tmp_path / "half")], f"cannot write to {tmp_path / 'half'} (File exists"),
+    ):
+        assert main(["grade", str(tmp_path / "class"), *options]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(expected) and said.count("\n") == 1, said
+
+
 numbers = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 plain = st.recursive(
     numbers | st.binary(),
@@ -538,6 +601,13 @@ def test_data_comes_back_as_it_went(value):
     data = pack((value,))
     (back,) = unpack(data)
     assert back == value and type(back) is type(value)
+
+
+def test_a_text_as_another_process_has_it_keeps_its_other_hash_on_the_way_to_an_answer_only():
+    data = pack((Elsewhere("otter"),))
+    (there,), (back,) = unpack(data, function=len), unpack(data)
+    assert there == back == "otter" and type(back) is str
+    assert hash(there) == hash(Elsewhere("otter")) != hash("otter")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64", "bool", "uint8", "complex64"])
