@@ -75,6 +75,23 @@ def test_advantages_have_mean_zero_in_each_group(rewards):
         rl.set_advantages(rollouts, 4, "ppo")
 
 
+@pytest.mark.parametrize("variant", ["reinforce", "grpo"])
+def test_equal_rewards_teach_nothing_however_their_mean_is_rounded(variant):
+    for samples in range(2, 17):
+        for reward in (0.1, -12.3, 12.3, 15.7, 100.1, 1e7 + 0.1):
+            group = [rollout(reward) for _ in range(samples)]
+            rl.set_advantages(group, samples, variant)
+            assert [r.advantage for r in group] == [0.0] * samples
+
+
+def test_a_group_next_to_one_of_equal_rewards_keeps_its_advantages():
+    group = [rollout(r) for r in (12.3, 12.3, 12.3, 12.3, 12.3, 13.3)]
+    rl.set_advantages(group, 3, "grpo")
+    values = [r.advantage for r in group]
+    assert values[:3] == [0.0] * 3
+    assert values[3:] == pytest.approx([-(0.5**0.5), -(0.5**0.5), 2**0.5], rel=1e-4)
+
+
 def test_grpo_gives_every_mixed_group_the_same_size():
     rollouts = [rollout(r) for r in (1, 0, 0, 0, 10, 0, 0, 0)]
     rl.set_advantages(rollouts, 4, "grpo")
@@ -239,11 +256,15 @@ def test_resume_in_the_middle_is_exact():
         assert torch.equal(p, q)
 
 
-def test_no_signal_no_update():
+@pytest.mark.parametrize(
+    ("variant", "reward", "samples"), [("reinforce", 1.0, 8), ("grpo", -12.3, 6)]
+)
+def test_no_signal_no_update(variant, reward, samples):
     model = tiny_model(seq_len=32)
     before = [p.clone() for p in model.parameters()]
-    history = run(model, 2, reward=lambda parts, problem: 1.0)
-    assert all(h["useful"] == 0 and h["reward"] == 1 for h in history)
+    pays = dict(reward=lambda parts, problem: reward, samples=samples, variant=variant)
+    history = run(model, 2, **pays)
+    assert all(h["useful"] == 0 and h["reward"] == pytest.approx(reward) for h in history)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
