@@ -775,17 +775,22 @@ class GSM8K(TableTask):
     name, columns = "gsm8k", ("question", "answer")
 
     def conversation(self, index: int) -> dict:
-        """Return row `index` with the worked solution as parts and its number as `answer`."""
+        """Return row `index` with the worked solution as parts and its number as `answer`.
+
+        A solution without a number after #### has no `answer`: it can be learned from, but no reply
+        to it is right.
+        """
         row = self.row(index)
         messages = [
             {"role": "user", "content": row["question"]},
             {"role": "assistant", "content": calculator_parts(row["answer"])},
         ]
-        return {"messages": messages, "answer": final_answer(row["answer"])}
+        answer = final_answer(row["answer"])
+        return {"messages": messages} | ({} if answer is None else {"answer": answer})
 
     def evaluate(self, reply: str, conversation: dict) -> bool:
         """Say whether the number after #### is the right one."""
-        return final_answer(reply) == conversation["answer"]
+        return "answer" in conversation and final_answer(reply) == conversation["answer"]
 
 
 # %% [markdown]

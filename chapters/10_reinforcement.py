@@ -215,7 +215,7 @@ def task_problems(task: ChatTask, n: int | None = None, start: int = 0) -> list[
     problems = []
     for index in range(start, len(task) if n is None else min(start + n, len(task))):
         conversation = task.conversation(index)
-        if "answer" in conversation:
+        if conversation.get("answer") is not None:
             question = conversation["messages"][-2]["content"]
             problems.append({"question": question, "answer": str(conversation["answer"])})
     if not problems:

@@ -15,7 +15,7 @@ from nanochat.common import UserError
 from nanochat.engine import Completion, Engine
 from nanochat.model import GPT, GPTConfig, init_weights
 from nanochat.optim import build_optimizer
-from nanochat.tasks import HumanEval
+from nanochat.tasks import GSM8K, HumanEval
 from nanochat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["0 1 2 3 4 5 6 7 8 9 #### what is the number?"], vocab_size=270)
@@ -54,6 +54,18 @@ def test_rewards_read_the_models_own_text_only():
     both = rl.combine_rewards((rl.answer_reward, 1.0), (rl.format_reward, 0.5))
     assert both(text("#### 2"), problem) == 1.5 and both(text("#### 9"), problem) == 0.5
     assert rl.length_reward(text("x" * 50), problem) == -0.5
+
+
+def test_problems_are_the_conversations_with_an_answer(tmp_path):
+    answers = ["so\n#### 5", "no mark here"]
+    pq.write_table(pa.table({"question": ["a", "b"], "answer": answers}), tmp_path / "test.parquet")
+    task = GSM8K(tmp_path, "test")
+    assert rl.task_problems(task) == [{"question": "a", "answer": "5"}]
+    plain = task.conversation
+    task.conversation = lambda index: {"answer": None, **plain(index)}  # a task of one's own
+    assert rl.task_problems(task) == [{"question": "a", "answer": "5"}]
+    with pytest.raises(UserError, match="'gsm8k' has no answers"):
+        rl.task_problems(task, start=1)
 
 
 def rollout(reward, ids=(3, 4), mask=(1, 1), prompt=(0, 1)):

@@ -137,6 +137,19 @@ def test_tables_from_folders(tmp_path):
         tasks.ARC(tmp_path, "test")
 
 
+def test_a_solution_without_a_number_makes_no_reply_right(tmp_path):
+    answers = ["so\n#### 5", "no mark here", "#### five"]
+    pq.write_table(
+        pa.table({"question": ["a", "b", "c"], "answer": answers}), tmp_path / "test.parquet"
+    )
+    task = tasks.GSM8K(tmp_path, "test")
+    for reply in ("I do not know.", "#### None", "#### 6"):
+        assert not any(task.evaluate(reply, task.conversation(i)) for i in range(3))
+    assert [task.evaluate("#### 5", task.conversation(i)) for i in range(3)] == [True, False, False]
+    for index in range(3):  # all three can be learned from
+        turns(task.conversation(index), training=True)
+
+
 def test_json_lines(tmp_path):
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     path = tmp_path / "mine.jsonl"
