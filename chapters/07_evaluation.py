@@ -902,6 +902,7 @@ the texts, encodes them and looks for the spans. The GPU need not wait for that:
 the next items while the present ones are scored. The choice with the lowest mean loss wins; on an
 exact tie, the first. That rule explains the cold open: to a newborn model all choices are tied, so
 it always picks the first, and its score is the share of items whose answer happens to stand there.
+A broken model, whose losses are `nan`, would get the same score; `decide` refuses it.
 """
 
 
@@ -967,8 +968,13 @@ def score_task(
 # %%
 #| export
 def decide(task: Task, index: int, scores: list[tuple[float, bool]]) -> dict:
-    """Turn the scores of one item's rows into a decision."""
+    """Turn the scores of one item's rows into a decision; UserError if a loss is no number."""
     losses = [loss for loss, _ in scores]
+    if not all(map(math.isfinite, losses)):
+        raise UserError(
+            f"task {task.name}: the losses of item {index} are {losses}, and no score can be made "
+            f"of these; look for nan in the model's weights, or take an earlier checkpoint."
+        )
     if task.kind == "language_modeling":
         return {"index": index, "correct": scores[0][1], "choice": None, "losses": losses}
     choice = losses.index(min(losses))

@@ -1309,7 +1309,8 @@ def letter_choices(
 
     Looks at the position of assistant_start only; nothing is generated. Prompts of similar length
     are read together, padded on the right, which causal attention never sees: `batch_tokens` at a
-    time (default 2,048, on a GPU 32,768). Raises UserError for a letter of several tokens.
+    time (default 2,048, on a GPU 32,768). Raises UserError for a letter of several tokens, or when
+    the model's logits are no numbers.
     """
     prompts = [render_prompt(item, tokenizer) for item in conversations]
     letters = [letter_ids(item["letters"], tokenizer) for item in conversations]
@@ -1320,10 +1321,25 @@ def letter_choices(
         last = [row * idx.shape[1] + len(prompts[n]) - 1 for row, n in enumerate(numbers)]
         logits = model(send(idx, model), positions=send(np.array(last), model))  # (B, V)
         ids = padded([letters[n] for n in numbers])  # (B, letters)
-        chosen.append(logits.gather(1, send(ids, model)).argmax(dim=1))
+        chosen.append(highest(logits.gather(1, send(ids, model))))
         order += numbers
     found = torch.cat(chosen).tolist() if chosen else []  # here we wait for the device
+    check_choices(found)
     return [number for _, number in sorted(zip(order, found))]
+
+
+def highest(scores: torch.Tensor) -> torch.Tensor:
+    """Return the index of the highest score in each row (B, n); -1 where one is no finite number."""
+    return scores.argmax(dim=1).masked_fill(~scores.isfinite().all(dim=1), -1)
+
+
+def check_choices(found: Sequence[int]) -> None:
+    """Raise UserError if some of these choices, made by `highest`, are of scores without a value."""
+    if -1 in found:
+        raise UserError(
+            f"The model's scores of {found.count(-1)} in {len(found)} questions are nan or "
+            "infinite; look for nan in its weights, or take an earlier checkpoint."
+        )
 
 
 def letter_ids(letters: Sequence[str], tokenizer) -> list[int]:
@@ -1356,7 +1372,7 @@ def likely_choices(model, tokenizer, conversations: Sequence[dict]) -> list[int]
     """Return for each conversation the index of its likeliest choice as the reply.
 
     A choice's score is the mean loss of its tokens after the prompt and a space, as for the
-    multiple choice of CORE (chapter 7).
+    multiple choice of CORE (chapter 7). Raises UserError when a loss is no number.
     """
     chosen = []
     for item in conversations:
@@ -1370,7 +1386,9 @@ def likely_choices(model, tokenizer, conversations: Sequence[dict]) -> list[int]
             target[len(row) - 1 :] = -1
         idx, targets = idx.to(model.device), targets.to(model.device)
         losses = model(idx[:, :-1], targets, reduction="none")  # (choices, T)
-        chosen.append(int((losses.sum(1) / (targets != -1).sum(1)).argmin()))
+        means = losses.sum(1) / (targets != -1).sum(1)  # (choices,)
+        chosen.append(int(highest(-means[None])))
+    check_choices(chosen)
     return chosen
 
 

@@ -506,8 +506,13 @@ def score_task(
 
 
 def decide(task: Task, index: int, scores: list[tuple[float, bool]]) -> dict:
-    """Turn the scores of one item's rows into a decision."""
+    """Turn the scores of one item's rows into a decision; UserError if a loss is no number."""
     losses = [loss for loss, _ in scores]
+    if not all(map(math.isfinite, losses)):
+        raise UserError(
+            f"task {task.name}: the losses of item {index} are {losses}, and no score can be made "
+            f"of these; look for nan in the model's weights, or take an earlier checkpoint."
+        )
     if task.kind == "language_modeling":
         return {"index": index, "correct": scores[0][1], "choice": None, "losses": losses}
     choice = losses.index(min(losses))

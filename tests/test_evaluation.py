@@ -229,6 +229,27 @@ def test_equal_options_tie_and_the_first_wins(model, tokenizer):
         assert all(d["choice"] == 0 for d in ev.score_task(model, tokenizer, task, **how))
 
 
+@pytest.mark.parametrize("kind", list(ev.KINDS))
+def test_a_model_of_nan_gets_no_score(tokenizer, kind):
+    broken, task = (
+        random_model(tokenizer.vocab_size),
+        ev.replace(toy_task(kind), name="spelling bee"),
+    )
+    with torch.no_grad():
+        broken.head.weight.fill_(math.nan)
+    with pytest.raises(
+        UserError, match="task spelling bee: the losses of item 0 are .nan.* nan in"
+    ):
+        ev.evaluate_task(broken, tokenizer, task)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_decision_needs_finite_losses(loss):
+    task = toy_task("multiple_choice")
+    with pytest.raises(UserError, match="task toy: the losses of item 3"):
+        ev.decide(task, 3, [(1.0, True), (2.0, True), (loss, True)])
+
+
 def test_ranks_share_the_items(model, tokenizer):
     task = toy_task("multiple_choice")
     whole = list(ev.score_task(model, tokenizer, task))

@@ -316,6 +316,25 @@ def test_categorical_judging_compares_letters_only():
         tasks.letter_choices(engine.model, TOKENIZER, [conversation])
 
 
+class Options(Numbers):
+    kind = "likelihood"
+
+    def conversation(self, index):
+        return {**super().conversation(index), "choices": ["goat", "a lantern"], "gold": 0}
+
+
+@pytest.mark.parametrize("task", [Letters(6), Options(6)], ids=lambda task: task.kind)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_without_finite_scores_is_refused(task, value):
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, 64, n_layer=1, n_head=1, n_kv_head=1, n_embd=16))
+    fine = tasks.evaluate_chat(Scripted(None, model), TOKENIZER, task)
+    assert fine["n"] == 6
+    with torch.no_grad():
+        model.head.weight.fill_(value)
+    with pytest.raises(UserError, match="scores of 6 in 6 questions are nan or infinite"):
+        tasks.evaluate_chat(Scripted(None, model), TOKENIZER, task)
+
+
 class Exam(tasks.ChoiceTask):
     name = "exam"
 
