@@ -493,8 +493,10 @@ class ChatTask:
 r"""
 Two rules find the answer in a reply. A sum is solved when the number after the mark `####` is
 right, whatever stands before it. The mark is four signs, not three and not five: chapter 10 pays
-for what this function finds, and its pitfalls tell what came of five. A fact is right when the
-reply names it and names no rival: who answers "a baker or a cook" knows nothing.
+for what this function finds, and its pitfalls tell what came of five. Of several marks the last one
+counts here; published scores, those of nanochat and of the authors of GSM8K, take the first mark
+that has exactly one space after it. A fact is right when the reply names it and names no rival: who
+answers "a baker or a cook" knows nothing.
 """
 
 
@@ -796,6 +798,7 @@ class GSM8K(TableTask):
 # %% [markdown]
 r"""
 HumanEval asks for a Python function and runs its tests; we leave that to the sandbox of chapter 8.
+A reply may explain itself and put its code between two fences of three backticks, as Markdown does.
 """
 
 
@@ -817,7 +820,7 @@ class HumanEval(TableTask):
 
     def evaluate(self, reply: str, conversation: dict) -> bool:
         """Run the reply's first code block (or all of it) with the tests; all must be reached."""
-        block = re.search(r"```(?:python)?\n(.*?)```", reply, re.DOTALL)
+        block = re.search(r"```(?:py(?:thon)?3?)?\s*\n(.*?)```", reply, re.DOTALL | re.IGNORECASE)
         imports = re.findall(r"^(?:import|from) .*$", conversation["prompt"], re.MULTILINE)
         lines = [*imports, block.group(1) if block else reply, conversation["test"]]
         lines.append(f"check({conversation['entry_point']})")

@@ -309,7 +309,7 @@ class HumanEval(TableTask):
 
     def evaluate(self, reply: str, conversation: dict) -> bool:
         """Run the reply's first code block (or all of it) with the tests; all must be reached."""
-        block = re.search(r"```(?:python)?\n(.*?)```", reply, re.DOTALL)
+        block = re.search(r"```(?:py(?:thon)?3?)?\s*\n(.*?)```", reply, re.DOTALL | re.IGNORECASE)
         imports = re.findall(r"^(?:import|from) .*$", conversation["prompt"], re.MULTILINE)
         lines = [*imports, block.group(1) if block else reply, conversation["test"]]
         lines.append(f"check({conversation['entry_point']})")

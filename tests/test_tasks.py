@@ -103,7 +103,8 @@ def test_mixture_seed_changes_the_order_and_counts_by_name():
         Mixture([(Numbers(3), -1)])
 
 
-def test_humaneval_runs_all_tests_or_it_is_wrong(tmp_path):
+@pytest.fixture
+def humaneval(tmp_path):
     row = {
         "prompt": "import math\n\ndef half(n):\n",
         "canonical_solution": "    return n / 2\n",
@@ -112,8 +113,22 @@ def test_humaneval_runs_all_tests_or_it_is_wrong(tmp_path):
     }
     columns = {name: [value] for name, value in row.items()}
     pq.write_table(pa.table(columns), tmp_path / "test-00000-of-00001.parquet")
-    task = tasks.HumanEval(tmp_path, "test")
-    conversation = task.conversation(0)
+    return tasks.HumanEval(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    "fence", ["", " ", "python", "python ", "Python", "python3\t", "py", "py\n"]
+)
+def test_humaneval_finds_code_between_fences_of_every_kind(humaneval, fence):
+    body, conversation = "def half(n):\n    return n / 2\n", humaneval.conversation(0)
+    reply = f"I divide it:\n```{fence}\n{body}```\nand check:\n```python\n1 / 0\n```\n"
+    for text in (reply, reply.replace("\n", "\r\n")):
+        assert humaneval.evaluate(text, conversation)
+        assert not humaneval.evaluate(text.replace("/ 2", "/ 3"), conversation)
+
+
+def test_humaneval_runs_all_tests_or_it_is_wrong(humaneval):
+    task, conversation = humaneval, humaneval.conversation(0)
     assert task.evaluate(conversation["messages"][1]["content"], conversation)
     assert task.evaluate("So:\n```python\ndef half(n):\n    return n / 2\n```\n", conversation)
     for wrong in ("return 2", "import sys; sys.exit(0)", "import os; os._exit(0)", "exit()"):
