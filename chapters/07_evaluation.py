@@ -1445,16 +1445,31 @@ from nanochat.model import GPT
 
 # %%
 #| export core
-def read_items(path: Path) -> list[dict]:
-    """Read the items of a JSON-lines file, gzipped or not; UserError names a broken file."""
-    opener = gzip.open if path.suffix == ".gz" else open
+MAX_TASK_BYTES = 500_000_000  # of one task's file, unpacked
+
+
+def read_items(path: Path, max_bytes: int = MAX_TASK_BYTES) -> list[dict]:
+    """Read the items of a JSON-lines file, gzipped or not.
+
+    UserError names a file that is missing, broken or, counted as it unpacks, over `max_bytes`.
+    """
+    opener, items, left = gzip.open if path.suffix == ".gz" else open, [], max_bytes
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
+        with opener(path, "rb") as file:
+            while line := file.readline(left + 1):
+                left -= len(line)
+                if left < 0:
+                    raise UserError(
+                        f"{path} holds more than {max_bytes:,} bytes; get the file again, or split "
+                        f"its items among several tasks."
+                    )
+                if line.strip():
+                    items.append(json.loads(line.decode("utf-8")))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; get the whole folder of tasks again.") from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); get the file again.") from None
+    return items
 
 
 # %%
@@ -1535,7 +1550,8 @@ wrong with a file from the network, and each has its guard:
 - *It writes where it should not.* A name inside an archive may be `../../.bashrc`, or a link to
   somewhere else. We accept plain relative names and plain files.
 - *It is a bomb*: a megabyte that unpacks to a terabyte of zeros. The sizes written in an archive
-  may be lies, so we count the bytes as they come, and stop.
+  may be lies, so we count the bytes as they come, and stop. `read_items` above does the same with
+  a gzipped file.
 
 It is unpacked beside its place and renamed when it is complete, so a killed run leaves nothing that
 looks finished. A folder of your own is read as it is, by `load_core`.

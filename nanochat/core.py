@@ -36,6 +36,7 @@ __all__ = [
     "HubTokenizer",
     "MAX_BYTES",
     "MAX_FILES",
+    "MAX_TASK_BYTES",
     "SHORTEST",
     "WORD",
     "archive_size",
@@ -57,16 +58,31 @@ __all__ = [
 ]
 
 
-def read_items(path: Path) -> list[dict]:
-    """Read the items of a JSON-lines file, gzipped or not; UserError names a broken file."""
-    opener = gzip.open if path.suffix == ".gz" else open
+MAX_TASK_BYTES = 500_000_000  # of one task's file, unpacked
+
+
+def read_items(path: Path, max_bytes: int = MAX_TASK_BYTES) -> list[dict]:
+    """Read the items of a JSON-lines file, gzipped or not.
+
+    UserError names a file that is missing, broken or, counted as it unpacks, over `max_bytes`.
+    """
+    opener, items, left = gzip.open if path.suffix == ".gz" else open, [], max_bytes
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
+        with opener(path, "rb") as file:
+            while line := file.readline(left + 1):
+                left -= len(line)
+                if left < 0:
+                    raise UserError(
+                        f"{path} holds more than {max_bytes:,} bytes; get the file again, or split "
+                        f"its items among several tasks."
+                    )
+                if line.strip():
+                    items.append(json.loads(line.decode("utf-8")))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; get the whole folder of tasks again.") from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); get the file again.") from None
+    return items
 
 
 def bundle_entries(folder: Path) -> list[dict]:
