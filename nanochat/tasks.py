@@ -734,12 +734,15 @@ def count_correct(
 ) -> int:
     """Return how many of these conversations of a task a chat model gets right.
 
-    Written replies are greedy, of up to `max_tokens` tokens. A question that is longer than the
-    context window counts as wrong.
+    Written replies are greedy, of up to `max_tokens` tokens. A question that does not fit into the
+    context window with one token of a reply, or with its longest choice, counts as wrong.
     """
-    model = engine.model
+    model, window = engine.model, engine.model.config.seq_len
     prompts = [render_prompt(item, tokenizer) for item in conversations]
-    asked = [n for n, prompt in enumerate(prompts) if len(prompt) < model.config.seq_len]
+    least = [1] * len(prompts)  # tokens of a reply that must fit in
+    if task.kind == "likelihood":
+        least = [max(len(tokenizer.encode(f" {c}")) for c in i["choices"]) for i in conversations]
+    asked = [n for n, prompt in enumerate(prompts) if len(prompt) + least[n] <= window]
     items = [conversations[n] for n in asked]
     if task.kind == "categorical":
         chosen = letter_choices(model, tokenizer, items)

@@ -350,6 +350,29 @@ def test_a_model_without_finite_scores_is_refused(task, value):
         tasks.evaluate_chat(Scripted(None, model), TOKENIZER, task)
 
 
+def test_a_choice_that_does_not_fit_into_the_window_is_wrong():
+    class Long(Options):
+        """Both choices are the same, so the first one, the right one, is chosen."""
+
+        extra = 5
+
+        def conversation(self, index):
+            choice = "z" * self.extra if index % 2 else "goat"
+            return {**super().conversation(index), "choices": [choice, choice]}
+
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, 64, n_layer=1, n_head=1, n_kv_head=1, n_embd=16))
+    task, engine = (
+        Long(6),
+        Scripted(None, model),
+    )  # all choices tie, so the first one, the right one
+    room = 64 - len(render_prompt(task.conversation(1), TOKENIZER))
+    full = next(n for n in range(99) if len(TOKENIZER.encode(" " + "z" * n)) == room)
+    for extra, right in ((5, 1.0), (full, 1.0), (full + 1, 0.5), (200, 0.5)):
+        task.extra = extra
+        result = tasks.evaluate_chat(engine, TOKENIZER, task)
+        assert result["n"] == 6 and result["accuracy"] == right
+
+
 class Exam(tasks.ChoiceTask):
     name = "exam"
 
