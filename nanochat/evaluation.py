@@ -146,27 +146,29 @@ class Task:
         if not self.items:
             raise UserError(f"task {self.name} has no items; check its file or leave it out.")
         for number, item in enumerate(self.items):
-            problem = fault(self.kind, item)
+            problem = fault(self.kind, item, self.delimiter)
             if problem:
                 raise UserError(f"task {self.name}: item {number} {problem}; mend its file.")
 
 
-def fault(kind: str, item: Any) -> str | None:
+def fault(kind: str, item: Any, delimiter: str = " ") -> str | None:
     """Say what is wrong with an item of a kind, or None."""
     if not isinstance(item, dict):
         return "is not an object with fields"
     missing = [name for name in KINDS[kind] if name not in item]
     if missing:
         return f"lacks {', '.join(missing)}"
-    options, gold = item.get(OPTIONS.get(kind)), item.get("gold")
+    options, gold = item.get(OPTIONS.get(kind), [""]), item.get("gold")
     texts = [item[name] for name in KINDS[kind] if name not in ("gold", OPTIONS.get(kind))]
     if kind in OPTIONS:
         if not isinstance(options, list) or not options:
             return f"has no list of {OPTIONS[kind]}"
         if type(gold) is not int or not 0 <= gold < len(options):
             return f"has no option number {gold!r} (gold)"
-        texts += options
-    return None if all(isinstance(text, str) for text in texts) else "has a field that is no text"
+    if not all(isinstance(text, str) for text in texts + options):
+        return "has a field that is no text"
+    shared = delimiter or "".join(texts).strip()  # what stands in every text of the item
+    return None if shared or all(options) else "has no text to score"
 
 
 def completed(task: Task, item: dict, option: int | None = None) -> str:

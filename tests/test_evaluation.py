@@ -282,6 +282,22 @@ def test_continuation_is_found_by_greedy_decoding(tokenizer):
     assert got == {True, False}
 
 
+EMPTY = [
+    ("multiple_choice", {"query": "", "choices": ["", ""], "gold": 1}),
+    ("multiple_choice", {"query": "", "choices": ["x", ""], "gold": 0}),
+    ("schema", {"context_options": ["x", ""], "continuation": "", "gold": 0}),
+    ("language_modeling", {"context": " \n", "continuation": ""}),
+]
+
+
+@pytest.mark.parametrize(("kind", "item"), EMPTY)
+def test_an_item_without_text_is_refused_and_a_delimiter_is_text(model, tokenizer, kind, item):
+    with pytest.raises(UserError, match="task t: item 1 has no text to score; mend its file"):
+        ev.Task("t", kind, [toy_task(kind).items[0], item], delimiter="")
+    decisions = list(ev.score_task(model, tokenizer, ev.Task("t", kind, [item], delimiter=" ")))
+    assert len(decisions) == 1 and all(map(math.isfinite, decisions[0]["losses"]))
+
+
 def test_shots_are_clamped_and_never_the_item_itself():
     task = toy_task("language_modeling", n=4, shots=10)
     for index in range(4):
