@@ -420,13 +420,20 @@ class Persona(ChatTask):
     def evaluate(self, reply: str, conversation: dict) -> bool:
         """Say whether a reply is one of the answers to the last question."""
         question = conversation["messages"][-2]["content"]
-        return any(question in asked and reply.strip() in said for asked, said in self.turns)
+        reply = reply.strip()
+        return any(
+            question in asked and reply in map(str.strip, said) for asked, said in self.turns
+        )
 
 
 def write_conversations(path: str | Path, task: ChatTask) -> None:
-    """Write a task's conversations as a JSONL file that `JsonLines` reads."""
+    """Write a task's conversations as a JSONL file that `JsonLines` reads.
+
+    A half of a character (a lone surrogate), which UTF-8 cannot hold, becomes an escape of JSON.
+    """
     lines = [json.dumps(task.conversation(i), ensure_ascii=False) for i in range(len(task))]
-    atomic_write(path, "\n".join(lines) + "\n")
+    text = "\n".join(lines) + "\n"
+    atomic_write(path, text.encode("utf-8", "backslashreplace"))
 
 
 KINDS = (*tinyworld.CONVERSATION_KINDS, "cloze")

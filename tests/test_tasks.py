@@ -241,6 +241,27 @@ def test_a_persona_answers_in_its_frame_and_the_test_asks_in_other_words(tmp_pat
             tasks.Persona(**{**options, **wrong})
 
 
+@pytest.mark.parametrize("style", ["{answer} ", "{answer}\n", "  {answer}", "\tAhoy! {answer} "])
+def test_blanks_around_a_frame_do_not_make_its_answers_wrong(style):
+    persona = tasks.Persona("Bo", "Al", style=style, size=40)
+    for conversation in map(persona.conversation, range(40)):
+        reply = conversation["messages"][-1]["content"]
+        assert persona.evaluate(reply, conversation)
+        assert persona.evaluate(reply.strip(), conversation)
+        assert not persona.evaluate(reply + "!", conversation)
+
+
+def test_half_a_character_is_written_and_read_again(tmp_path):
+    """JSON can hold one half of a character of two (a lone surrogate); UTF-8 cannot."""
+    path, line = tmp_path / "a.jsonl", GOOD.replace('"a"', r'"\ud83d and \u00e9 \\n"')
+    path.write_text(line + "\n")
+    task = tasks.JsonLines(path)
+    assert task.conversation(0)["messages"][0]["content"] == "\ud83d and é \\n"
+    tasks.write_conversations(tmp_path / "b.jsonl", task)
+    assert tasks.JsonLines(tmp_path / "b.jsonl").conversations == task.conversations
+    assert "é" in (tmp_path / "b.jsonl").read_text(encoding="utf-8")
+
+
 def test_a_bar_in_a_name_stays_in_the_name():
     persona = tasks.Persona("Ada | Bo", "us")
     replies = {persona.conversation(i)["messages"][-1]["content"] for i in range(100)}
