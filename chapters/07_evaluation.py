@@ -66,6 +66,7 @@ import copy
 import inspect
 import math
 import random
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -1205,14 +1206,30 @@ def evaluate_core(
 ) -> dict:
     """Score a list of tasks: {"core", "low", "high", "n_tasks", "tasks": {name: result}}.
 
-    `core` is the mean centred accuracy; `progress` is as in `evaluate_task`.
+    `core` is the mean centred accuracy; `progress` is as in `evaluate_task`. Raises UserError for
+    no tasks, or two of one name.
     """
+    file_names(tasks)
     results = {}
     for task in tasks:
         results[task.name] = evaluate_task(
             model, tokenizer, task, limit, world=world, progress=progress
         )
     return summarize(results)
+
+
+def file_names(tasks: Sequence[Task]) -> list[str]:
+    """Return a file's name for each task's result; UserError when two tasks would share one."""
+    names, owners = [re.sub(r"[^\w.-]+", "_", task.name) for task in tasks], {}
+    for task, name in zip(tasks, names):
+        key = name.lower()  # on some machines A and a are one file
+        if key in owners:
+            raise UserError(
+                f"two tasks are called {owners[key]!r} and {task.name!r}, and their results would "
+                f"share one place; rename one of them."
+            )
+        owners[key] = task.name
+    return names
 
 
 def summarize(results: dict[str, dict], seed: int = 0, draws: int = 2000) -> dict:
@@ -1816,15 +1833,16 @@ def run_core(
     """Score tasks as `evaluate_core` does, keep each result in `folder` at once, and go on there.
 
     Writes `tasks/NAME.json`, and at the end core.json, core.md (a table) and core.png (a picture).
-    With a `world` all processes share the items and the first one writes.
+    With a `world` all processes share the items and the first one writes. Raises UserError when two
+    tasks would share a file, or a file holds the result of something else.
     """
     folder, main = Path(folder), world is None or world.is_main
+    paths = [folder / "tasks" / f"{name}.json" for name in file_names(tasks)]
     common = {"model": model_digest(model), "tokenizer": tokenizer.fingerprint(), "limit": limit}
-    abouts, paths = [], []
+    abouts = []
     for task in tasks:
         text = json.dumps(asdict(task), sort_keys=True)
         abouts.append({**common, "task": hashlib.sha256(text.encode()).hexdigest()})
-        paths.append(folder / "tasks" / (re.sub(r"[^\w.-]+", "_", task.name) + ".json"))
     kept = [kept_result(path, about) for path, about in zip(paths, abouts)]
     if world is not None:  # only what every process can see counts as done
         seen = sum_over(world, torch.tensor([float(r is not None) for r in kept]).double())

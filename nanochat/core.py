@@ -26,7 +26,15 @@ import torch
 
 from nanochat.common import Progress, UserError, atomic_write, read_json, write_json
 from nanochat.data import cache_folder, download, retrying
-from nanochat.evaluation import Task, core_table, evaluate_task, plot_core, sum_over, summarize
+from nanochat.evaluation import (
+    Task,
+    core_table,
+    evaluate_task,
+    file_names,
+    plot_core,
+    sum_over,
+    summarize,
+)
 from nanochat.model import GPT
 
 __all__ = [
@@ -346,15 +354,16 @@ def run_core(
     """Score tasks as `evaluate_core` does, keep each result in `folder` at once, and go on there.
 
     Writes `tasks/NAME.json`, and at the end core.json, core.md (a table) and core.png (a picture).
-    With a `world` all processes share the items and the first one writes.
+    With a `world` all processes share the items and the first one writes. Raises UserError when two
+    tasks would share a file, or a file holds the result of something else.
     """
     folder, main = Path(folder), world is None or world.is_main
+    paths = [folder / "tasks" / f"{name}.json" for name in file_names(tasks)]
     common = {"model": model_digest(model), "tokenizer": tokenizer.fingerprint(), "limit": limit}
-    abouts, paths = [], []
+    abouts = []
     for task in tasks:
         text = json.dumps(asdict(task), sort_keys=True)
         abouts.append({**common, "task": hashlib.sha256(text.encode()).hexdigest()})
-        paths.append(folder / "tasks" / (re.sub(r"[^\w.-]+", "_", task.name) + ".json"))
     kept = [kept_result(path, about) for path, about in zip(paths, abouts)]
     if world is not None:  # only what every process can see counts as done
         seen = sum_over(world, torch.tensor([float(r is not None) for r in kept]).double())

@@ -7,6 +7,7 @@ import copy
 import inspect
 import math
 import random
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,6 +52,7 @@ __all__ = [
     "evaluate_task",
     "fact_tasks",
     "fault",
+    "file_names",
     "group_batches",
     "length_batches",
     "longest_answer",
@@ -618,14 +620,30 @@ def evaluate_core(
 ) -> dict:
     """Score a list of tasks: {"core", "low", "high", "n_tasks", "tasks": {name: result}}.
 
-    `core` is the mean centred accuracy; `progress` is as in `evaluate_task`.
+    `core` is the mean centred accuracy; `progress` is as in `evaluate_task`. Raises UserError for
+    no tasks, or two of one name.
     """
+    file_names(tasks)
     results = {}
     for task in tasks:
         results[task.name] = evaluate_task(
             model, tokenizer, task, limit, world=world, progress=progress
         )
     return summarize(results)
+
+
+def file_names(tasks: Sequence[Task]) -> list[str]:
+    """Return a file's name for each task's result; UserError when two tasks would share one."""
+    names, owners = [re.sub(r"[^\w.-]+", "_", task.name) for task in tasks], {}
+    for task, name in zip(tasks, names):
+        key = name.lower()  # on some machines A and a are one file
+        if key in owners:
+            raise UserError(
+                f"two tasks are called {owners[key]!r} and {task.name!r}, and their results would "
+                f"share one place; rename one of them."
+            )
+        owners[key] = task.name
+    return names
 
 
 def summarize(results: dict[str, dict], seed: int = 0, draws: int = 2000) -> dict:

@@ -482,6 +482,18 @@ def test_results_of_something_else_are_not_mixed_in(tmp_path, tokenizer):
         core.run_core(model, wider, tasks, tmp_path, limit=6)
 
 
+@pytest.mark.parametrize("names", [("a b", "a b"), ("a b", "a_b"), ("a: b", "A_b")])
+def test_tasks_that_would_share_a_file_are_refused_before_anything_runs(tmp_path, tokenizer, names):
+    model, (one, other, _) = random_model(tokenizer.vocab_size), three_tasks()
+    tasks = [ev.replace(task, name=name) for task, name in zip((one, other), names)]
+    said = f"called '{names[0]}' and '{names[1]}'.*rename one of them"
+    with pytest.raises(UserError, match=said):
+        core.run_core(model, tokenizer, tasks, tmp_path / "out")
+    with pytest.raises(UserError, match=said):
+        ev.evaluate_core(model, tokenizer, tasks)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_digest_of_a_model_is_of_its_weights():
     a, b = random_model(50), random_model(50)
     assert (
