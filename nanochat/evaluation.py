@@ -466,15 +466,16 @@ def one_ahead(items: Iterable) -> Iterator:
 
 def prepare(
     task: Task, tokenizer: Any, seq_len: int, numbers: Sequence[int]
-) -> tuple[Sequence[int], list[list[Row]]]:
-    """Return the numbers of some items, and for each item its rows."""
+) -> tuple[Sequence[int], list[list[Row]], list[bool]]:
+    """Return the numbers of some items, and for each item its rows and whether one was cropped."""
     texts = [render(task, index) for index in numbers]
     flat = [text for several in texts for text in several]
     encoded = tokenizer.encode_batch(flat, bos=True, num_threads=usable_cores())
     encoded = [np.array(ids) for ids in encoded]  # millions of tokens: lists would be slow
     ids = iter(encoded)
     groups = [spans(task.kind, [next(ids) for _ in several]) for several in texts]
-    return numbers, [[crop(row, seq_len) for row in group] for group in groups]
+    cropped = [max(len(row.ids) for row in group) > seq_len for group in groups]
+    return numbers, [[crop(row, seq_len) for row in group] for group in groups], cropped
 
 
 def score_task(
@@ -489,7 +490,7 @@ def score_task(
     chunk: int | None = None,
     share: bool = True,
 ) -> Iterator[dict]:
-    """Yield one decision for each item: index, correct, choice, losses (one an option).
+    """Yield one decision for each item: index, correct, choice, losses (one an option), cropped.
 
     The items are shuffled with `seed` and cut to `limit` before shots are drawn, as in nanochat.
     A process of rank r takes items r, r + world_size, ... `chunk` items are scored together, by
@@ -502,11 +503,11 @@ def score_task(
     mine = range(rank, len(task.items), world_size)
     parts = [mine[first : first + chunk] for first in range(0, len(mine), chunk)]
     ready = map(partial(prepare, task, tokenizer, context_length(model)), parts)
-    for numbers, groups in one_ahead(ready):
+    for numbers, groups, cropped in one_ahead(ready):
         rows = [row for group in groups for row in group]
         scores = iter(score_rows(model, rows, tokenizer.bos_id, batch_tokens, share))
-        for index, group in zip(numbers, groups):
-            yield decide(task, index, [next(scores) for _ in group])
+        for index, group, cut in zip(numbers, groups, cropped):
+            yield {**decide(task, index, [next(scores) for _ in group]), "cropped": cut}
 
 
 def decide(task: Task, index: int, scores: list[tuple[float, bool]]) -> dict:
@@ -574,9 +575,10 @@ def evaluate_task(
 ) -> dict:
     """Return accuracy, centered, n, the accuracy's 95 % interval (low, high) and the baseline.
 
-    `correct` is a string with a 1 or 0 for each item, in the shuffled order. With a `world`, its
-    processes share the items and all get the same result. `progress.update(n)` is told of every n
-    items. Warns when there are too few items for the shots.
+    `correct` is a string with a 1 or 0 for each item, in the shuffled order; `cropped` says of how
+    many items a prompt was too long for the model's window. With a `world`, its processes share the
+    items and all get the same result. `progress.update(n)` is told of every n items. Warns when
+    there are too few items for the shots.
     """
     if limit is not None and limit < 1:
         raise UserError(f"task {task.name}: limit {limit} leaves no items; use 1 or more, or None.")
@@ -587,14 +589,13 @@ def evaluate_task(
             f"asked with {n - 1}, which is another test than the full one; raise the limit.",
             stacklevel=2,
         )
-    correct = torch.zeros(n, dtype=torch.float64)
+    found = torch.zeros(2, n, dtype=torch.float64)  # correct, cropped
     rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
     for decision in score_task(model, tokenizer, task, limit, seed, rank, world_size, batch_tokens):
-        correct[decision["index"]] = float(decision["correct"])
+        found[:, decision["index"]] = torch.tensor([decision["correct"], decision["cropped"]])
         if progress is not None:
             progress.update(world_size)
-    if world is not None:
-        correct = sum_over(world, correct)
+    correct, cropped = found if world is None else sum_over(world, found)
     accuracy = correct.mean().item()
     low, high = bootstrap_interval(correct.tolist())
     return {
@@ -606,6 +607,7 @@ def evaluate_task(
         "high": high,
         "baseline": task.baseline,
         "centered": centered(accuracy, task.baseline),
+        "cropped": int(cropped.sum()),
         "correct": "".join(str(int(value)) for value in correct),
     }
 

@@ -458,6 +458,28 @@ def test_core_result_is_json(model, tokenizer):
         ev.evaluate_core(model, tokenizer, [])
 
 
+@pytest.mark.parametrize("kind", list(ev.KINDS))
+def test_a_result_says_how_many_items_were_cropped(tokenizer, kind):
+    task = toy_task(kind)
+    items = list(task.items)
+    random.Random(1337).shuffle(items)  # the order in which they are asked
+    texts = [ev.render(ev.replace(task, items=items), index) for index in range(24)]
+    longest = [max(map(len, tokenizer.encode_batch(several, bos=True))) for several in texts]
+    window = sorted(longest)[15]  # one item at least fits to the last token
+    expected = [length > window for length in longest]
+    assert 0 < sum(expected) < 9
+    model = random_model(tokenizer.vocab_size, window)
+    decisions = list(ev.score_task(model, tokenizer, task, chunk=7))
+    assert [decision["cropped"] for decision in decisions] == expected
+    result = ev.evaluate_task(model, tokenizer, task)
+    assert result["cropped"] == sum(expected)
+    second = Part(rank=1)  # processes share the items, and count them together
+    ev.evaluate_task(model, tokenizer, task, world=second)
+    assert ev.evaluate_task(model, tokenizer, task, world=Part(0, second.seen)) == result
+    wide = random_model(tokenizer.vocab_size, max(longest))
+    assert ev.evaluate_task(wide, tokenizer, task)["cropped"] == 0
+
+
 def test_too_few_items_for_the_shots_is_said_in_one_sentence(model, tokenizer):
     task = toy_task("multiple_choice", n=24, shots=10)
     with pytest.warns(UserWarning, match="5 items are too few for 10 shots.*asked with 4"):
