@@ -668,12 +668,12 @@ def letter_choices(
 
 
 def highest(scores: torch.Tensor) -> torch.Tensor:
-    """Return the index of the highest score in each row (B, n); -1 where one is no finite number."""
+    """Return the place of the highest score in each row (B, n); -1 where one is nan or infinite."""
     return scores.argmax(dim=1).masked_fill(~scores.isfinite().all(dim=1), -1)
 
 
 def check_choices(found: Sequence[int]) -> None:
-    """Raise UserError if some of these choices, made by `highest`, are of scores without a value."""
+    """Raise UserError if one of these choices, made by `highest`, had nan or infinite scores."""
     if -1 in found:
         raise UserError(
             f"The model's scores of {found.count(-1)} in {len(found)} questions are nan or "
