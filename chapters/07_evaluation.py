@@ -66,6 +66,7 @@ import copy
 import inspect
 import math
 import random
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -368,7 +369,7 @@ class Task:
         if not self.items:
             raise UserError(f"task {self.name} has no items; check its file or leave it out.")
         for number, item in enumerate(self.items):
-            problem = fault(self.kind, item)
+            problem = fault(self.kind, item, self.delimiter)
             if problem:
                 raise UserError(f"task {self.name}: item {number} {problem}; mend its file.")
 
@@ -382,22 +383,24 @@ choices is found here, and not in the middle of an evaluation.
 
 # %%
 #| export
-def fault(kind: str, item: Any) -> str | None:
+def fault(kind: str, item: Any, delimiter: str = " ") -> str | None:
     """Say what is wrong with an item of a kind, or None."""
     if not isinstance(item, dict):
         return "is not an object with fields"
     missing = [name for name in KINDS[kind] if name not in item]
     if missing:
         return f"lacks {', '.join(missing)}"
-    options, gold = item.get(OPTIONS.get(kind)), item.get("gold")
+    options, gold = item.get(OPTIONS.get(kind), [""]), item.get("gold")
     texts = [item[name] for name in KINDS[kind] if name not in ("gold", OPTIONS.get(kind))]
     if kind in OPTIONS:
         if not isinstance(options, list) or not options:
             return f"has no list of {OPTIONS[kind]}"
         if type(gold) is not int or not 0 <= gold < len(options):
             return f"has no option number {gold!r} (gold)"
-        texts += options
-    return None if all(isinstance(text, str) for text in texts) else "has a field that is no text"
+    if not all(isinstance(text, str) for text in texts + options):
+        return "has a field that is no text"
+    shared = delimiter or "".join(texts).strip()  # what stands in every text of the item
+    return None if shared or all(options) else "has no text to score"
 
 
 # %% [markdown]
@@ -502,7 +505,7 @@ def spans(kind: str, texts: list[Sequence[int]]) -> list[Row]:
 # %% [markdown]
 r"""
 Prompts with many shots may be longer than the model's context window. They lose their beginning,
-which is the part that matters least.
+which is the part that matters least. How many items that happened to is part of each result.
 """
 
 
@@ -902,6 +905,7 @@ the texts, encodes them and looks for the spans. The GPU need not wait for that:
 the next items while the present ones are scored. The choice with the lowest mean loss wins; on an
 exact tie, the first. That rule explains the cold open: to a newborn model all choices are tied, so
 it always picks the first, and its score is the share of items whose answer happens to stand there.
+A broken model, whose losses are `nan`, would get the same score; `decide` refuses it.
 """
 
 
@@ -919,15 +923,16 @@ def one_ahead(items: Iterable) -> Iterator:
 
 def prepare(
     task: Task, tokenizer: Any, seq_len: int, numbers: Sequence[int]
-) -> tuple[Sequence[int], list[list[Row]]]:
-    """Return the numbers of some items, and for each item its rows."""
+) -> tuple[Sequence[int], list[list[Row]], list[bool]]:
+    """Return the numbers of some items, and for each item its rows and whether one was cropped."""
     texts = [render(task, index) for index in numbers]
     flat = [text for several in texts for text in several]
     encoded = tokenizer.encode_batch(flat, bos=True, num_threads=usable_cores())
     encoded = [np.array(ids) for ids in encoded]  # millions of tokens: lists would be slow
     ids = iter(encoded)
     groups = [spans(task.kind, [next(ids) for _ in several]) for several in texts]
-    return numbers, [[crop(row, seq_len) for row in group] for group in groups]
+    cropped = [max(len(row.ids) for row in group) > seq_len for group in groups]
+    return numbers, [[crop(row, seq_len) for row in group] for group in groups], cropped
 
 
 # %%
@@ -944,7 +949,7 @@ def score_task(
     chunk: int | None = None,
     share: bool = True,
 ) -> Iterator[dict]:
-    """Yield one decision for each item: index, correct, choice, losses (one an option).
+    """Yield one decision for each item: index, correct, choice, losses (one an option), cropped.
 
     The items are shuffled with `seed` and cut to `limit` before shots are drawn, as in nanochat.
     A process of rank r takes items r, r + world_size, ... `chunk` items are scored together, by
@@ -957,18 +962,23 @@ def score_task(
     mine = range(rank, len(task.items), world_size)
     parts = [mine[first : first + chunk] for first in range(0, len(mine), chunk)]
     ready = map(partial(prepare, task, tokenizer, context_length(model)), parts)
-    for numbers, groups in one_ahead(ready):
+    for numbers, groups, cropped in one_ahead(ready):
         rows = [row for group in groups for row in group]
         scores = iter(score_rows(model, rows, tokenizer.bos_id, batch_tokens, share))
-        for index, group in zip(numbers, groups):
-            yield decide(task, index, [next(scores) for _ in group])
+        for index, group, cut in zip(numbers, groups, cropped):
+            yield {**decide(task, index, [next(scores) for _ in group]), "cropped": cut}
 
 
 # %%
 #| export
 def decide(task: Task, index: int, scores: list[tuple[float, bool]]) -> dict:
-    """Turn the scores of one item's rows into a decision."""
+    """Turn the scores of one item's rows into a decision; UserError if a loss is no number."""
     losses = [loss for loss, _ in scores]
+    if not all(map(math.isfinite, losses)):
+        raise UserError(
+            f"task {task.name}: the losses of item {index} are {losses}, and no score can be made "
+            f"of these; look for nan in the model's weights, or take an earlier checkpoint."
+        )
     if task.kind == "language_modeling":
         return {"index": index, "correct": scores[0][1], "choice": None, "losses": losses}
     choice = losses.index(min(losses))
@@ -1149,9 +1159,10 @@ def evaluate_task(
 ) -> dict:
     """Return accuracy, centered, n, the accuracy's 95 % interval (low, high) and the baseline.
 
-    `correct` is a string with a 1 or 0 for each item, in the shuffled order. With a `world`, its
-    processes share the items and all get the same result. `progress.update(n)` is told of every n
-    items. Warns when there are too few items for the shots.
+    `correct` is a string with a 1 or 0 for each item, in the shuffled order; `cropped` says of how
+    many items a prompt was too long for the model's window. With a `world`, its processes share the
+    items and all get the same result. `progress.update(n)` is told of every n items. Warns when
+    there are too few items for the shots.
     """
     if limit is not None and limit < 1:
         raise UserError(f"task {task.name}: limit {limit} leaves no items; use 1 or more, or None.")
@@ -1162,14 +1173,13 @@ def evaluate_task(
             f"asked with {n - 1}, which is another test than the full one; raise the limit.",
             stacklevel=2,
         )
-    correct = torch.zeros(n, dtype=torch.float64)
+    found = torch.zeros(2, n, dtype=torch.float64)  # correct, cropped
     rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
     for decision in score_task(model, tokenizer, task, limit, seed, rank, world_size, batch_tokens):
-        correct[decision["index"]] = float(decision["correct"])
+        found[:, decision["index"]] = torch.tensor([decision["correct"], decision["cropped"]])
         if progress is not None:
             progress.update(world_size)
-    if world is not None:
-        correct = sum_over(world, correct)
+    correct, cropped = found if world is None else sum_over(world, found)
     accuracy = correct.mean().item()
     low, high = bootstrap_interval(correct.tolist())
     return {
@@ -1181,6 +1191,7 @@ def evaluate_task(
         "high": high,
         "baseline": task.baseline,
         "centered": centered(accuracy, task.baseline),
+        "cropped": int(cropped.sum()),
         "correct": "".join(str(int(value)) for value in correct),
     }
 
@@ -1197,14 +1208,30 @@ def evaluate_core(
 ) -> dict:
     """Score a list of tasks: {"core", "low", "high", "n_tasks", "tasks": {name: result}}.
 
-    `core` is the mean centred accuracy; `progress` is as in `evaluate_task`.
+    `core` is the mean centred accuracy; `progress` is as in `evaluate_task`. Raises UserError for
+    no tasks, or two of one name.
     """
+    file_names(tasks)
     results = {}
     for task in tasks:
         results[task.name] = evaluate_task(
             model, tokenizer, task, limit, world=world, progress=progress
         )
     return summarize(results)
+
+
+def file_names(tasks: Sequence[Task]) -> list[str]:
+    """Return a file's name for each task's result; UserError when two tasks would share one."""
+    names, owners = [re.sub(r"[^\w.-]+", "_", task.name) for task in tasks], {}
+    for task, name in zip(tasks, names):
+        key = name.lower()  # on some machines A and a are one file
+        if key in owners:
+            raise UserError(
+                f"two tasks are called {owners[key]!r} and {task.name!r}, and their results would "
+                f"share one place; rename one of them."
+            )
+        owners[key] = task.name
+    return names
 
 
 def summarize(results: dict[str, dict], seed: int = 0, draws: int = 2000) -> dict:
@@ -1439,16 +1466,31 @@ from nanochat.model import GPT
 
 # %%
 #| export core
-def read_items(path: Path) -> list[dict]:
-    """Read the items of a JSON-lines file, gzipped or not; UserError names a broken file."""
-    opener = gzip.open if path.suffix == ".gz" else open
+MAX_TASK_BYTES = 500_000_000  # of one task's file, unpacked
+
+
+def read_items(path: Path, max_bytes: int = MAX_TASK_BYTES) -> list[dict]:
+    """Read the items of a JSON-lines file, gzipped or not.
+
+    UserError names a file that is missing, broken or, counted as it unpacks, over `max_bytes`.
+    """
+    opener, items, left = gzip.open if path.suffix == ".gz" else open, [], max_bytes
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
+        with opener(path, "rb") as file:
+            while line := file.readline(left + 1):
+                left -= len(line)
+                if left < 0:
+                    raise UserError(
+                        f"{path} holds more than {max_bytes:,} bytes; get the file again, or split "
+                        f"its items among several tasks."
+                    )
+                if line.strip():
+                    items.append(json.loads(line.decode("utf-8")))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; get the whole folder of tasks again.") from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); get the file again.") from None
+    return items
 
 
 # %%
@@ -1529,7 +1571,8 @@ wrong with a file from the network, and each has its guard:
 - *It writes where it should not.* A name inside an archive may be `../../.bashrc`, or a link to
   somewhere else. We accept plain relative names and plain files.
 - *It is a bomb*: a megabyte that unpacks to a terabyte of zeros. The sizes written in an archive
-  may be lies, so we count the bytes as they come, and stop.
+  may be lies, so we count the bytes as they come, and stop. `read_items` above does the same with
+  a gzipped file.
 
 It is unpacked beside its place and renamed when it is complete, so a killed run leaves nothing that
 looks finished. A folder of your own is read as it is, by `load_core`.
@@ -1792,15 +1835,16 @@ def run_core(
     """Score tasks as `evaluate_core` does, keep each result in `folder` at once, and go on there.
 
     Writes `tasks/NAME.json`, and at the end core.json, core.md (a table) and core.png (a picture).
-    With a `world` all processes share the items and the first one writes.
+    With a `world` all processes share the items and the first one writes. Raises UserError when two
+    tasks would share a file, or a file holds the result of something else.
     """
     folder, main = Path(folder), world is None or world.is_main
+    paths = [folder / "tasks" / f"{name}.json" for name in file_names(tasks)]
     common = {"model": model_digest(model), "tokenizer": tokenizer.fingerprint(), "limit": limit}
-    abouts, paths = [], []
+    abouts = []
     for task in tasks:
         text = json.dumps(asdict(task), sort_keys=True)
         abouts.append({**common, "task": hashlib.sha256(text.encode()).hexdigest()})
-        paths.append(folder / "tasks" / (re.sub(r"[^\w.-]+", "_", task.name) + ".json"))
     kept = [kept_result(path, about) for path, about in zip(paths, abouts)]
     if world is not None:  # only what every process can see counts as done
         seen = sum_over(world, torch.tensor([float(r is not None) for r in kept]).double())
@@ -1880,7 +1924,10 @@ python -m nanochat eval --chat --samples 8            # ChatCORE, and pass@k of 
 ```
 
 If a task is left out or cut to a limit, the number is of another exam and must not be compared with
-a published one to the last digit. Two published lists differ in the baselines of three tasks
+a published one to the last digit. Cropped prompts make a slightly different exam, too: nanochat's
+model reads a prompt that is longer than its window whole, where ours loses the beginning, as ten
+shots of `squad` with their passages may. `cropped` in `core.json` counts such items of each task.
+Two published lists differ in the baselines of three tasks
 (`commonsense_qa`, `agi_eval_lsat_ar` and `bigbench_language_identification`), so they also give two
 values of CORE for one model; `core.md` shows which were used.
 

@@ -493,8 +493,10 @@ class ChatTask:
 r"""
 Two rules find the answer in a reply. A sum is solved when the number after the mark `####` is
 right, whatever stands before it. The mark is four signs, not three and not five: chapter 10 pays
-for what this function finds, and its pitfalls tell what came of five. A fact is right when the
-reply names it and names no rival: who answers "a baker or a cook" knows nothing.
+for what this function finds, and its pitfalls tell what came of five. Of several marks the last one
+counts here; published scores, those of nanochat and of the authors of GSM8K, take the first mark
+that has exactly one space after it. A fact is right when the reply names it and names no rival: who
+answers "a baker or a cook" knows nothing.
 """
 
 
@@ -775,22 +777,28 @@ class GSM8K(TableTask):
     name, columns = "gsm8k", ("question", "answer")
 
     def conversation(self, index: int) -> dict:
-        """Return row `index` with the worked solution as parts and its number as `answer`."""
+        """Return row `index` with the worked solution as parts and its number as `answer`.
+
+        A solution without a number after #### has no `answer`: it can be learned from, but no reply
+        to it is right.
+        """
         row = self.row(index)
         messages = [
             {"role": "user", "content": row["question"]},
             {"role": "assistant", "content": calculator_parts(row["answer"])},
         ]
-        return {"messages": messages, "answer": final_answer(row["answer"])}
+        answer = final_answer(row["answer"])
+        return {"messages": messages} | ({} if answer is None else {"answer": answer})
 
     def evaluate(self, reply: str, conversation: dict) -> bool:
         """Say whether the number after #### is the right one."""
-        return final_answer(reply) == conversation["answer"]
+        return "answer" in conversation and final_answer(reply) == conversation["answer"]
 
 
 # %% [markdown]
 r"""
 HumanEval asks for a Python function and runs its tests; we leave that to the sandbox of chapter 8.
+A reply may explain itself and put its code between two fences of three backticks, as Markdown does.
 """
 
 
@@ -812,7 +820,7 @@ class HumanEval(TableTask):
 
     def evaluate(self, reply: str, conversation: dict) -> bool:
         """Run the reply's first code block (or all of it) with the tests; all must be reached."""
-        block = re.search(r"```(?:python)?\n(.*?)```", reply, re.DOTALL)
+        block = re.search(r"```(?:py(?:thon)?3?)?\s*\n(.*?)```", reply, re.DOTALL | re.IGNORECASE)
         imports = re.findall(r"^(?:import|from) .*$", conversation["prompt"], re.MULTILINE)
         lines = [*imports, block.group(1) if block else reply, conversation["test"]]
         lines.append(f"check({conversation['entry_point']})")
@@ -961,15 +969,22 @@ class Persona(ChatTask):
     def evaluate(self, reply: str, conversation: dict) -> bool:
         """Say whether a reply is one of the answers to the last question."""
         question = conversation["messages"][-2]["content"]
-        return any(question in asked and reply.strip() in said for asked, said in self.turns)
+        reply = reply.strip()
+        return any(
+            question in asked and reply in map(str.strip, said) for asked, said in self.turns
+        )
 
 
 # %%
 #| export tasks
 def write_conversations(path: str | Path, task: ChatTask) -> None:
-    """Write a task's conversations as a JSONL file that `JsonLines` reads."""
+    """Write a task's conversations as a JSONL file that `JsonLines` reads.
+
+    A half of a character (a lone surrogate), which UTF-8 cannot hold, becomes an escape of JSON.
+    """
     lines = [json.dumps(task.conversation(i), ensure_ascii=False) for i in range(len(task))]
-    atomic_write(path, "\n".join(lines) + "\n")
+    text = "\n".join(lines) + "\n"
+    atomic_write(path, text.encode("utf-8", "backslashreplace"))
 
 
 # %% [markdown]
@@ -1304,7 +1319,8 @@ def letter_choices(
 
     Looks at the position of assistant_start only; nothing is generated. Prompts of similar length
     are read together, padded on the right, which causal attention never sees: `batch_tokens` at a
-    time (default 2,048, on a GPU 32,768). Raises UserError for a letter of several tokens.
+    time (default 2,048, on a GPU 32,768). Raises UserError for a letter of several tokens, or when
+    the model's logits are no numbers.
     """
     prompts = [render_prompt(item, tokenizer) for item in conversations]
     letters = [letter_ids(item["letters"], tokenizer) for item in conversations]
@@ -1315,10 +1331,25 @@ def letter_choices(
         last = [row * idx.shape[1] + len(prompts[n]) - 1 for row, n in enumerate(numbers)]
         logits = model(send(idx, model), positions=send(np.array(last), model))  # (B, V)
         ids = padded([letters[n] for n in numbers])  # (B, letters)
-        chosen.append(logits.gather(1, send(ids, model)).argmax(dim=1))
+        chosen.append(highest(logits.gather(1, send(ids, model))))
         order += numbers
     found = torch.cat(chosen).tolist() if chosen else []  # here we wait for the device
+    check_choices(found)
     return [number for _, number in sorted(zip(order, found))]
+
+
+def highest(scores: torch.Tensor) -> torch.Tensor:
+    """Return the place of the highest score in each row (B, n); -1 where one is nan or infinite."""
+    return scores.argmax(dim=1).masked_fill(~scores.isfinite().all(dim=1), -1)
+
+
+def check_choices(found: Sequence[int]) -> None:
+    """Raise UserError if one of these choices, made by `highest`, had nan or infinite scores."""
+    if -1 in found:
+        raise UserError(
+            f"The model's scores of {found.count(-1)} in {len(found)} questions are nan or "
+            "infinite; look for nan in its weights, or take an earlier checkpoint."
+        )
 
 
 def letter_ids(letters: Sequence[str], tokenizer) -> list[int]:
@@ -1351,7 +1382,7 @@ def likely_choices(model, tokenizer, conversations: Sequence[dict]) -> list[int]
     """Return for each conversation the index of its likeliest choice as the reply.
 
     A choice's score is the mean loss of its tokens after the prompt and a space, as for the
-    multiple choice of CORE (chapter 7).
+    multiple choice of CORE (chapter 7). Raises UserError when a loss is no number.
     """
     chosen = []
     for item in conversations:
@@ -1365,7 +1396,9 @@ def likely_choices(model, tokenizer, conversations: Sequence[dict]) -> list[int]
             target[len(row) - 1 :] = -1
         idx, targets = idx.to(model.device), targets.to(model.device)
         losses = model(idx[:, :-1], targets, reduction="none")  # (choices, T)
-        chosen.append(int((losses.sum(1) / (targets != -1).sum(1)).argmin()))
+        means = losses.sum(1) / (targets != -1).sum(1)  # (choices,)
+        chosen.append(int(highest(-means[None])))
+    check_choices(chosen)
     return chosen
 
 
@@ -1407,12 +1440,15 @@ def count_correct(
 ) -> int:
     """Return how many of these conversations of a task a chat model gets right.
 
-    Written replies are greedy, of up to `max_tokens` tokens. A question that is longer than the
-    context window counts as wrong.
+    Written replies are greedy, of up to `max_tokens` tokens. A question that does not fit into the
+    context window with one token of a reply, or with its longest choice, counts as wrong.
     """
-    model = engine.model
+    model, window = engine.model, engine.model.config.seq_len
     prompts = [render_prompt(item, tokenizer) for item in conversations]
-    asked = [n for n, prompt in enumerate(prompts) if len(prompt) < model.config.seq_len]
+    least = [1] * len(prompts)  # tokens of a reply that must fit in
+    if task.kind == "likelihood":
+        least = [max(len(tokenizer.encode(f" {c}")) for c in i["choices"]) for i in conversations]
+    asked = [n for n, prompt in enumerate(prompts) if len(prompt) + least[n] <= window]
     items = [conversations[n] for n in asked]
     if task.kind == "categorical":
         chosen = letter_choices(model, tokenizer, items)

@@ -26,7 +26,15 @@ import torch
 
 from nanochat.common import Progress, UserError, atomic_write, read_json, write_json
 from nanochat.data import cache_folder, download, retrying
-from nanochat.evaluation import Task, core_table, evaluate_task, plot_core, sum_over, summarize
+from nanochat.evaluation import (
+    Task,
+    core_table,
+    evaluate_task,
+    file_names,
+    plot_core,
+    sum_over,
+    summarize,
+)
 from nanochat.model import GPT
 
 __all__ = [
@@ -36,6 +44,7 @@ __all__ = [
     "HubTokenizer",
     "MAX_BYTES",
     "MAX_FILES",
+    "MAX_TASK_BYTES",
     "SHORTEST",
     "WORD",
     "archive_size",
@@ -57,16 +66,31 @@ __all__ = [
 ]
 
 
-def read_items(path: Path) -> list[dict]:
-    """Read the items of a JSON-lines file, gzipped or not; UserError names a broken file."""
-    opener = gzip.open if path.suffix == ".gz" else open
+MAX_TASK_BYTES = 500_000_000  # of one task's file, unpacked
+
+
+def read_items(path: Path, max_bytes: int = MAX_TASK_BYTES) -> list[dict]:
+    """Read the items of a JSON-lines file, gzipped or not.
+
+    UserError names a file that is missing, broken or, counted as it unpacks, over `max_bytes`.
+    """
+    opener, items, left = gzip.open if path.suffix == ".gz" else open, [], max_bytes
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
+        with opener(path, "rb") as file:
+            while line := file.readline(left + 1):
+                left -= len(line)
+                if left < 0:
+                    raise UserError(
+                        f"{path} holds more than {max_bytes:,} bytes; get the file again, or split "
+                        f"its items among several tasks."
+                    )
+                if line.strip():
+                    items.append(json.loads(line.decode("utf-8")))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; get the whole folder of tasks again.") from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); get the file again.") from None
+    return items
 
 
 def bundle_entries(folder: Path) -> list[dict]:
@@ -330,15 +354,16 @@ def run_core(
     """Score tasks as `evaluate_core` does, keep each result in `folder` at once, and go on there.
 
     Writes `tasks/NAME.json`, and at the end core.json, core.md (a table) and core.png (a picture).
-    With a `world` all processes share the items and the first one writes.
+    With a `world` all processes share the items and the first one writes. Raises UserError when two
+    tasks would share a file, or a file holds the result of something else.
     """
     folder, main = Path(folder), world is None or world.is_main
+    paths = [folder / "tasks" / f"{name}.json" for name in file_names(tasks)]
     common = {"model": model_digest(model), "tokenizer": tokenizer.fingerprint(), "limit": limit}
-    abouts, paths = [], []
+    abouts = []
     for task in tasks:
         text = json.dumps(asdict(task), sort_keys=True)
         abouts.append({**common, "task": hashlib.sha256(text.encode()).hexdigest()})
-        paths.append(folder / "tasks" / (re.sub(r"[^\w.-]+", "_", task.name) + ".json"))
     kept = [kept_result(path, about) for path, about in zip(paths, abouts)]
     if world is not None:  # only what every process can see counts as done
         seen = sum_over(world, torch.tensor([float(r is not None) for r in kept]).double())

@@ -7,6 +7,7 @@ import copy
 import inspect
 import math
 import random
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,6 +52,7 @@ __all__ = [
     "evaluate_task",
     "fact_tasks",
     "fault",
+    "file_names",
     "group_batches",
     "length_batches",
     "longest_answer",
@@ -146,27 +148,29 @@ class Task:
         if not self.items:
             raise UserError(f"task {self.name} has no items; check its file or leave it out.")
         for number, item in enumerate(self.items):
-            problem = fault(self.kind, item)
+            problem = fault(self.kind, item, self.delimiter)
             if problem:
                 raise UserError(f"task {self.name}: item {number} {problem}; mend its file.")
 
 
-def fault(kind: str, item: Any) -> str | None:
+def fault(kind: str, item: Any, delimiter: str = " ") -> str | None:
     """Say what is wrong with an item of a kind, or None."""
     if not isinstance(item, dict):
         return "is not an object with fields"
     missing = [name for name in KINDS[kind] if name not in item]
     if missing:
         return f"lacks {', '.join(missing)}"
-    options, gold = item.get(OPTIONS.get(kind)), item.get("gold")
+    options, gold = item.get(OPTIONS.get(kind), [""]), item.get("gold")
     texts = [item[name] for name in KINDS[kind] if name not in ("gold", OPTIONS.get(kind))]
     if kind in OPTIONS:
         if not isinstance(options, list) or not options:
             return f"has no list of {OPTIONS[kind]}"
         if type(gold) is not int or not 0 <= gold < len(options):
             return f"has no option number {gold!r} (gold)"
-        texts += options
-    return None if all(isinstance(text, str) for text in texts) else "has a field that is no text"
+    if not all(isinstance(text, str) for text in texts + options):
+        return "has a field that is no text"
+    shared = delimiter or "".join(texts).strip()  # what stands in every text of the item
+    return None if shared or all(options) else "has no text to score"
 
 
 def completed(task: Task, item: dict, option: int | None = None) -> str:
@@ -462,15 +466,16 @@ def one_ahead(items: Iterable) -> Iterator:
 
 def prepare(
     task: Task, tokenizer: Any, seq_len: int, numbers: Sequence[int]
-) -> tuple[Sequence[int], list[list[Row]]]:
-    """Return the numbers of some items, and for each item its rows."""
+) -> tuple[Sequence[int], list[list[Row]], list[bool]]:
+    """Return the numbers of some items, and for each item its rows and whether one was cropped."""
     texts = [render(task, index) for index in numbers]
     flat = [text for several in texts for text in several]
     encoded = tokenizer.encode_batch(flat, bos=True, num_threads=usable_cores())
     encoded = [np.array(ids) for ids in encoded]  # millions of tokens: lists would be slow
     ids = iter(encoded)
     groups = [spans(task.kind, [next(ids) for _ in several]) for several in texts]
-    return numbers, [[crop(row, seq_len) for row in group] for group in groups]
+    cropped = [max(len(row.ids) for row in group) > seq_len for group in groups]
+    return numbers, [[crop(row, seq_len) for row in group] for group in groups], cropped
 
 
 def score_task(
@@ -485,7 +490,7 @@ def score_task(
     chunk: int | None = None,
     share: bool = True,
 ) -> Iterator[dict]:
-    """Yield one decision for each item: index, correct, choice, losses (one an option).
+    """Yield one decision for each item: index, correct, choice, losses (one an option), cropped.
 
     The items are shuffled with `seed` and cut to `limit` before shots are drawn, as in nanochat.
     A process of rank r takes items r, r + world_size, ... `chunk` items are scored together, by
@@ -498,16 +503,21 @@ def score_task(
     mine = range(rank, len(task.items), world_size)
     parts = [mine[first : first + chunk] for first in range(0, len(mine), chunk)]
     ready = map(partial(prepare, task, tokenizer, context_length(model)), parts)
-    for numbers, groups in one_ahead(ready):
+    for numbers, groups, cropped in one_ahead(ready):
         rows = [row for group in groups for row in group]
         scores = iter(score_rows(model, rows, tokenizer.bos_id, batch_tokens, share))
-        for index, group in zip(numbers, groups):
-            yield decide(task, index, [next(scores) for _ in group])
+        for index, group, cut in zip(numbers, groups, cropped):
+            yield {**decide(task, index, [next(scores) for _ in group]), "cropped": cut}
 
 
 def decide(task: Task, index: int, scores: list[tuple[float, bool]]) -> dict:
-    """Turn the scores of one item's rows into a decision."""
+    """Turn the scores of one item's rows into a decision; UserError if a loss is no number."""
     losses = [loss for loss, _ in scores]
+    if not all(map(math.isfinite, losses)):
+        raise UserError(
+            f"task {task.name}: the losses of item {index} are {losses}, and no score can be made "
+            f"of these; look for nan in the model's weights, or take an earlier checkpoint."
+        )
     if task.kind == "language_modeling":
         return {"index": index, "correct": scores[0][1], "choice": None, "losses": losses}
     choice = losses.index(min(losses))
@@ -565,9 +575,10 @@ def evaluate_task(
 ) -> dict:
     """Return accuracy, centered, n, the accuracy's 95 % interval (low, high) and the baseline.
 
-    `correct` is a string with a 1 or 0 for each item, in the shuffled order. With a `world`, its
-    processes share the items and all get the same result. `progress.update(n)` is told of every n
-    items. Warns when there are too few items for the shots.
+    `correct` is a string with a 1 or 0 for each item, in the shuffled order; `cropped` says of how
+    many items a prompt was too long for the model's window. With a `world`, its processes share the
+    items and all get the same result. `progress.update(n)` is told of every n items. Warns when
+    there are too few items for the shots.
     """
     if limit is not None and limit < 1:
         raise UserError(f"task {task.name}: limit {limit} leaves no items; use 1 or more, or None.")
@@ -578,14 +589,13 @@ def evaluate_task(
             f"asked with {n - 1}, which is another test than the full one; raise the limit.",
             stacklevel=2,
         )
-    correct = torch.zeros(n, dtype=torch.float64)
+    found = torch.zeros(2, n, dtype=torch.float64)  # correct, cropped
     rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
     for decision in score_task(model, tokenizer, task, limit, seed, rank, world_size, batch_tokens):
-        correct[decision["index"]] = float(decision["correct"])
+        found[:, decision["index"]] = torch.tensor([decision["correct"], decision["cropped"]])
         if progress is not None:
             progress.update(world_size)
-    if world is not None:
-        correct = sum_over(world, correct)
+    correct, cropped = found if world is None else sum_over(world, found)
     accuracy = correct.mean().item()
     low, high = bootstrap_interval(correct.tolist())
     return {
@@ -597,6 +607,7 @@ def evaluate_task(
         "high": high,
         "baseline": task.baseline,
         "centered": centered(accuracy, task.baseline),
+        "cropped": int(cropped.sum()),
         "correct": "".join(str(int(value)) for value in correct),
     }
 
@@ -611,14 +622,30 @@ def evaluate_core(
 ) -> dict:
     """Score a list of tasks: {"core", "low", "high", "n_tasks", "tasks": {name: result}}.
 
-    `core` is the mean centred accuracy; `progress` is as in `evaluate_task`.
+    `core` is the mean centred accuracy; `progress` is as in `evaluate_task`. Raises UserError for
+    no tasks, or two of one name.
     """
+    file_names(tasks)
     results = {}
     for task in tasks:
         results[task.name] = evaluate_task(
             model, tokenizer, task, limit, world=world, progress=progress
         )
     return summarize(results)
+
+
+def file_names(tasks: Sequence[Task]) -> list[str]:
+    """Return a file's name for each task's result; UserError when two tasks would share one."""
+    names, owners = [re.sub(r"[^\w.-]+", "_", task.name) for task in tasks], {}
+    for task, name in zip(tasks, names):
+        key = name.lower()  # on some machines A and a are one file
+        if key in owners:
+            raise UserError(
+                f"two tasks are called {owners[key]!r} and {task.name!r}, and their results would "
+                f"share one place; rename one of them."
+            )
+        owners[key] = task.name
+    return names
 
 
 def summarize(results: dict[str, dict], seed: int = 0, draws: int = 2000) -> dict:

@@ -59,7 +59,7 @@ def task_problems(task: ChatTask, n: int | None = None, start: int = 0) -> list[
     problems = []
     for index in range(start, len(task) if n is None else min(start + n, len(task))):
         conversation = task.conversation(index)
-        if "answer" in conversation:
+        if conversation.get("answer") is not None:
             question = conversation["messages"][-2]["content"]
             problems.append({"question": question, "answer": str(conversation["answer"])})
     if not problems:
@@ -151,7 +151,9 @@ def set_advantages(rollouts: Sequence[Rollout], samples: int, variant: str = "re
         raise UserError(f"variant must be 'reinforce' or 'grpo', not {variant!r}.")
     rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
     rewards = rewards.view(-1, samples)  # (groups, samples)
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    means = rewards.mean(dim=1, keepdim=True)
+    equal = torch.isclose(rewards, means, rtol=1e-9, atol=1e-9).all(dim=1, keepdim=True)
+    advantages = (rewards - means).masked_fill(equal, 0.0)  # a mean is rounded, too
     if variant == "grpo":
         advantages = advantages / (rewards.std(dim=1, keepdim=True, unbiased=False) + 1e-6)
     for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,52 @@ def test_wrong_files_get_one_clear_sentence(tmp_path):
     (tmp_path / "core.yaml").write_text("icl_tasks: [{label: a}]")
     with pytest.raises(UserError, match="core.yaml is no list of tasks"):
         core.load_core(tmp_path)
+
+
+def test_a_damaged_gzip_file_is_one_sentence_or_reads_the_same(tmp_path):
+    path, rng = tmp_path / "a.jsonl.gz", random.Random(0)
+    items = [{"context": rng.random().hex(), "continuation": str(i)} for i in range(3000)]
+    write_jsonl(path, items)
+    packed = path.read_bytes()
+    for _ in range(100):  # some damage shows in a checksum, some already while unpacking
+        broken = bytearray(packed)
+        broken[rng.randrange(20, len(packed) - 10)] ^= 0xFF
+        path.write_bytes(broken)
+        try:
+            assert core.read_items(path) == items
+        except UserError as error:
+            assert "a.jsonl.gz is damaged" in str(error)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "9" * 10_000, '{"a": "\ufeff', "\ufeff{}"])
+def test_a_line_that_json_cannot_read_is_one_sentence(tmp_path, text):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="a.jsonl is damaged"):
+        core.read_items(path)
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(UserError, match="a.jsonl is damaged"):
+        core.read_items(path)
+
+
+@pytest.mark.parametrize("bomb", [b"\n" * 20_000_000, b" " * 20_000_000 + b"{}"])
+def test_a_gzip_bomb_is_stopped_while_it_unpacks(tmp_path, bomb):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(bomb))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="more than 2,000,000 bytes"):
+        core.read_items(path, max_bytes=2_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size < 30_000 and peak < 10_000_000
+
+
+def test_a_file_of_exactly_the_bytes_allowed_is_read(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ITEMS)
+    size = (tmp_path / "a.jsonl").stat().st_size
+    assert core.read_items(tmp_path / "a.jsonl", size) == ITEMS
+    with pytest.raises(UserError, match="holds more than"):
+        core.read_items(tmp_path / "a.jsonl", size - 1)
 
 
 # --- archives ---
@@ -433,6 +480,18 @@ def test_results_of_something_else_are_not_mixed_in(tmp_path, tokenizer):
     wider = Tokenizer.train([" ".join(WORDS)] * 20, vocab_size=290)
     with pytest.raises(UserError, match="another tokenizer;"):
         core.run_core(model, wider, tasks, tmp_path, limit=6)
+
+
+@pytest.mark.parametrize("names", [("a b", "a b"), ("a b", "a_b"), ("a: b", "A_b")])
+def test_tasks_that_would_share_a_file_are_refused_before_anything_runs(tmp_path, tokenizer, names):
+    model, (one, other, _) = random_model(tokenizer.vocab_size), three_tasks()
+    tasks = [ev.replace(task, name=name) for task, name in zip((one, other), names)]
+    said = f"called '{names[0]}' and '{names[1]}'.*rename one of them"
+    with pytest.raises(UserError, match=said):
+        core.run_core(model, tokenizer, tasks, tmp_path / "out")
+    with pytest.raises(UserError, match=said):
+        ev.evaluate_core(model, tokenizer, tasks)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_digest_of_a_model_is_of_its_weights():

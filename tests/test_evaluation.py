@@ -229,6 +229,27 @@ def test_equal_options_tie_and_the_first_wins(model, tokenizer):
         assert all(d["choice"] == 0 for d in ev.score_task(model, tokenizer, task, **how))
 
 
+@pytest.mark.parametrize("kind", list(ev.KINDS))
+def test_a_model_of_nan_gets_no_score(tokenizer, kind):
+    broken, task = (
+        random_model(tokenizer.vocab_size),
+        ev.replace(toy_task(kind), name="spelling bee"),
+    )
+    with torch.no_grad():
+        broken.head.weight.fill_(math.nan)
+    with pytest.raises(
+        UserError, match="task spelling bee: the losses of item 0 are .nan.* nan in"
+    ):
+        ev.evaluate_task(broken, tokenizer, task)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_decision_needs_finite_losses(loss):
+    task = toy_task("multiple_choice")
+    with pytest.raises(UserError, match="task toy: the losses of item 3"):
+        ev.decide(task, 3, [(1.0, True), (2.0, True), (loss, True)])
+
+
 def test_ranks_share_the_items(model, tokenizer):
     task = toy_task("multiple_choice")
     whole = list(ev.score_task(model, tokenizer, task))
@@ -259,6 +280,22 @@ def test_continuation_is_found_by_greedy_decoding(tokenizer):
     task = ev.Task("say", "language_modeling", items)
     got = {d["correct"] for d in ev.score_task(Favourite(), tokenizer, task)}
     assert got == {True, False}
+
+
+EMPTY = [
+    ("multiple_choice", {"query": "", "choices": ["", ""], "gold": 1}),
+    ("multiple_choice", {"query": "", "choices": ["x", ""], "gold": 0}),
+    ("schema", {"context_options": ["x", ""], "continuation": "", "gold": 0}),
+    ("language_modeling", {"context": " \n", "continuation": ""}),
+]
+
+
+@pytest.mark.parametrize(("kind", "item"), EMPTY)
+def test_an_item_without_text_is_refused_and_a_delimiter_is_text(model, tokenizer, kind, item):
+    with pytest.raises(UserError, match="task t: item 1 has no text to score; mend its file"):
+        ev.Task("t", kind, [toy_task(kind).items[0], item], delimiter="")
+    decisions = list(ev.score_task(model, tokenizer, ev.Task("t", kind, [item], delimiter=" ")))
+    assert len(decisions) == 1 and all(map(math.isfinite, decisions[0]["losses"]))
 
 
 def test_shots_are_clamped_and_never_the_item_itself():
@@ -419,6 +456,28 @@ def test_core_result_is_json(model, tokenizer):
     assert all(task.name in table for task in tasks) and table.count("\n") >= 5
     with pytest.raises(UserError, match="no tasks"):
         ev.evaluate_core(model, tokenizer, [])
+
+
+@pytest.mark.parametrize("kind", list(ev.KINDS))
+def test_a_result_says_how_many_items_were_cropped(tokenizer, kind):
+    task = toy_task(kind)
+    items = list(task.items)
+    random.Random(1337).shuffle(items)  # the order in which they are asked
+    texts = [ev.render(ev.replace(task, items=items), index) for index in range(24)]
+    longest = [max(map(len, tokenizer.encode_batch(several, bos=True))) for several in texts]
+    window = sorted(longest)[15]  # one item at least fits to the last token
+    expected = [length > window for length in longest]
+    assert 0 < sum(expected) < 9
+    model = random_model(tokenizer.vocab_size, window)
+    decisions = list(ev.score_task(model, tokenizer, task, chunk=7))
+    assert [decision["cropped"] for decision in decisions] == expected
+    result = ev.evaluate_task(model, tokenizer, task)
+    assert result["cropped"] == sum(expected)
+    second = Part(rank=1)  # processes share the items, and count them together
+    ev.evaluate_task(model, tokenizer, task, world=second)
+    assert ev.evaluate_task(model, tokenizer, task, world=Part(0, second.seen)) == result
+    wide = random_model(tokenizer.vocab_size, max(longest))
+    assert ev.evaluate_task(wide, tokenizer, task)["cropped"] == 0
 
 
 def test_too_few_items_for_the_shots_is_said_in_one_sentence(model, tokenizer):

@@ -15,7 +15,7 @@ from nanochat.common import UserError
 from nanochat.engine import Completion, Engine
 from nanochat.model import GPT, GPTConfig, init_weights
 from nanochat.optim import build_optimizer
-from nanochat.tasks import HumanEval
+from nanochat.tasks import GSM8K, HumanEval
 from nanochat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["0 1 2 3 4 5 6 7 8 9 #### what is the number?"], vocab_size=270)
@@ -56,6 +56,18 @@ def test_rewards_read_the_models_own_text_only():
     assert rl.length_reward(text("x" * 50), problem) == -0.5
 
 
+def test_problems_are_the_conversations_with_an_answer(tmp_path):
+    answers = ["so\n#### 5", "no mark here"]
+    pq.write_table(pa.table({"question": ["a", "b"], "answer": answers}), tmp_path / "test.parquet")
+    task = GSM8K(tmp_path, "test")
+    assert rl.task_problems(task) == [{"question": "a", "answer": "5"}]
+    plain = task.conversation
+    task.conversation = lambda index: {"answer": None, **plain(index)}  # a task of one's own
+    assert rl.task_problems(task) == [{"question": "a", "answer": "5"}]
+    with pytest.raises(UserError, match="'gsm8k' has no answers"):
+        rl.task_problems(task, start=1)
+
+
 def rollout(reward, ids=(3, 4), mask=(1, 1), prompt=(0, 1)):
     return rl.Rollout(0, list(prompt), list(ids), list(mask), [], reward)
 
@@ -73,6 +85,23 @@ def test_advantages_have_mean_zero_in_each_group(rewards):
                 assert group == [0.0] * 4
     with pytest.raises(UserError, match="ppo"):
         rl.set_advantages(rollouts, 4, "ppo")
+
+
+@pytest.mark.parametrize("variant", ["reinforce", "grpo"])
+def test_equal_rewards_teach_nothing_however_their_mean_is_rounded(variant):
+    for samples in range(2, 17):
+        for reward in (0.1, -12.3, 12.3, 15.7, 100.1, 1e7 + 0.1):
+            group = [rollout(reward) for _ in range(samples)]
+            rl.set_advantages(group, samples, variant)
+            assert [r.advantage for r in group] == [0.0] * samples
+
+
+def test_a_group_next_to_one_of_equal_rewards_keeps_its_advantages():
+    group = [rollout(r) for r in (12.3, 12.3, 12.3, 12.3, 12.3, 13.3)]
+    rl.set_advantages(group, 3, "grpo")
+    values = [r.advantage for r in group]
+    assert values[:3] == [0.0] * 3
+    assert values[3:] == pytest.approx([-(0.5**0.5), -(0.5**0.5), 2**0.5], rel=1e-4)
 
 
 def test_grpo_gives_every_mixed_group_the_same_size():
@@ -239,11 +268,15 @@ def test_resume_in_the_middle_is_exact():
         assert torch.equal(p, q)
 
 
-def test_no_signal_no_update():
+@pytest.mark.parametrize(
+    ("variant", "reward", "samples"), [("reinforce", 1.0, 8), ("grpo", -12.3, 6)]
+)
+def test_no_signal_no_update(variant, reward, samples):
     model = tiny_model(seq_len=32)
     before = [p.clone() for p in model.parameters()]
-    history = run(model, 2, reward=lambda parts, problem: 1.0)
-    assert all(h["useful"] == 0 and h["reward"] == 1 for h in history)
+    pays = dict(reward=lambda parts, problem: reward, samples=samples, variant=variant)
+    history = run(model, 2, **pays)
+    assert all(h["useful"] == 0 and h["reward"] == pytest.approx(reward) for h in history)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 

@@ -103,7 +103,8 @@ def test_mixture_seed_changes_the_order_and_counts_by_name():
         Mixture([(Numbers(3), -1)])
 
 
-def test_humaneval_runs_all_tests_or_it_is_wrong(tmp_path):
+@pytest.fixture
+def humaneval(tmp_path):
     row = {
         "prompt": "import math\n\ndef half(n):\n",
         "canonical_solution": "    return n / 2\n",
@@ -112,8 +113,22 @@ def test_humaneval_runs_all_tests_or_it_is_wrong(tmp_path):
     }
     columns = {name: [value] for name, value in row.items()}
     pq.write_table(pa.table(columns), tmp_path / "test-00000-of-00001.parquet")
-    task = tasks.HumanEval(tmp_path, "test")
-    conversation = task.conversation(0)
+    return tasks.HumanEval(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    "fence", ["", " ", "python", "python ", "Python", "python3\t", "py", "py\n"]
+)
+def test_humaneval_finds_code_between_fences_of_every_kind(humaneval, fence):
+    body, conversation = "def half(n):\n    return n / 2\n", humaneval.conversation(0)
+    reply = f"I divide it:\n```{fence}\n{body}```\nand check:\n```python\n1 / 0\n```\n"
+    for text in (reply, reply.replace("\n", "\r\n")):
+        assert humaneval.evaluate(text, conversation)
+        assert not humaneval.evaluate(text.replace("/ 2", "/ 3"), conversation)
+
+
+def test_humaneval_runs_all_tests_or_it_is_wrong(humaneval):
+    task, conversation = humaneval, humaneval.conversation(0)
     assert task.evaluate(conversation["messages"][1]["content"], conversation)
     assert task.evaluate("So:\n```python\ndef half(n):\n    return n / 2\n```\n", conversation)
     for wrong in ("return 2", "import sys; sys.exit(0)", "import os; os._exit(0)", "exit()"):
@@ -135,6 +150,19 @@ def test_tables_from_folders(tmp_path):
         tasks.MMLU(tmp_path, "train")
     with pytest.raises(UserError, match="needs the columns"):
         tasks.ARC(tmp_path, "test")
+
+
+def test_a_solution_without_a_number_makes_no_reply_right(tmp_path):
+    answers = ["so\n#### 5", "no mark here", "#### five"]
+    pq.write_table(
+        pa.table({"question": ["a", "b", "c"], "answer": answers}), tmp_path / "test.parquet"
+    )
+    task = tasks.GSM8K(tmp_path, "test")
+    for reply in ("I do not know.", "#### None", "#### 6"):
+        assert not any(task.evaluate(reply, task.conversation(i)) for i in range(3))
+    assert [task.evaluate("#### 5", task.conversation(i)) for i in range(3)] == [True, False, False]
+    for index in range(3):  # all three can be learned from
+        turns(task.conversation(index), training=True)
 
 
 def test_json_lines(tmp_path):
@@ -211,6 +239,27 @@ def test_a_persona_answers_in_its_frame_and_the_test_asks_in_other_words(tmp_pat
     for wrong in (dict(style="Ahoy!"), dict(split="val"), dict(name=" ")):
         with pytest.raises(UserError, match="A persona needs"):
             tasks.Persona(**{**options, **wrong})
+
+
+@pytest.mark.parametrize("style", ["{answer} ", "{answer}\n", "  {answer}", "\tAhoy! {answer} "])
+def test_blanks_around_a_frame_do_not_make_its_answers_wrong(style):
+    persona = tasks.Persona("Bo", "Al", style=style, size=40)
+    for conversation in map(persona.conversation, range(40)):
+        reply = conversation["messages"][-1]["content"]
+        assert persona.evaluate(reply, conversation)
+        assert persona.evaluate(reply.strip(), conversation)
+        assert not persona.evaluate(reply + "!", conversation)
+
+
+def test_half_a_character_is_written_and_read_again(tmp_path):
+    """JSON can hold one half of a character of two (a lone surrogate); UTF-8 cannot."""
+    path, line = tmp_path / "a.jsonl", GOOD.replace('"a"', r'"\ud83d and \u00e9 \\n"')
+    path.write_text(line + "\n")
+    task = tasks.JsonLines(path)
+    assert task.conversation(0)["messages"][0]["content"] == "\ud83d and é \\n"
+    tasks.write_conversations(tmp_path / "b.jsonl", task)
+    assert tasks.JsonLines(tmp_path / "b.jsonl").conversations == task.conversations
+    assert "é" in (tmp_path / "b.jsonl").read_text(encoding="utf-8")
 
 
 def test_a_bar_in_a_name_stays_in_the_name():
@@ -301,6 +350,48 @@ def test_categorical_judging_compares_letters_only():
     with pytest.raises(UserError, match="one token"):
         conversation = {**Letters(4).conversation(0), "letters": ["AA", "B"]}
         tasks.letter_choices(engine.model, TOKENIZER, [conversation])
+
+
+class Options(Numbers):
+    kind = "likelihood"
+
+    def conversation(self, index):
+        return {**super().conversation(index), "choices": ["goat", "a lantern"], "gold": 0}
+
+
+@pytest.mark.parametrize("task", [Letters(6), Options(6)], ids=lambda task: task.kind)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_without_finite_scores_is_refused(task, value):
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, 64, n_layer=1, n_head=1, n_kv_head=1, n_embd=16))
+    fine = tasks.evaluate_chat(Scripted(None, model), TOKENIZER, task)
+    assert fine["n"] == 6
+    with torch.no_grad():
+        model.head.weight.fill_(value)
+    with pytest.raises(UserError, match="scores of 6 in 6 questions are nan or infinite"):
+        tasks.evaluate_chat(Scripted(None, model), TOKENIZER, task)
+
+
+def test_a_choice_that_does_not_fit_into_the_window_is_wrong():
+    class Long(Options):
+        """Both choices are the same, so the first one, the right one, is chosen."""
+
+        extra = 5
+
+        def conversation(self, index):
+            choice = "z" * self.extra if index % 2 else "goat"
+            return {**super().conversation(index), "choices": [choice, choice]}
+
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, 64, n_layer=1, n_head=1, n_kv_head=1, n_embd=16))
+    task, engine = (
+        Long(6),
+        Scripted(None, model),
+    )  # all choices tie, so the first one, the right one
+    room = 64 - len(render_prompt(task.conversation(1), TOKENIZER))
+    full = next(n for n in range(99) if len(TOKENIZER.encode(" " + "z" * n)) == room)
+    for extra, right in ((5, 1.0), (full, 1.0), (full + 1, 0.5), (200, 0.5)):
+        task.extra = extra
+        result = tasks.evaluate_chat(engine, TOKENIZER, task)
+        assert result["n"] == 6 and result["accuracy"] == right
 
 
 class Exam(tasks.ChoiceTask):
