@@ -1383,7 +1383,9 @@ async function follow(talk, model, answer) {
 # %% [markdown]
 r"""
 Part four: what the buttons do. Editing, regenerating and sending end in the same function, as in
-`ChatSession`. Comparing opens one stream for each model; the engine thread lets them take turns.
+`ChatSession`, and when no answer comes the talk is again what it was: the older answer stays, and a
+new question goes back into the box, above what has been typed there since. Comparing opens one
+stream for each model; the engine thread lets them take turns.
 """
 
 
@@ -1415,16 +1417,17 @@ async function run(answers, work) {
   return fine;
 }
 
-async function ask() {
-  const talk = [...state.messages], answer = { role: "assistant", content: [], tokens: [] };
-  state.messages.push(answer);
+async function ask(talk) {
+  const before = state.messages, answer = { role: "assistant", content: [], tokens: [] };
+  state.messages = [...talk, answer];
   state.compared = null;
-  if (await run([answer], () => follow(talk, $("model").value, answer))) return;
-  if (answer.content.length) return;
-  state.messages.pop();  // nothing came: the question goes back into the box
-  $("box").value = $("box").value || state.messages.pop().content;
+  if (await run([answer], () => follow(talk, $("model").value, answer))) return true;
+  const isNew = talk.length > before.length;  // nothing older had to go for this answer
+  if (isNew && answer.content.length) return true;  // so what has come of it may stay
+  state.messages = before;
   draw();
   keep();
+  return false;
 }
 
 function compare() {
@@ -1456,20 +1459,25 @@ function startEdit(i) {
 }
 
 function regenerate() {
-  state.messages.pop();
-  ask();
+  ask(state.messages.slice(0, -1));
 }
 
-function send(event) {
+function putBack(question) {
+  $("box").value = [question, $("box").value].filter(Boolean).join("\n");
+  grow();
+}
+
+async function send(event) {
   event.preventDefault();
-  const text = $("box").value;
+  const text = $("box").value, { editing, messages } = state;
   if (state.running || !text.trim()) return;
-  if (state.editing !== null) state.messages.splice(state.editing);
   state.editing = null;
-  state.messages.push({ role: "user", content: text });
   $("box").value = "";
   grow();
-  ask();
+  const talk = editing === null ? messages : messages.slice(0, editing);
+  if (await ask([...talk, { role: "user", content: text }])) return;
+  state.editing = editing;
+  putBack(text);
 }
 """
 
@@ -1477,7 +1485,8 @@ function send(event) {
 # %% [markdown]
 r"""
 Part five: keeping. A conversation is saved to a file and loaded from one, in the format of
-`save_session`. It also survives a reload of the page, because it lies in the tab's session storage.
+`save_session`. If it ends with a question, the question goes into the box, as after a failure. A
+conversation also survives a reload of the page, because it lies in the tab's session storage.
 """
 
 
@@ -1501,8 +1510,9 @@ async function loadFile() {
         [{ type: "text", text: content }] : content.map((part) =>
           ({ type: String(part.type), text: String(part.text) })) }));
     $("system").value = String(data.system || "");
-    state.compared = null;
-    $("alert").textContent = "";
+    state.editing = state.compared = null;
+    if (state.messages.at(-1)?.role === "user") putBack(state.messages.pop().content);
+    $("status").textContent = $("alert").textContent = "";
   } catch { $("alert").textContent = "This file is not a saved conversation."; }
   $("file").value = "";
   draw();
