@@ -5,6 +5,7 @@ Exported from chapters/A5_serving.py (chapter A5, Serving it); edit there, not h
 
 import asyncio
 import hmac
+import http.client
 import json
 import logging
 import queue
@@ -13,6 +14,7 @@ import socket
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -46,6 +48,7 @@ __all__ = [
     "Job",
     "Limits",
     "Metrics",
+    "NETWORK_ERRORS",
     "PAGE_CSS",
     "PAGE_HTML",
     "PAGE_JS_ACTIONS",
@@ -64,9 +67,11 @@ __all__ = [
     "StopStrings",
     "background_server",
     "check_fields",
+    "check_token",
     "chunk_pieces",
     "create_app",
     "event",
+    "explain",
     "make_prompt",
     "message_schema",
     "page",
@@ -95,13 +100,19 @@ def event(data: Any) -> str:
 
 
 def read_events(lines: Iterator[str]) -> Iterator[Any]:
-    """The JSON of each server-sent event in a stream of lines, up to [DONE]."""
+    """The JSON of each server-sent event in a stream of lines, up to [DONE].
+
+    Raises UserError when an event is no JSON.
+    """
     for line in lines:
         data = line.removeprefix("data:").strip()
         if line.startswith("data:") and data == "[DONE]":
             return
         if line.startswith("data:"):
-            yield json.loads(data)
+            try:
+                yield json.loads(data)
+            except (ValueError, RecursionError):
+                raise UserError(f"An event is not valid JSON; found {data!r:.40}.") from None
 
 
 @dataclass(frozen=True)
@@ -1181,6 +1192,20 @@ def page(nonce: str) -> str:
     return text.replace("SCRIPT", script, 1)
 
 
+def check_token(token: str) -> str:
+    """Return an access token that a request's head can carry, else raise UserError.
+
+    The error does not repeat the token.
+    """
+    if not token or not all("!" <= letter <= "~" for letter in token):
+        wrong = "holds another character" if token else "is empty"
+        raise UserError(
+            f"An access token is made of ASCII letters, digits and signs, without spaces; the one "
+            f"given {wrong}: choose another."
+        )
+    return token
+
+
 async def _send_json(send: Any, status: int, body: dict[str, Any]) -> None:
     headers = [(b"content-type", b"application/json")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -1338,9 +1363,10 @@ def create_app(
 
     Without `token` it answers requests to localhost only. `limits` bounds what clients may use.
     `origins` are the web sites whose pages may call it ("https://my.site"; none by default).
-    Raises UserError when the extra `serve` is not installed.
+    Raises UserError when the token cannot be sent or the extra `serve` is not installed.
     """
     _need_serve_extra()
+    token = None if token is None else check_token(token)
     from fastapi import FastAPI
     from fastapi.middleware.cors import CORSMiddleware
     from fastapi.responses import JSONResponse
@@ -1412,7 +1438,8 @@ def run_server(
     """Serve the web page and the endpoint until Ctrl-C.
 
     Any host but loopback needs a token; without one, a random token is made and printed.
-    Raises UserError when the port is taken or the extra `serve` is missing.
+    Raises UserError when the port is taken, the token cannot be sent or the extra `serve` is
+    missing.
     """
     _need_serve_extra()
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
@@ -1420,7 +1447,8 @@ def run_server(
     app = create_app(engines, tokenizer, token=token, limits=limits, origins=origins)
     with _bind(host, port) as sock:
         shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{sock.getsockname()[1]}/" + (f"#token={token}" if token else "")
+        address = f"http://{shown}:{sock.getsockname()[1]}/"
+        address += f"#token={urllib.parse.quote(token, safe='')}" if token else ""
         print(f"nanochat is at {address} (Ctrl-C stops it)", flush=True)
         with suppress(KeyboardInterrupt):
             _uvicorn(app).run(sockets=[sock])
@@ -1463,6 +1491,21 @@ def chunk_pieces(chunk: Any) -> Iterator[Piece]:
         raise UserError("The endpoint sent something that is not a chat completion.") from None
 
 
+NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError, RecursionError)
+
+
+def explain(error: Exception) -> str:
+    """What one of NETWORK_ERRORS means, in words that hold nothing of what was sent."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, OSError):
+        return str(cause) or type(cause).__name__
+    if isinstance(error, http.client.IncompleteRead):
+        return "the answer broke off"
+    if isinstance(error, (urllib.error.URLError, http.client.InvalidURL, ValueError)):
+        return "the address is not valid"
+    return "the answer is no HTTP"
+
+
 class RemoteEngine:
     """A model behind an OpenAI-compatible endpoint, for ChatWidget, ChatSession and terminal_chat.
 
@@ -1475,35 +1518,43 @@ class RemoteEngine:
     def __init__(self, url: str, model: str, token: str = "", timeout: float = 120.0) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"An endpoint's address begins with http:// or https://; found {url}.")
-        self.url, self.model, self.token, self.timeout = url.rstrip("/"), model, token, timeout
+        self.url, self.model, self.timeout = url.rstrip("/"), model, timeout
+        self.token = check_token(token.strip()) if token.strip() else ""
 
     def open(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The response to a request, not read yet; a body is sent by POST."""
+        """The response to a request, not read yet; a body is sent by POST.
+
+        Raises UserError when there is none, or when it is an error.
+        """
         data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(self.url + path, data)
-        request.add_header("Content-Type", "application/json")
-        if self.token:  # never sent on, should this address point to another one
-            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
         try:
+            request = urllib.request.Request(self.url + path, data)
+            request.add_header("Content-Type", "application/json")
+            if self.token:  # never sent on, should this address point to another one
+                request.add_unredirected_header("Authorization", f"Bearer {self.token}")
             return urllib.request.urlopen(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:
-            with suppress(ValueError, KeyError, TypeError, OSError):  # it may hang up on us
+            with suppress(*NETWORK_ERRORS, KeyError, TypeError):  # it may hang up on us
                 raise UserError(json.loads(error.read(10_000))["error"]["message"]) from None
             said = "wants a valid access token" if error.code == 401 else f"said {error.code}"
             raise UserError(f"{self.url} {said}.") from None
-        except OSError as error:
-            reason = getattr(error, "reason", error)
-            raise UserError(f"Cannot reach {self.url}: {reason}. Is the server running?") from None
+        except NETWORK_ERRORS as error:
+            raise UserError(
+                f"Cannot reach {self.url}: {explain(error)}. Is the server running, and is this "
+                "its address?"
+            ) from None
 
     def _read(self, body: dict[str, Any], lines: queue.Queue, gone: threading.Event) -> None:
         """The reading thread: lines of the answer, then None; or the error."""
         try:
             with self.open("/chat/completions", body) as response:
                 for line in response:
-                    lines.put(line.decode("utf-8"))
+                    lines.put(line.decode("utf-8", errors="replace"))
                     if gone.is_set():
                         return
             lines.put(None)
+        except NETWORK_ERRORS as error:
+            lines.put(UserError(f"The connection to {self.url} was lost: {explain(error)}."))
         except Exception as error:
             lines.put(error)
 
@@ -1514,7 +1565,10 @@ def _stream_messages(
     settings: ChatSettings,
     stop: threading.Event | None = None,
 ) -> Iterator[Piece]:
-    """Stream the pieces of the answer to a conversation; the last one has kind "end"."""
+    """Stream the pieces of the answer to a conversation; the last one has kind "end".
+
+    Raises UserError when the endpoint fails or falls silent.
+    """
     body = {"model": self.model, "messages": messages, "stream": True, "logprobs": True}
     body.update((name, value) for name, value in asdict(settings).items() if value is not None)
     body["top_k"] = settings.top_k or 0
@@ -1553,6 +1607,8 @@ def remote_engines(url: str, token: str = "") -> dict[str, RemoteEngine]:
     with RemoteEngine(url, "", token).open("/models") as response:
         try:
             names = [str(entry["id"]) for entry in json.load(response)["data"]]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{url} is not an OpenAI-compatible endpoint.") from None
+        except (*NETWORK_ERRORS, KeyError, TypeError):
+            raise UserError(
+                f"{url} is not an OpenAI-compatible endpoint: it sent no list of models."
+            ) from None
     return {name: RemoteEngine(url, name, token) for name in names}
