@@ -46,6 +46,7 @@ __all__ = [
     "FIELDS",
     "Guard",
     "Job",
+    "LOOK",
     "Limits",
     "Metrics",
     "NETWORK_ERRORS",
@@ -366,6 +367,9 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
+LOOK = 0.25  # seconds between two looks for a waiting client that has left
+
+
 class Slots:
     """Admit `concurrent` jobs, `per_client` from one address; let `waiting` more queue.
 
@@ -377,8 +381,12 @@ class Slots:
         self.free = asyncio.Semaphore(limits.concurrent)
         self.clients: Counter[str] = Counter()  # requests by address, waiting or running
 
-    async def take(self, client: str) -> Callable[[], None]:
-        """Wait for a slot; returns the function that gives it back (calling twice is harmless)."""
+    async def take(self, client: str, gone: Callable[[], Any]) -> Callable[[], None]:
+        """Wait for a slot; returns the function that gives it back (calling twice is harmless).
+
+        Raises ApiError when there is no place or no time left, or when `gone()` says that the
+        client has left.
+        """
         metrics, most = self.metrics, self.limits.per_client
         if self.clients[client] >= most:
             raise ApiError(429, f"At most {most} requests at a time from one client: wait for one.")
@@ -387,12 +395,10 @@ class Slots:
         metrics.waiting += 1
         self.clients[client] += 1
         try:
-            await asyncio.wait_for(self.free.acquire(), self.limits.seconds)
-        except BaseException as error:
+            await self._wait(gone)
+        except BaseException:
             self._forget(client)
-            if not isinstance(error, asyncio.TimeoutError):
-                raise
-            raise ApiError(503, "The server is busy: no free slot in time. Try again.") from None
+            raise
         finally:
             metrics.waiting -= 1
         metrics.active += 1
@@ -406,6 +412,23 @@ class Slots:
                 self.free.release()
 
         return give_back
+
+    async def _wait(self, gone: Callable[[], Any]) -> None:
+        slot = asyncio.ensure_future(self.free.acquire())
+        end = time.perf_counter() + self.limits.seconds
+        try:
+            while not slot.done():
+                left = max(0.0, end - time.perf_counter())
+                await asyncio.wait({slot}, timeout=min(LOOK, left))
+                if await gone():
+                    self.metrics.disconnects += 1
+                    raise ApiError(499, "The client has left.")
+                if not slot.done() and not left:
+                    raise ApiError(503, "The server is busy: no free slot in time. Try again.")
+        except BaseException:
+            if not slot.cancel():  # it came in this very moment: on to the next
+                self.free.release()
+            raise
 
     def _forget(self, client: str) -> None:
         self.clients[client] -= 1
@@ -440,8 +463,11 @@ class Job:
         self.engine.close(self.pieces)
         self.release()
 
-    async def run(self) -> AsyncIterator[Piece]:
-        """The pieces, cut at stop strings and at the deadline, counted; the last one is "end"."""
+    async def run(self) -> AsyncIterator[tuple[Piece, str]]:
+        """Each piece and its text to show, which ends at a stop string or at the deadline.
+
+        The last piece is "end".
+        """
         started, end = time.perf_counter(), Piece("end", "stop")
         async for piece in self.engine.steps(self.pieces):
             if piece.kind == "end":
@@ -454,19 +480,19 @@ class Job:
                 self.metrics.first_token_seconds += time.perf_counter() - started
             if piece.kind == "text":
                 shown, found = self.stops.push(piece.text)
-                yield replace(piece, text=shown)
+                yield piece, shown
                 if found:
                     break
             else:
                 if held := self.stops.flush():
-                    yield Piece("text", held)
-                yield piece
+                    yield Piece("text"), held
+                yield piece, piece.text
             if time.perf_counter() > self.deadline:
                 end = Piece("end", "length")
                 break
         if held := self.stops.flush():
-            yield Piece("text", held)
-        yield end
+            yield Piece("text"), held
+        yield end, ""
 
 
 class ReadAlong:
@@ -553,11 +579,11 @@ async def stream_answer(job: Job) -> AsyncIterator[str]:
 
     if chat:
         yield chunk(None, None)
-    async for piece in job.run():
+    async for piece, shown in job.run():
         if piece.kind == "end":
             yield chunk(None, piece.text if piece.text != "cancelled" else "stop")
-        elif piece.text or piece.kind != "text" or job.logprobs:
-            yield chunk(piece, None, piece.text if piece.kind == "text" else "")
+        elif shown or piece.kind != "text" or job.logprobs:
+            yield chunk(piece, None, shown if piece.kind == "text" else "")
     if job.usage:
         yield event(_frame(job, True, choices=[], usage=_usage(job)))
     job.finished = True
@@ -567,12 +593,12 @@ async def stream_answer(job: Job) -> AsyncIterator[str]:
 async def whole_answer(job: Job, gone: Callable[[], Any]) -> dict[str, Any]:
     """The complete answer as one object; stops early when `gone()` says the client has left."""
     pieces, parts, reason = [], [], "stop"
-    async for piece in job.run():
+    async for piece, shown in job.run():
         if piece.kind == "end":
             reason = piece.text if piece.text != "cancelled" else "stop"
         else:
             pieces.append(piece)
-            add_piece(parts, piece)
+            add_piece(parts, replace(piece, text=shown))
         if job.tokens % 8 == 0 and await gone():
             job.metrics.disconnects += 1
             break
@@ -588,7 +614,12 @@ async def whole_answer(job: Job, gone: Callable[[], Any]) -> dict[str, Any]:
 
 
 async def read_body(request: Any, limits: Limits) -> dict[str, Any]:
-    """The JSON body of a request, read no further and no longer than the limits say."""
+    """The JSON body of a request, read no further and no longer than the limits say.
+
+    Raises ApiError when it is too long, too slow, no JSON object, or when the client hangs up.
+    """
+    from starlette.requests import ClientDisconnect
+
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "Send the body as application/json.")
@@ -605,6 +636,8 @@ async def read_body(request: Any, limits: Limits) -> dict[str, Any]:
         return parse_json(await asyncio.wait_for(read(), limits.seconds))
     except asyncio.TimeoutError:
         raise ApiError(408, "The body did not arrive in time.") from None
+    except ClientDisconnect:
+        raise ApiError(499, "The client has left.") from None
 
 
 def make_prompt(
@@ -642,8 +675,10 @@ class ChatServer:
         engine = self.engines[name]
         return name, engine, self.tokenizer or engine.tokenizer
 
-    async def admit(self, body: dict[str, Any], chat: bool, client: str) -> Job:
-        """Check a request, wait for a slot and prepare its job."""
+    async def admit(
+        self, body: dict[str, Any], chat: bool, client: str, gone: Callable[[], Any]
+    ) -> Job:
+        """Check a request, wait for a slot (while the client is not `gone`) and prepare its job."""
         deadline = time.perf_counter() + self.limits.seconds
         values = check_fields(body, self.limits)
         name, engine, tokenizer = self.choose(values)
@@ -651,7 +686,7 @@ class ChatServer:
         source = read_messages(body, self.limits) if chat else read_prompt(body, self.limits)
         logprobs, top = read_logprobs(body, values, chat)
         usage = bool((values.get("stream_options") or {}).get("include_usage"))
-        release, stop = await self.slots.take(client), threading.Event()
+        release, stop = await self.slots.take(client, gone), threading.Event()
 
         def prepare() -> tuple[list[int], str, Iterator[Piece]]:
             ids, note = make_prompt(engine, tokenizer, source, settings)
@@ -1328,7 +1363,7 @@ def _add_pages(app: Any, server: ChatServer) -> None:
     async def models() -> Any:
         return {"object": "list", "data": [about(name) for name in server.engines]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")  # a name may hold a slash
     async def model(name: str) -> Any:
         return about(server.choose({"model": name})[0])
 
@@ -1339,11 +1374,12 @@ def _add_completions(app: Any, server: ChatServer, path: str, chat: bool) -> Non
 
     async def complete(request: Request) -> Any:
         body = await read_body(request, server.limits)
-        job = await server.admit(body, chat, request.client.host if request.client else "")
+        client, gone = request.client.host if request.client else "", request.is_disconnected
+        job = await server.admit(body, chat, client, gone)
         if body.get("stream"):
             return stream_response(job)
         try:
-            return await whole_answer(job, request.is_disconnected)
+            return await whole_answer(job, gone)
         finally:
             job.close()
 
@@ -1380,13 +1416,13 @@ def create_app(
         allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), **allowed)
 
-    def refuse(error: ApiError) -> Any:
-        return JSONResponse(error.body(), error.status)
+    def refuse(error: ApiError, headers: Any = None) -> Any:
+        return JSONResponse(error.body(), error.status, headers)
 
     app.exception_handler(ApiError)(lambda _, error: refuse(error))
     app.exception_handler(UserError)(lambda _, error: refuse(ApiError(400, str(error))))
     app.exception_handler(HTTPException)(
-        lambda _, error: refuse(ApiError(error.status_code, str(error.detail)))
+        lambda _, error: refuse(ApiError(error.status_code, str(error.detail)), error.headers)
     )
     _add_pages(app, server)
     _add_completions(app, server, "/v1/chat/completions", chat=True)

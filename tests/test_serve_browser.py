@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from chromium import launch, shot
@@ -63,7 +64,7 @@ def visit(browser):
         page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
-        page.goto(url + (f"/#token={token}" if token else "/"))
+        page.goto(url + (f"/#token={quote(token, safe='')}" if token else "/"))
         opened.append((server, url, page, problems, requests))
         return page
 
@@ -352,10 +353,11 @@ def test_loading_ends_an_edit(visit, tmp_path):
     assert texts(page) == ["one", "first", "two", "second", "three", "You said: three"]
 
 
-def test_token_in_the_address_is_used_and_hidden(visit):
-    page = visit(Parrot(), token="s3cret")
+@pytest.mark.parametrize("token", ["s3cret", "s3+c/r%41&e="])
+def test_token_in_the_address_is_used_and_hidden(visit, token):
+    page = visit(Parrot(), token=token)
     until(page, "document.querySelectorAll('#model option').length === 1")
-    assert "s3cret" not in page.url
+    assert "s3" not in page.url
     say(page, "hello")
     done(page)
     assert texts(page) == ["hello", "You said: hello"]
