@@ -711,7 +711,10 @@ def _compare(
                         del streams[name]
                     elif piece.kind == "end":
                         self.finish_reason = piece.text
-                    elif piece.kind != "note":
+                    elif piece.kind == "note":  # windows differ, so it says whose it is
+                        said = f"{name}: {piece.text}"
+                        self.note = f"{self.note} · {said}" if self.note else said
+                    else:
                         self.stats.count()
                         add_piece(self.compared[name], piece)
                         yield piece
@@ -732,14 +735,18 @@ print({name: answer_text(parts) for name, parts in session.compared.items()})
 r"""
 A conversation is worth keeping, so a session can be written to JSON and read back. Two things are
 saved: what was said, and how the answers were chosen. Reading checks everything before it changes
-anything, so a broken file leaves the session as it was.
+anything, so a broken file leaves the session as it was. A file may end with a question. In a
+session each question has its answer, so `load_session` returns that one to whoever can ask it.
 """
 
 
 # %%
 #| export
 def save_session(session: ChatSession, path: str | Path) -> None:
-    """Write conversation, system prompt and settings as JSON, atomically."""
+    """Write conversation, system prompt and settings as JSON, atomically.
+
+    Raises UserError when the file cannot be written, or while a reply is.
+    """
     session._refuse_busy()
     content = {"format": "nanochat conversation", "version": 1, "system": session.system}
     write_json(
@@ -749,8 +756,13 @@ def save_session(session: ChatSession, path: str | Path) -> None:
 
 # %%
 #| export
-def load_session(session: ChatSession, path: str | Path) -> None:
-    """Replace a session's conversation and settings by those of a file; check them first."""
+def load_session(session: ChatSession, path: str | Path) -> str:
+    """Replace a session's conversation and settings by those of a file; check them first.
+
+    A question at the end, which has no answer yet, is not made part of the conversation: it is
+    returned, to be sent again or edited; "" if there is none. Raises UserError when the file cannot
+    be read or is no saved conversation.
+    """
     session._refuse_busy()
     saved = read_json(path)
     if not isinstance(saved, dict) or saved.get("format") != "nanochat conversation":
@@ -763,7 +775,10 @@ def load_session(session: ChatSession, path: str | Path) -> None:
     session.clear()
     if messages and messages[0]["role"] == "system":
         system = messages.pop(0)["content"]
+    open_question = bool(messages) and messages[-1]["role"] == "user"
+    question = messages.pop()["content"] if open_question else ""
     session.messages, session.system, session.settings = messages, system, settings
+    return question
 
 
 # %% [markdown]
@@ -1185,8 +1200,10 @@ export default { render({ model, el }) {
     tell({ sent: model.get("sent") + 1 });
   });
   model.on("change:value", () => {  // but never overwrite what is being typed meanwhile
-    if (box.value === known) box.value = model.get("value");
-    known = model.get("value");
+    const value = model.get("value");
+    if (box.value === known) box.value = value;
+    else if (value) box.value = value + "\\n" + box.value;
+    known = value;
   });
   model.on("change:said", () => {
     const line = document.createElement("p");
@@ -1328,10 +1345,17 @@ class ChatControls:
         self.show(settings, system)
 
     def show(self, settings: ChatSettings, system: str) -> None:
-        """Fill the fields."""
+        """Fill the fields; a value beyond what a field offers widens the field."""
         self.system.value, self.temperature.value = system, settings.temperature
-        self.top_k.value, self.top_p.value = settings.top_k or 0, settings.top_p or 1.0
-        self.max_tokens.value, self.seed.value = settings.max_tokens, settings.seed
+        bounded = {self.top_k: settings.top_k or 0, self.top_p: settings.top_p or 1.0}
+        bounded.update({self.max_tokens: settings.max_tokens, self.seed: settings.seed})
+        for one, value in bounded.items():
+            one.min, one.max = min(one.min, value), max(one.max, value)
+            one.value = value
+
+    def put_back(self, question: str) -> None:
+        """Put a question without an answer into the box, above what is typed there."""
+        self.box.value = "\n".join(text for text in (question, self.box.value) if text)
 
     def settings(self) -> ChatSettings:
         """What the fields say."""
@@ -1374,7 +1398,8 @@ def arrange(controls: ChatControls, talk: ipywidgets.Widget) -> ipywidgets.VBox:
 r"""
 The fourth part lets a session grow on the screen. Between the click on Send and the last token:
 `run` takes the piece "start" while still in the click, so bad input fails where it can be shown,
-the question stands there at once, and an early Stop is not lost. `_done` runs in the thread.
+the question stands there at once, and an early Stop is not lost. `_done` runs in the thread. A
+failed reply leaves no trace in the session, so `_done` puts the question back into the box.
 """
 
 
@@ -1393,19 +1418,28 @@ class ChatView:
         self.session, self.controls, self.bubbles = session, controls, Bubbles(edit)
         self.whole = arrange(controls, self.bubbles.view)
         self.reply = ReplyThread(self._draw_last, self._done, refresh)
-        self.note, self.failure = "", ""
+        self.note, self.failure, self.asked = "", "", ""
         self.editing: int | None = None  # the question that Send will replace
+        self.edited: int | None = None  # the one that the running reply replaces
 
-    def run(self, pieces: Iterator[Piece]) -> None:
-        """Note the question here, at once; leave the computing to a thread."""
+    def run(self, pieces: Iterator[Piece], asked: str = "") -> None:
+        """Note the question here, at once; leave the computing to a thread.
+
+        `asked` is the text that it takes from the box; it returns there when the reply fails.
+        """
         next(pieces)
-        self.note = ""
+        self.note, self.asked = "", asked
+        if asked:
+            self.edited, self.editing, self.controls.box.value = self.editing, None, ""
         self.draw()
         self.controls.set_busy(True)
         self.reply.start(pieces)
 
     def _done(self, failure: str) -> None:
         self.failure = failure
+        if failure and self.asked:
+            self.editing = self.edited if self.editing is None else self.editing
+            self.controls.put_back(self.asked)
         self.draw()
         self.controls.set_busy(False)
         answers = [f"{name}: {answer_text(c)}" for name, c in self.session.compared.items()]
@@ -1534,8 +1568,7 @@ def _on_send(self: ChatWidget) -> None:
     text, i = self.controls.box.value, self.view.editing
     if not text.strip():
         raise UserError("Write a message first.")
-    self.view.run(self.session.send(text) if i is None else self.session.edit(i, text))
-    self.view.editing, self.controls.box.value = None, ""
+    self.view.run(self.session.send(text) if i is None else self.session.edit(i, text), text)
 
 
 def _on_regenerate(self: ChatWidget) -> None:
@@ -1583,8 +1616,8 @@ def _on_save(self: ChatWidget) -> None:
 
 
 def _on_load(self: ChatWidget) -> None:
-    """Read a conversation from the file named in the settings."""
-    load_session(self.session, self.controls.file.value)
+    """Read a conversation from the file named in the settings; an open question goes to the box."""
+    self.controls.put_back(load_session(self.session, self.controls.file.value))
     self.controls.show(self.session.settings, self.session.system)
     self.view.editing, self.view.note = None, "Loaded."
     self.draw()
@@ -1655,6 +1688,7 @@ button could change it.
 A terminal needs no thread. Python turns Ctrl-C into a `KeyboardInterrupt`, which leaves the loop;
 the session keeps what has come. One thing must be cleaned here as well: a terminal obeys escape
 sequences, so a model that writes the escape character could recolour, move or retitle your window.
+An endpoint could do the same with its errors and the names of its models, so every word is cleaned.
 """
 
 
@@ -1741,8 +1775,9 @@ class _Commands:
         return f"Saved to {name or 'conversation.json'}."
 
     def do_load(self, name: str) -> str:
-        load_session(self.session, name or "conversation.json")
-        return f"Loaded {len(self.session.messages)} messages."
+        question = load_session(self.session, name or "conversation.json")
+        open_end = f" This question has no answer yet; ask it again: {question}" if question else ""
+        return f"Loaded {len(self.session.messages)} messages.{open_end}"
 
 
 # %% [markdown]
@@ -1770,7 +1805,7 @@ def _print_reply(pieces: Iterator[Piece], write: Callable[[str], Any]) -> None:
                 if piece.opens and piece.kind != inside:
                     write({"python": " [", "python_output": " = ", "text": "] "}[piece.kind])
                     inside = piece.kind
-                write(plain_text(piece.text))
+                write(piece.text)
     except KeyboardInterrupt:
         write("\n[stopped]")
     finally:
@@ -1792,33 +1827,38 @@ def terminal_chat(
 ) -> str:
     """Chat in a terminal until /quit, Ctrl-D, or Ctrl-C at the prompt.
 
-    With `prompt`, answer that one question and return. Returns the last answer's text.
+    With `prompt`, answer that one question and return. Returns the last answer's text. Raises
+    UserError when the one answer fails; in a chat that is a line.
     """
+
+    def say(text: str) -> None:
+        write(plain_text(text))
+
     engines = name_engines(engines)
     engine = next(iter(engines.values()))
     session = ChatSession(engine, tokenizer or engine.tokenizer, system, settings)
     commands = _Commands(session, engines)
     if prompt is not None:
-        _print_reply(session.send(prompt), write)
+        _print_reply(session.send(prompt), say)
         return last_answer(session)
     with suppress(ImportError):
         import readline  # noqa: F401  (gives input() a history and arrow keys)
-    write(f"Talking to {next(iter(engines))}. /help lists the commands; Ctrl-C stops a reply.\n")
+    say(f"Talking to {next(iter(engines))}. /help lists the commands; Ctrl-C stops a reply.\n")
     while True:
         try:
             line = read("you> ").strip()
             if line in ("/quit", "/exit"):
                 break
             if line == "/again":
-                _print_reply(session.regenerate(), write)
+                _print_reply(session.regenerate(), say)
             elif line.startswith("/"):
-                write(plain_text(commands.run(line)) + "\n")
+                say(commands.run(line) + "\n")
             elif line:
-                _print_reply(session.send(line), write)
+                _print_reply(session.send(line), say)
         except UserError as error:
-            write(f"{error}\n")
+            say(f"{error}\n")
         except (EOFError, KeyboardInterrupt):
-            write("\n")
+            say("\n")
             break
     return last_answer(session)
 

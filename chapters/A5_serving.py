@@ -104,6 +104,7 @@ seed = 0
 #| export
 import asyncio
 import hmac
+import http.client
 import json
 import logging
 import queue
@@ -112,6 +113,7 @@ import socket
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -159,13 +161,19 @@ def event(data: Any) -> str:
 
 
 def read_events(lines: Iterator[str]) -> Iterator[Any]:
-    """The JSON of each server-sent event in a stream of lines, up to [DONE]."""
+    """The JSON of each server-sent event in a stream of lines, up to [DONE].
+
+    Raises UserError when an event is no JSON.
+    """
     for line in lines:
         data = line.removeprefix("data:").strip()
         if line.startswith("data:") and data == "[DONE]":
             return
         if line.startswith("data:"):
-            yield json.loads(data)
+            try:
+                yield json.loads(data)
+            except (ValueError, RecursionError):
+                raise UserError(f"An event is not valid JSON; found {data!r:.40}.") from None
 
 
 # %%
@@ -563,11 +571,17 @@ Who may come in? `Slots` lets a fixed number of requests run and a fixed number 
 429, "try again later", at once. One address may not take all places. Whatever is taken must come
 back exactly once, so `take` returns a function that does it, and a second call does nothing: then
 the end of a reply and the end of a connection can both call it without asking who was first.
+
+Who waits may also leave. Now and then we ask whether the client is still there, and once more when
+its turn has come: whoever has left gives up the place, and costs the engine nothing.
 """
 
 
 # %%
 #| export
+LOOK = 0.25  # seconds between two looks for a waiting client that has left
+
+
 class Slots:
     """Admit `concurrent` jobs, `per_client` from one address; let `waiting` more queue.
 
@@ -579,8 +593,12 @@ class Slots:
         self.free = asyncio.Semaphore(limits.concurrent)
         self.clients: Counter[str] = Counter()  # requests by address, waiting or running
 
-    async def take(self, client: str) -> Callable[[], None]:
-        """Wait for a slot; returns the function that gives it back (calling twice is harmless)."""
+    async def take(self, client: str, gone: Callable[[], Any]) -> Callable[[], None]:
+        """Wait for a slot; returns the function that gives it back (calling twice is harmless).
+
+        Raises ApiError when there is no place or no time left, or when `gone()` says that the
+        client has left.
+        """
         metrics, most = self.metrics, self.limits.per_client
         if self.clients[client] >= most:
             raise ApiError(429, f"At most {most} requests at a time from one client: wait for one.")
@@ -589,12 +607,10 @@ class Slots:
         metrics.waiting += 1
         self.clients[client] += 1
         try:
-            await asyncio.wait_for(self.free.acquire(), self.limits.seconds)
-        except BaseException as error:
+            await self._wait(gone)
+        except BaseException:
             self._forget(client)
-            if not isinstance(error, asyncio.TimeoutError):
-                raise
-            raise ApiError(503, "The server is busy: no free slot in time. Try again.") from None
+            raise
         finally:
             metrics.waiting -= 1
         metrics.active += 1
@@ -609,6 +625,23 @@ class Slots:
 
         return give_back
 
+    async def _wait(self, gone: Callable[[], Any]) -> None:
+        slot = asyncio.ensure_future(self.free.acquire())
+        end = time.perf_counter() + self.limits.seconds
+        try:
+            while not slot.done():
+                left = max(0.0, end - time.perf_counter())
+                await asyncio.wait({slot}, timeout=min(LOOK, left))
+                if await gone():
+                    self.metrics.disconnects += 1
+                    raise ApiError(499, "The client has left.")
+                if not slot.done() and not left:
+                    raise ApiError(503, "The server is busy: no free slot in time. Try again.")
+        except BaseException:
+            if not slot.cancel():  # it came in this very moment: on to the next
+                self.free.release()
+            raise
+
     def _forget(self, client: str) -> None:
         self.clients[client] -= 1
         if not self.clients[client]:
@@ -619,7 +652,9 @@ class Slots:
 r"""
 A `Job` is one admitted request: what to pull from, where to cut, and what to give back. Its `run`
 is the one loop that every answer goes through, streamed or not. It counts tokens, cuts at stop
-strings and at the deadline; a call of the calculator lets go of what was held back before it.
+strings and at the deadline; a call of the calculator lets go of what was held back before it. Each
+piece comes with the text to show now, which a stop string may have held back or cut: a token keeps
+its own text, for the log-probabilities belong to that.
 """
 
 
@@ -652,8 +687,11 @@ class Job:
         self.engine.close(self.pieces)
         self.release()
 
-    async def run(self) -> AsyncIterator[Piece]:
-        """The pieces, cut at stop strings and at the deadline, counted; the last one is "end"."""
+    async def run(self) -> AsyncIterator[tuple[Piece, str]]:
+        """Each piece and its text to show, which ends at a stop string or at the deadline.
+
+        The last piece is "end".
+        """
         started, end = time.perf_counter(), Piece("end", "stop")
         async for piece in self.engine.steps(self.pieces):
             if piece.kind == "end":
@@ -666,19 +704,19 @@ class Job:
                 self.metrics.first_token_seconds += time.perf_counter() - started
             if piece.kind == "text":
                 shown, found = self.stops.push(piece.text)
-                yield replace(piece, text=shown)
+                yield piece, shown
                 if found:
                     break
             else:
                 if held := self.stops.flush():
-                    yield Piece("text", held)
-                yield piece
+                    yield Piece("text"), held
+                yield piece, piece.text
             if time.perf_counter() > self.deadline:
                 end = Piece("end", "length")
                 break
         if held := self.stops.flush():
-            yield Piece("text", held)
-        yield end
+            yield Piece("text"), held
+        yield end, ""
 
 
 # %% [markdown]
@@ -836,11 +874,11 @@ async def stream_answer(job: Job) -> AsyncIterator[str]:
 
     if chat:
         yield chunk(None, None)
-    async for piece in job.run():
+    async for piece, shown in job.run():
         if piece.kind == "end":
             yield chunk(None, piece.text if piece.text != "cancelled" else "stop")
-        elif piece.text or piece.kind != "text" or job.logprobs:
-            yield chunk(piece, None, piece.text if piece.kind == "text" else "")
+        elif shown or piece.kind != "text" or job.logprobs:
+            yield chunk(piece, None, shown if piece.kind == "text" else "")
     if job.usage:
         yield event(_frame(job, True, choices=[], usage=_usage(job)))
     job.finished = True
@@ -859,12 +897,12 @@ then; a model that writes for nobody is the dearest kind of waste.
 async def whole_answer(job: Job, gone: Callable[[], Any]) -> dict[str, Any]:
     """The complete answer as one object; stops early when `gone()` says the client has left."""
     pieces, parts, reason = [], [], "stop"
-    async for piece in job.run():
+    async for piece, shown in job.run():
         if piece.kind == "end":
             reason = piece.text if piece.text != "cancelled" else "stop"
         else:
             pieces.append(piece)
-            add_piece(parts, piece)
+            add_piece(parts, replace(piece, text=shown))
         if job.tokens % 8 == 0 and await gone():
             job.metrics.disconnects += 1
             break
@@ -884,14 +922,20 @@ r"""
 ## Admission
 
 The body is read block by block, so that one of a gigabyte is refused after its first 256 KB, and
-one that trickles in byte by byte is given up after a while.
+one that trickles in byte by byte is given up after a while. A client that hangs up before the end
+is no error of ours; 499 is the usual number for it, which only our counters see.
 """
 
 
 # %%
 #| export
 async def read_body(request: Any, limits: Limits) -> dict[str, Any]:
-    """The JSON body of a request, read no further and no longer than the limits say."""
+    """The JSON body of a request, read no further and no longer than the limits say.
+
+    Raises ApiError when it is too long, too slow, no JSON object, or when the client hangs up.
+    """
+    from starlette.requests import ClientDisconnect
+
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "Send the body as application/json.")
@@ -908,6 +952,8 @@ async def read_body(request: Any, limits: Limits) -> dict[str, Any]:
         return parse_json(await asyncio.wait_for(read(), limits.seconds))
     except asyncio.TimeoutError:
         raise ApiError(408, "The body did not arrive in time.") from None
+    except ClientDisconnect:
+        raise ApiError(499, "The client has left.") from None
 
 
 # %% [markdown]
@@ -962,8 +1008,10 @@ class ChatServer:
         engine = self.engines[name]
         return name, engine, self.tokenizer or engine.tokenizer
 
-    async def admit(self, body: dict[str, Any], chat: bool, client: str) -> Job:
-        """Check a request, wait for a slot and prepare its job."""
+    async def admit(
+        self, body: dict[str, Any], chat: bool, client: str, gone: Callable[[], Any]
+    ) -> Job:
+        """Check a request, wait for a slot (while the client is not `gone`) and prepare its job."""
         deadline = time.perf_counter() + self.limits.seconds
         values = check_fields(body, self.limits)
         name, engine, tokenizer = self.choose(values)
@@ -971,7 +1019,7 @@ class ChatServer:
         source = read_messages(body, self.limits) if chat else read_prompt(body, self.limits)
         logprobs, top = read_logprobs(body, values, chat)
         usage = bool((values.get("stream_options") or {}).get("include_usage"))
-        release, stop = await self.slots.take(client), threading.Event()
+        release, stop = await self.slots.take(client, gone), threading.Event()
 
         def prepare() -> tuple[list[int], str, Iterator[Piece]]:
             ids, note = make_prompt(engine, tokenizer, source, settings)
@@ -1383,7 +1431,9 @@ async function follow(talk, model, answer) {
 # %% [markdown]
 r"""
 Part four: what the buttons do. Editing, regenerating and sending end in the same function, as in
-`ChatSession`. Comparing opens one stream for each model; the engine thread lets them take turns.
+`ChatSession`, and when no answer comes the talk is again what it was: the older answer stays, and a
+new question goes back into the box, above what has been typed there since. Comparing opens one
+stream for each model; the engine thread lets them take turns.
 """
 
 
@@ -1415,16 +1465,17 @@ async function run(answers, work) {
   return fine;
 }
 
-async function ask() {
-  const talk = [...state.messages], answer = { role: "assistant", content: [], tokens: [] };
-  state.messages.push(answer);
+async function ask(talk) {
+  const before = state.messages, answer = { role: "assistant", content: [], tokens: [] };
+  state.messages = [...talk, answer];
   state.compared = null;
-  if (await run([answer], () => follow(talk, $("model").value, answer))) return;
-  if (answer.content.length) return;
-  state.messages.pop();  // nothing came: the question goes back into the box
-  $("box").value = $("box").value || state.messages.pop().content;
+  if (await run([answer], () => follow(talk, $("model").value, answer))) return true;
+  const isNew = talk.length > before.length;  // nothing older had to go for this answer
+  if (isNew && answer.content.length) return true;  // so what has come of it may stay
+  state.messages = before;
   draw();
   keep();
+  return false;
 }
 
 function compare() {
@@ -1456,20 +1507,25 @@ function startEdit(i) {
 }
 
 function regenerate() {
-  state.messages.pop();
-  ask();
+  ask(state.messages.slice(0, -1));
 }
 
-function send(event) {
+function putBack(question) {
+  $("box").value = [question, $("box").value].filter(Boolean).join("\n");
+  grow();
+}
+
+async function send(event) {
   event.preventDefault();
-  const text = $("box").value;
+  const text = $("box").value, { editing, messages } = state;
   if (state.running || !text.trim()) return;
-  if (state.editing !== null) state.messages.splice(state.editing);
   state.editing = null;
-  state.messages.push({ role: "user", content: text });
   $("box").value = "";
   grow();
-  ask();
+  const talk = editing === null ? messages : messages.slice(0, editing);
+  if (await ask([...talk, { role: "user", content: text }])) return;
+  state.editing = editing;
+  putBack(text);
 }
 """
 
@@ -1477,7 +1533,8 @@ function send(event) {
 # %% [markdown]
 r"""
 Part five: keeping. A conversation is saved to a file and loaded from one, in the format of
-`save_session`. It also survives a reload of the page, because it lies in the tab's session storage.
+`save_session`. If it ends with a question, the question goes into the box, as after a failure. A
+conversation also survives a reload of the page, because it lies in the tab's session storage.
 """
 
 
@@ -1501,8 +1558,9 @@ async function loadFile() {
         [{ type: "text", text: content }] : content.map((part) =>
           ({ type: String(part.type), text: String(part.text) })) }));
     $("system").value = String(data.system || "");
-    state.compared = null;
-    $("alert").textContent = "";
+    state.editing = state.compared = null;
+    if (state.messages.at(-1)?.role === "user") putBack(state.messages.pop().content);
+    $("status").textContent = $("alert").textContent = "";
   } catch { $("alert").textContent = "This file is not a saved conversation."; }
   $("file").value = "";
   draw();
@@ -1630,7 +1688,26 @@ everything but the empty page and `/health` needs a token, compared in constant 
 The guard also counts requests, and sees to it that an error inside shows no path and no traceback.
 It stands in front of the application as ASGI middleware: a function that gets each request first
 and sees each answer last.
+
+A token travels in a line of the request's head. Not every character arrives there as it was sent,
+so tokens with other characters are refused before the door is built.
 """
+
+
+# %%
+#| export
+def check_token(token: str) -> str:
+    """Return an access token that a request's head can carry, else raise UserError.
+
+    The error does not repeat the token.
+    """
+    if not token or not all("!" <= letter <= "~" for letter in token):
+        wrong = "holds another character" if token else "is empty"
+        raise UserError(
+            f"An access token is made of ASCII letters, digits and signs, without spaces; the one "
+            f"given {wrong}: choose another."
+        )
+    return token
 
 
 # %%
@@ -1788,7 +1865,7 @@ def _add_pages(app: Any, server: ChatServer) -> None:
     async def models() -> Any:
         return {"object": "list", "data": [about(name) for name in server.engines]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")  # a name may hold a slash
     async def model(name: str) -> Any:
         return about(server.choose({"model": name})[0])
 
@@ -1807,11 +1884,12 @@ def _add_completions(app: Any, server: ChatServer, path: str, chat: bool) -> Non
 
     async def complete(request: Request) -> Any:
         body = await read_body(request, server.limits)
-        job = await server.admit(body, chat, request.client.host if request.client else "")
+        client, gone = request.client.host if request.client else "", request.is_disconnected
+        job = await server.admit(body, chat, client, gone)
         if body.get("stream"):
             return stream_response(job)
         try:
-            return await whole_answer(job, request.is_disconnected)
+            return await whole_answer(job, gone)
         finally:
             job.close()
 
@@ -1833,9 +1911,10 @@ def create_app(
 
     Without `token` it answers requests to localhost only. `limits` bounds what clients may use.
     `origins` are the web sites whose pages may call it ("https://my.site"; none by default).
-    Raises UserError when the extra `serve` is not installed.
+    Raises UserError when the token cannot be sent or the extra `serve` is not installed.
     """
     _need_serve_extra()
+    token = None if token is None else check_token(token)
     from fastapi import FastAPI
     from fastapi.middleware.cors import CORSMiddleware
     from fastapi.responses import JSONResponse
@@ -1849,13 +1928,13 @@ def create_app(
         allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), **allowed)
 
-    def refuse(error: ApiError) -> Any:
-        return JSONResponse(error.body(), error.status)
+    def refuse(error: ApiError, headers: Any = None) -> Any:
+        return JSONResponse(error.body(), error.status, headers)
 
     app.exception_handler(ApiError)(lambda _, error: refuse(error))
     app.exception_handler(UserError)(lambda _, error: refuse(ApiError(400, str(error))))
     app.exception_handler(HTTPException)(
-        lambda _, error: refuse(ApiError(error.status_code, str(error.detail)))
+        lambda _, error: refuse(ApiError(error.status_code, str(error.detail)), error.headers)
     )
     _add_pages(app, server)
     _add_completions(app, server, "/v1/chat/completions", chat=True)
@@ -1870,6 +1949,7 @@ r"""
 `run_server` binds to `127.0.0.1`, where only this machine can connect. For any other address it
 insists on a token: if none is given it makes one and prints it with the address, as Jupyter does.
 A word after `#` in an address is never sent to a server, so the token does not land in any log.
+There `+`, `%` and `&` have a meaning of their own, so `quote` writes them in code.
 """
 
 
@@ -1921,7 +2001,8 @@ def run_server(
     """Serve the web page and the endpoint until Ctrl-C.
 
     Any host but loopback needs a token; without one, a random token is made and printed.
-    Raises UserError when the port is taken or the extra `serve` is missing.
+    Raises UserError when the port is taken, the token cannot be sent or the extra `serve` is
+    missing.
     """
     _need_serve_extra()
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
@@ -1929,7 +2010,8 @@ def run_server(
     app = create_app(engines, tokenizer, token=token, limits=limits, origins=origins)
     with _bind(host, port) as sock:
         shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{sock.getsockname()[1]}/" + (f"#token={token}" if token else "")
+        address = f"http://{shown}:{sock.getsockname()[1]}/"
+        address += f"#token={urllib.parse.quote(token, safe='')}" if token else ""
         print(f"nanochat is at {address} (Ctrl-C stops it)", flush=True)
         with suppress(KeyboardInterrupt):
             _uvicorn(app).run(sockets=[sock])
@@ -1980,7 +2062,7 @@ with background_server(app) as address:
     refused(address, {**request, "temperature": 99})
     refused(address, request, {"Host": "evil.example"})
     refused(address, {**request, "model": "gpt-9"})
-with background_server(create_app(parrot, token="a secret")) as address:
+with background_server(create_app(parrot, token="a-secret")) as address:
     refused(address, request, {"Authorization": "Bearer a guess"})
 
 # %% [markdown]
@@ -2042,6 +2124,31 @@ def chunk_pieces(chunk: Any) -> Iterator[Piece]:
         raise UserError("The endpoint sent something that is not a chat completion.") from None
 
 
+# %% [markdown]
+r"""
+Much can go wrong between here and there, and Python has an exception of its own for each: a
+connection that breaks, an answer that is no HTTP, an address that is none. `explain` turns them
+into words. It repeats what the network says, never what we sent, for that may hold the token.
+"""
+
+
+# %%
+#| export
+NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError, RecursionError)
+
+
+def explain(error: Exception) -> str:
+    """What one of NETWORK_ERRORS means, in words that hold nothing of what was sent."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, OSError):
+        return str(cause) or type(cause).__name__
+    if isinstance(error, http.client.IncompleteRead):
+        return "the answer broke off"
+    if isinstance(error, (urllib.error.URLError, http.client.InvalidURL, ValueError)):
+        return "the address is not valid"
+    return "the answer is no HTTP"
+
+
 # %%
 #| export
 class RemoteEngine:
@@ -2056,35 +2163,43 @@ class RemoteEngine:
     def __init__(self, url: str, model: str, token: str = "", timeout: float = 120.0) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"An endpoint's address begins with http:// or https://; found {url}.")
-        self.url, self.model, self.token, self.timeout = url.rstrip("/"), model, token, timeout
+        self.url, self.model, self.timeout = url.rstrip("/"), model, timeout
+        self.token = check_token(token.strip()) if token.strip() else ""
 
     def open(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The response to a request, not read yet; a body is sent by POST."""
+        """The response to a request, not read yet; a body is sent by POST.
+
+        Raises UserError when there is none, or when it is an error.
+        """
         data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(self.url + path, data)
-        request.add_header("Content-Type", "application/json")
-        if self.token:  # never sent on, should this address point to another one
-            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
         try:
+            request = urllib.request.Request(self.url + path, data)
+            request.add_header("Content-Type", "application/json")
+            if self.token:  # never sent on, should this address point to another one
+                request.add_unredirected_header("Authorization", f"Bearer {self.token}")
             return urllib.request.urlopen(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:
-            with suppress(ValueError, KeyError, TypeError, OSError):  # it may hang up on us
+            with suppress(*NETWORK_ERRORS, KeyError, TypeError):  # it may hang up on us
                 raise UserError(json.loads(error.read(10_000))["error"]["message"]) from None
             said = "wants a valid access token" if error.code == 401 else f"said {error.code}"
             raise UserError(f"{self.url} {said}.") from None
-        except OSError as error:
-            reason = getattr(error, "reason", error)
-            raise UserError(f"Cannot reach {self.url}: {reason}. Is the server running?") from None
+        except NETWORK_ERRORS as error:
+            raise UserError(
+                f"Cannot reach {self.url}: {explain(error)}. Is the server running, and is this "
+                "its address?"
+            ) from None
 
     def _read(self, body: dict[str, Any], lines: queue.Queue, gone: threading.Event) -> None:
         """The reading thread: lines of the answer, then None; or the error."""
         try:
             with self.open("/chat/completions", body) as response:
                 for line in response:
-                    lines.put(line.decode("utf-8"))
+                    lines.put(line.decode("utf-8", errors="replace"))
                     if gone.is_set():
                         return
             lines.put(None)
+        except NETWORK_ERRORS as error:
+            lines.put(UserError(f"The connection to {self.url} was lost: {explain(error)}."))
         except Exception as error:
             lines.put(error)
 
@@ -2106,7 +2221,10 @@ def _stream_messages(
     settings: ChatSettings,
     stop: threading.Event | None = None,
 ) -> Iterator[Piece]:
-    """Stream the pieces of the answer to a conversation; the last one has kind "end"."""
+    """Stream the pieces of the answer to a conversation; the last one has kind "end".
+
+    Raises UserError when the endpoint fails or falls silent.
+    """
     body = {"model": self.model, "messages": messages, "stream": True, "logprobs": True}
     body.update((name, value) for name, value in asdict(settings).items() if value is not None)
     body["top_k"] = settings.top_k or 0
@@ -2147,8 +2265,10 @@ def remote_engines(url: str, token: str = "") -> dict[str, RemoteEngine]:
     with RemoteEngine(url, "", token).open("/models") as response:
         try:
             names = [str(entry["id"]) for entry in json.load(response)["data"]]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{url} is not an OpenAI-compatible endpoint.") from None
+        except (*NETWORK_ERRORS, KeyError, TypeError):
+            raise UserError(
+                f"{url} is not an OpenAI-compatible endpoint: it sent no list of models."
+            ) from None
     return {name: RemoteEngine(url, name, token) for name in names}
 
 

@@ -150,44 +150,56 @@ def doctor() -> list[tuple[str, str, bool, str]]:
     ]  # fmt: skip
 
 
+def _why(error: Exception) -> str:
+    """What an OSError says; Python's ValueErrors here are all about the name."""
+    return getattr(error, "strerror", None) or "no file can have this name"
+
+
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write a file so that a crash leaves the old content or the new one, never half of it.
 
-    The data goes to a temporary name in the same folder, is synced to disk and renamed. A full
-    disk, or a folder that cannot be made, raises UserError and leaves nothing behind.
+    The data goes to a temporary name in the same folder, is synced to disk and renamed. Text is
+    written in UTF-8, half a character (of a surrogate pair) as the escape that JSON has for it. A
+    full disk, a folder that cannot be made, or a name that no file can have raises UserError and
+    leaves nothing behind.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    payload = data.encode("utf-8") if isinstance(data, str) else data
+    path, temporary = Path(path), None
+    payload = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     try:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError, ValueError):
+                temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path} ({len(payload):,} bytes): {error.strerror}; "
-            f"free some space or choose another folder, then run again."
+            f"cannot write {path} ({len(payload):,} bytes): {_why(error)}; free some space or "
+            f"choose another name or folder, then run again."
         ) from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically."""
+    """Write a value as indented JSON, atomically; UserError as in `atomic_write`."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a missing or broken one raises UserError with its name."""
+    """Read a JSON file; a missing or broken one, or a folder, raises UserError with its name."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check the path or run the stage before.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {_why(error)}; check the path.") from None
+    try:
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); delete it and run again.") from None
 
 

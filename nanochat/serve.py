@@ -5,6 +5,7 @@ Exported from chapters/A5_serving.py (chapter A5, Serving it); edit there, not h
 
 import asyncio
 import hmac
+import http.client
 import json
 import logging
 import queue
@@ -13,6 +14,7 @@ import socket
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -44,8 +46,10 @@ __all__ = [
     "FIELDS",
     "Guard",
     "Job",
+    "LOOK",
     "Limits",
     "Metrics",
+    "NETWORK_ERRORS",
     "PAGE_CSS",
     "PAGE_HTML",
     "PAGE_JS_ACTIONS",
@@ -64,9 +68,11 @@ __all__ = [
     "StopStrings",
     "background_server",
     "check_fields",
+    "check_token",
     "chunk_pieces",
     "create_app",
     "event",
+    "explain",
     "make_prompt",
     "message_schema",
     "page",
@@ -95,13 +101,19 @@ def event(data: Any) -> str:
 
 
 def read_events(lines: Iterator[str]) -> Iterator[Any]:
-    """The JSON of each server-sent event in a stream of lines, up to [DONE]."""
+    """The JSON of each server-sent event in a stream of lines, up to [DONE].
+
+    Raises UserError when an event is no JSON.
+    """
     for line in lines:
         data = line.removeprefix("data:").strip()
         if line.startswith("data:") and data == "[DONE]":
             return
         if line.startswith("data:"):
-            yield json.loads(data)
+            try:
+                yield json.loads(data)
+            except (ValueError, RecursionError):
+                raise UserError(f"An event is not valid JSON; found {data!r:.40}.") from None
 
 
 @dataclass(frozen=True)
@@ -355,6 +367,9 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
+LOOK = 0.25  # seconds between two looks for a waiting client that has left
+
+
 class Slots:
     """Admit `concurrent` jobs, `per_client` from one address; let `waiting` more queue.
 
@@ -366,8 +381,12 @@ class Slots:
         self.free = asyncio.Semaphore(limits.concurrent)
         self.clients: Counter[str] = Counter()  # requests by address, waiting or running
 
-    async def take(self, client: str) -> Callable[[], None]:
-        """Wait for a slot; returns the function that gives it back (calling twice is harmless)."""
+    async def take(self, client: str, gone: Callable[[], Any]) -> Callable[[], None]:
+        """Wait for a slot; returns the function that gives it back (calling twice is harmless).
+
+        Raises ApiError when there is no place or no time left, or when `gone()` says that the
+        client has left.
+        """
         metrics, most = self.metrics, self.limits.per_client
         if self.clients[client] >= most:
             raise ApiError(429, f"At most {most} requests at a time from one client: wait for one.")
@@ -376,12 +395,10 @@ class Slots:
         metrics.waiting += 1
         self.clients[client] += 1
         try:
-            await asyncio.wait_for(self.free.acquire(), self.limits.seconds)
-        except BaseException as error:
+            await self._wait(gone)
+        except BaseException:
             self._forget(client)
-            if not isinstance(error, asyncio.TimeoutError):
-                raise
-            raise ApiError(503, "The server is busy: no free slot in time. Try again.") from None
+            raise
         finally:
             metrics.waiting -= 1
         metrics.active += 1
@@ -395,6 +412,23 @@ class Slots:
                 self.free.release()
 
         return give_back
+
+    async def _wait(self, gone: Callable[[], Any]) -> None:
+        slot = asyncio.ensure_future(self.free.acquire())
+        end = time.perf_counter() + self.limits.seconds
+        try:
+            while not slot.done():
+                left = max(0.0, end - time.perf_counter())
+                await asyncio.wait({slot}, timeout=min(LOOK, left))
+                if await gone():
+                    self.metrics.disconnects += 1
+                    raise ApiError(499, "The client has left.")
+                if not slot.done() and not left:
+                    raise ApiError(503, "The server is busy: no free slot in time. Try again.")
+        except BaseException:
+            if not slot.cancel():  # it came in this very moment: on to the next
+                self.free.release()
+            raise
 
     def _forget(self, client: str) -> None:
         self.clients[client] -= 1
@@ -429,8 +463,11 @@ class Job:
         self.engine.close(self.pieces)
         self.release()
 
-    async def run(self) -> AsyncIterator[Piece]:
-        """The pieces, cut at stop strings and at the deadline, counted; the last one is "end"."""
+    async def run(self) -> AsyncIterator[tuple[Piece, str]]:
+        """Each piece and its text to show, which ends at a stop string or at the deadline.
+
+        The last piece is "end".
+        """
         started, end = time.perf_counter(), Piece("end", "stop")
         async for piece in self.engine.steps(self.pieces):
             if piece.kind == "end":
@@ -443,19 +480,19 @@ class Job:
                 self.metrics.first_token_seconds += time.perf_counter() - started
             if piece.kind == "text":
                 shown, found = self.stops.push(piece.text)
-                yield replace(piece, text=shown)
+                yield piece, shown
                 if found:
                     break
             else:
                 if held := self.stops.flush():
-                    yield Piece("text", held)
-                yield piece
+                    yield Piece("text"), held
+                yield piece, piece.text
             if time.perf_counter() > self.deadline:
                 end = Piece("end", "length")
                 break
         if held := self.stops.flush():
-            yield Piece("text", held)
-        yield end
+            yield Piece("text"), held
+        yield end, ""
 
 
 class ReadAlong:
@@ -542,11 +579,11 @@ async def stream_answer(job: Job) -> AsyncIterator[str]:
 
     if chat:
         yield chunk(None, None)
-    async for piece in job.run():
+    async for piece, shown in job.run():
         if piece.kind == "end":
             yield chunk(None, piece.text if piece.text != "cancelled" else "stop")
-        elif piece.text or piece.kind != "text" or job.logprobs:
-            yield chunk(piece, None, piece.text if piece.kind == "text" else "")
+        elif shown or piece.kind != "text" or job.logprobs:
+            yield chunk(piece, None, shown if piece.kind == "text" else "")
     if job.usage:
         yield event(_frame(job, True, choices=[], usage=_usage(job)))
     job.finished = True
@@ -556,12 +593,12 @@ async def stream_answer(job: Job) -> AsyncIterator[str]:
 async def whole_answer(job: Job, gone: Callable[[], Any]) -> dict[str, Any]:
     """The complete answer as one object; stops early when `gone()` says the client has left."""
     pieces, parts, reason = [], [], "stop"
-    async for piece in job.run():
+    async for piece, shown in job.run():
         if piece.kind == "end":
             reason = piece.text if piece.text != "cancelled" else "stop"
         else:
             pieces.append(piece)
-            add_piece(parts, piece)
+            add_piece(parts, replace(piece, text=shown))
         if job.tokens % 8 == 0 and await gone():
             job.metrics.disconnects += 1
             break
@@ -577,7 +614,12 @@ async def whole_answer(job: Job, gone: Callable[[], Any]) -> dict[str, Any]:
 
 
 async def read_body(request: Any, limits: Limits) -> dict[str, Any]:
-    """The JSON body of a request, read no further and no longer than the limits say."""
+    """The JSON body of a request, read no further and no longer than the limits say.
+
+    Raises ApiError when it is too long, too slow, no JSON object, or when the client hangs up.
+    """
+    from starlette.requests import ClientDisconnect
+
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "Send the body as application/json.")
@@ -594,6 +636,8 @@ async def read_body(request: Any, limits: Limits) -> dict[str, Any]:
         return parse_json(await asyncio.wait_for(read(), limits.seconds))
     except asyncio.TimeoutError:
         raise ApiError(408, "The body did not arrive in time.") from None
+    except ClientDisconnect:
+        raise ApiError(499, "The client has left.") from None
 
 
 def make_prompt(
@@ -631,8 +675,10 @@ class ChatServer:
         engine = self.engines[name]
         return name, engine, self.tokenizer or engine.tokenizer
 
-    async def admit(self, body: dict[str, Any], chat: bool, client: str) -> Job:
-        """Check a request, wait for a slot and prepare its job."""
+    async def admit(
+        self, body: dict[str, Any], chat: bool, client: str, gone: Callable[[], Any]
+    ) -> Job:
+        """Check a request, wait for a slot (while the client is not `gone`) and prepare its job."""
         deadline = time.perf_counter() + self.limits.seconds
         values = check_fields(body, self.limits)
         name, engine, tokenizer = self.choose(values)
@@ -640,7 +686,7 @@ class ChatServer:
         source = read_messages(body, self.limits) if chat else read_prompt(body, self.limits)
         logprobs, top = read_logprobs(body, values, chat)
         usage = bool((values.get("stream_options") or {}).get("include_usage"))
-        release, stop = await self.slots.take(client), threading.Event()
+        release, stop = await self.slots.take(client, gone), threading.Event()
 
         def prepare() -> tuple[list[int], str, Iterator[Piece]]:
             ids, note = make_prompt(engine, tokenizer, source, settings)
@@ -1003,16 +1049,17 @@ async function run(answers, work) {
   return fine;
 }
 
-async function ask() {
-  const talk = [...state.messages], answer = { role: "assistant", content: [], tokens: [] };
-  state.messages.push(answer);
+async function ask(talk) {
+  const before = state.messages, answer = { role: "assistant", content: [], tokens: [] };
+  state.messages = [...talk, answer];
   state.compared = null;
-  if (await run([answer], () => follow(talk, $("model").value, answer))) return;
-  if (answer.content.length) return;
-  state.messages.pop();  // nothing came: the question goes back into the box
-  $("box").value = $("box").value || state.messages.pop().content;
+  if (await run([answer], () => follow(talk, $("model").value, answer))) return true;
+  const isNew = talk.length > before.length;  // nothing older had to go for this answer
+  if (isNew && answer.content.length) return true;  // so what has come of it may stay
+  state.messages = before;
   draw();
   keep();
+  return false;
 }
 
 function compare() {
@@ -1042,20 +1089,25 @@ function startEdit(i) {
 }
 
 function regenerate() {
-  state.messages.pop();
-  ask();
+  ask(state.messages.slice(0, -1));
 }
 
-function send(event) {
+function putBack(question) {
+  $("box").value = [question, $("box").value].filter(Boolean).join("\n");
+  grow();
+}
+
+async function send(event) {
   event.preventDefault();
-  const text = $("box").value;
+  const text = $("box").value, { editing, messages } = state;
   if (state.running || !text.trim()) return;
-  if (state.editing !== null) state.messages.splice(state.editing);
   state.editing = null;
-  state.messages.push({ role: "user", content: text });
   $("box").value = "";
   grow();
-  ask();
+  const talk = editing === null ? messages : messages.slice(0, editing);
+  if (await ask([...talk, { role: "user", content: text }])) return;
+  state.editing = editing;
+  putBack(text);
 }
 """
 
@@ -1078,8 +1130,9 @@ async function loadFile() {
         [{ type: "text", text: content }] : content.map((part) =>
           ({ type: String(part.type), text: String(part.text) })) }));
     $("system").value = String(data.system || "");
-    state.compared = null;
-    $("alert").textContent = "";
+    state.editing = state.compared = null;
+    if (state.messages.at(-1)?.role === "user") putBack(state.messages.pop().content);
+    $("status").textContent = $("alert").textContent = "";
   } catch { $("alert").textContent = "This file is not a saved conversation."; }
   $("file").value = "";
   draw();
@@ -1172,6 +1225,20 @@ def page(nonce: str) -> str:
     script += PAGE_JS_ACTIONS + PAGE_JS_BUTTONS + PAGE_JS_FILES + PAGE_JS_START + PAGE_JS_EVENTS
     text = PAGE_HTML.lstrip().replace("NONCE", nonce).replace("CSS", PAGE_CSS, 1)
     return text.replace("SCRIPT", script, 1)
+
+
+def check_token(token: str) -> str:
+    """Return an access token that a request's head can carry, else raise UserError.
+
+    The error does not repeat the token.
+    """
+    if not token or not all("!" <= letter <= "~" for letter in token):
+        wrong = "holds another character" if token else "is empty"
+        raise UserError(
+            f"An access token is made of ASCII letters, digits and signs, without spaces; the one "
+            f"given {wrong}: choose another."
+        )
+    return token
 
 
 async def _send_json(send: Any, status: int, body: dict[str, Any]) -> None:
@@ -1296,7 +1363,7 @@ def _add_pages(app: Any, server: ChatServer) -> None:
     async def models() -> Any:
         return {"object": "list", "data": [about(name) for name in server.engines]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")  # a name may hold a slash
     async def model(name: str) -> Any:
         return about(server.choose({"model": name})[0])
 
@@ -1307,11 +1374,12 @@ def _add_completions(app: Any, server: ChatServer, path: str, chat: bool) -> Non
 
     async def complete(request: Request) -> Any:
         body = await read_body(request, server.limits)
-        job = await server.admit(body, chat, request.client.host if request.client else "")
+        client, gone = request.client.host if request.client else "", request.is_disconnected
+        job = await server.admit(body, chat, client, gone)
         if body.get("stream"):
             return stream_response(job)
         try:
-            return await whole_answer(job, request.is_disconnected)
+            return await whole_answer(job, gone)
         finally:
             job.close()
 
@@ -1331,9 +1399,10 @@ def create_app(
 
     Without `token` it answers requests to localhost only. `limits` bounds what clients may use.
     `origins` are the web sites whose pages may call it ("https://my.site"; none by default).
-    Raises UserError when the extra `serve` is not installed.
+    Raises UserError when the token cannot be sent or the extra `serve` is not installed.
     """
     _need_serve_extra()
+    token = None if token is None else check_token(token)
     from fastapi import FastAPI
     from fastapi.middleware.cors import CORSMiddleware
     from fastapi.responses import JSONResponse
@@ -1347,13 +1416,13 @@ def create_app(
         allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), **allowed)
 
-    def refuse(error: ApiError) -> Any:
-        return JSONResponse(error.body(), error.status)
+    def refuse(error: ApiError, headers: Any = None) -> Any:
+        return JSONResponse(error.body(), error.status, headers)
 
     app.exception_handler(ApiError)(lambda _, error: refuse(error))
     app.exception_handler(UserError)(lambda _, error: refuse(ApiError(400, str(error))))
     app.exception_handler(HTTPException)(
-        lambda _, error: refuse(ApiError(error.status_code, str(error.detail)))
+        lambda _, error: refuse(ApiError(error.status_code, str(error.detail)), error.headers)
     )
     _add_pages(app, server)
     _add_completions(app, server, "/v1/chat/completions", chat=True)
@@ -1405,7 +1474,8 @@ def run_server(
     """Serve the web page and the endpoint until Ctrl-C.
 
     Any host but loopback needs a token; without one, a random token is made and printed.
-    Raises UserError when the port is taken or the extra `serve` is missing.
+    Raises UserError when the port is taken, the token cannot be sent or the extra `serve` is
+    missing.
     """
     _need_serve_extra()
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
@@ -1413,7 +1483,8 @@ def run_server(
     app = create_app(engines, tokenizer, token=token, limits=limits, origins=origins)
     with _bind(host, port) as sock:
         shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{sock.getsockname()[1]}/" + (f"#token={token}" if token else "")
+        address = f"http://{shown}:{sock.getsockname()[1]}/"
+        address += f"#token={urllib.parse.quote(token, safe='')}" if token else ""
         print(f"nanochat is at {address} (Ctrl-C stops it)", flush=True)
         with suppress(KeyboardInterrupt):
             _uvicorn(app).run(sockets=[sock])
@@ -1456,6 +1527,21 @@ def chunk_pieces(chunk: Any) -> Iterator[Piece]:
         raise UserError("The endpoint sent something that is not a chat completion.") from None
 
 
+NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError, RecursionError)
+
+
+def explain(error: Exception) -> str:
+    """What one of NETWORK_ERRORS means, in words that hold nothing of what was sent."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, OSError):
+        return str(cause) or type(cause).__name__
+    if isinstance(error, http.client.IncompleteRead):
+        return "the answer broke off"
+    if isinstance(error, (urllib.error.URLError, http.client.InvalidURL, ValueError)):
+        return "the address is not valid"
+    return "the answer is no HTTP"
+
+
 class RemoteEngine:
     """A model behind an OpenAI-compatible endpoint, for ChatWidget, ChatSession and terminal_chat.
 
@@ -1468,35 +1554,43 @@ class RemoteEngine:
     def __init__(self, url: str, model: str, token: str = "", timeout: float = 120.0) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"An endpoint's address begins with http:// or https://; found {url}.")
-        self.url, self.model, self.token, self.timeout = url.rstrip("/"), model, token, timeout
+        self.url, self.model, self.timeout = url.rstrip("/"), model, timeout
+        self.token = check_token(token.strip()) if token.strip() else ""
 
     def open(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The response to a request, not read yet; a body is sent by POST."""
+        """The response to a request, not read yet; a body is sent by POST.
+
+        Raises UserError when there is none, or when it is an error.
+        """
         data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(self.url + path, data)
-        request.add_header("Content-Type", "application/json")
-        if self.token:  # never sent on, should this address point to another one
-            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
         try:
+            request = urllib.request.Request(self.url + path, data)
+            request.add_header("Content-Type", "application/json")
+            if self.token:  # never sent on, should this address point to another one
+                request.add_unredirected_header("Authorization", f"Bearer {self.token}")
             return urllib.request.urlopen(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:
-            with suppress(ValueError, KeyError, TypeError, OSError):  # it may hang up on us
+            with suppress(*NETWORK_ERRORS, KeyError, TypeError):  # it may hang up on us
                 raise UserError(json.loads(error.read(10_000))["error"]["message"]) from None
             said = "wants a valid access token" if error.code == 401 else f"said {error.code}"
             raise UserError(f"{self.url} {said}.") from None
-        except OSError as error:
-            reason = getattr(error, "reason", error)
-            raise UserError(f"Cannot reach {self.url}: {reason}. Is the server running?") from None
+        except NETWORK_ERRORS as error:
+            raise UserError(
+                f"Cannot reach {self.url}: {explain(error)}. Is the server running, and is this "
+                "its address?"
+            ) from None
 
     def _read(self, body: dict[str, Any], lines: queue.Queue, gone: threading.Event) -> None:
         """The reading thread: lines of the answer, then None; or the error."""
         try:
             with self.open("/chat/completions", body) as response:
                 for line in response:
-                    lines.put(line.decode("utf-8"))
+                    lines.put(line.decode("utf-8", errors="replace"))
                     if gone.is_set():
                         return
             lines.put(None)
+        except NETWORK_ERRORS as error:
+            lines.put(UserError(f"The connection to {self.url} was lost: {explain(error)}."))
         except Exception as error:
             lines.put(error)
 
@@ -1507,7 +1601,10 @@ def _stream_messages(
     settings: ChatSettings,
     stop: threading.Event | None = None,
 ) -> Iterator[Piece]:
-    """Stream the pieces of the answer to a conversation; the last one has kind "end"."""
+    """Stream the pieces of the answer to a conversation; the last one has kind "end".
+
+    Raises UserError when the endpoint fails or falls silent.
+    """
     body = {"model": self.model, "messages": messages, "stream": True, "logprobs": True}
     body.update((name, value) for name, value in asdict(settings).items() if value is not None)
     body["top_k"] = settings.top_k or 0
@@ -1546,6 +1643,8 @@ def remote_engines(url: str, token: str = "") -> dict[str, RemoteEngine]:
     with RemoteEngine(url, "", token).open("/models") as response:
         try:
             names = [str(entry["id"]) for entry in json.load(response)["data"]]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{url} is not an OpenAI-compatible endpoint.") from None
+        except (*NETWORK_ERRORS, KeyError, TypeError):
+            raise UserError(
+                f"{url} is not an OpenAI-compatible endpoint: it sent no list of models."
+            ) from None
     return {name: RemoteEngine(url, name, token) for name in names}

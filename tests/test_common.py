@@ -123,6 +123,30 @@ def test_missing_and_broken_json_say_so(tmp_path):
         read_json(tmp_path / "broken.json")
 
 
+NO_NAMES = {"folder": ".", "nothing": "", "nul": "a\0b", "long": "x" * 300, "half": "a\ud800b"}
+
+
+@pytest.mark.parametrize("name", NO_NAMES.values(), ids=NO_NAMES)
+def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for use in (lambda: write_json(name, 1), lambda: read_json(name)):
+        with pytest.raises(UserError, match="cannot (read|write) "):
+            use()
+    assert os.listdir(tmp_path) == []
+
+
+def test_json_too_deep_to_read_says_so(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_json(tmp_path / "deep.json")
+
+
+def test_half_a_character_comes_back_as_written(tmp_path):
+    write_json(tmp_path / "half.json", {"typed": "caf\udce9"})
+    assert read_json(tmp_path / "half.json") == {"typed": "caf\udce9"}
+    (tmp_path / "half.json").read_text(encoding="utf-8")  # other programs can read it too
+
+
 def test_the_log_keeps_events_in_order_and_survives_a_torn_line(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", stage="base")
     log.write("step", step=1, loss=2.0)

@@ -8,9 +8,11 @@ import importlib.util
 import json
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -30,8 +32,11 @@ from nanochat.common import UserError  # noqa: E402
 from nanochat.engine import Engine  # noqa: E402
 from nanochat.model import GPT, GPTConfig  # noqa: E402
 from nanochat.serve import (  # noqa: E402
+    ApiError,
     Limits,
+    Metrics,
     RemoteEngine,
+    Slots,
     StopStrings,
     background_server,
     chunk_pieces,
@@ -82,6 +87,8 @@ def test_health_and_models():
     assert listed["object"] == "list" and [m["id"] for m in listed["data"]] == ["base", "sft"]
     assert web.get("/v1/models/sft").json() == listed["data"][1]
     assert "base, sft" in error_of(web.get("/v1/models/gpt-9"), 404)["message"]
+    slash = client({"org/model": Parrot()})
+    assert slash.get("/v1/models/org/model").json() == slash.get("/v1/models").json()["data"][0]
 
 
 def test_chat_whole():
@@ -151,6 +158,23 @@ def test_logprobs():
     assert all(row["logprob"] == -0.25 for row in rows)
     choice = web.post("/v1/completions", json={"prompt": "a", "logprobs": 1}).json()["choices"][0]
     assert "".join(choice["logprobs"]["tokens"]) == " and so on"
+
+
+def test_logprobs_do_not_depend_on_a_stop_string_that_never_comes():
+    web, plain = client(Parrot(reply="the quick brown fox")), []
+    for stop in (None, ["quick red"], ["fox!", "he red"]):
+        body = ask(logprobs=True, stop=stop)
+        choice = web.post(CHAT, json=body).json()["choices"][0]
+        whole = choice["logprobs"]["content"]
+        choices = [e["choices"][0] for e in stream(web, CHAT, body)]
+        rows = [row for c in choices if c["logprobs"] for row in c["logprobs"]["content"]]
+        assert choice["message"]["content"] == "the quick brown fox"
+        assert "".join(c["delta"].get("content", "") for c in choices) == "the quick brown fox"
+        body = {"prompt": "x", "logprobs": 0, "stop": stop}
+        tokens = web.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]["tokens"]
+        plain.append((whole, rows, tokens))
+        assert whole == rows and [row["token"] for row in whole] == tokens
+    assert plain[0] == plain[1] == plain[2] and len(plain[0][0]) > 3
 
 
 def test_stop_strings():
@@ -267,7 +291,9 @@ def test_other_errors():
     error_of(web.post(CHAT, json=ask("x" * 2000)), 413)
     error_of(web.post(CHAT, content="{}", headers={"content-type": "text/plain"}), 415)
     error_of(web.get("/secret"), 404)
-    error_of(web.get(CHAT), 405)
+    answer = web.get(CHAT)
+    error_of(answer, 405)
+    assert answer.headers["allow"] == "POST"
     talk = [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant", "user")]
     error_of(web.post(CHAT, json={"messages": talk}), 400)
     assert web.post("/v1/chat/completions/../../etc/passwd", json={}).status_code in (404, 405)
@@ -516,6 +542,95 @@ def test_who_waits_too_long_gets_503():
     assert app.state.server.metrics.waiting == 0 and not app.state.server.slots.clients
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_who_leaves_the_queue_gives_up_the_place(streamed):
+    engine = Gated(reply="t")
+    app = create_app(engine, limits=Limits(concurrent=1, per_client=2))
+    metrics, slots = app.state.server.metrics, app.state.server.slots
+
+    def request(url):
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        body = json.dumps(ask(stream=streamed))
+        connection.request("POST", CHAT, body, {"content-type": "application/json"})
+        return connection
+
+    with background_server(app) as url:
+        first = request(url)
+        assert wait_for(lambda: engine.running == 1)
+        second = request(url)
+        assert wait_for(lambda: metrics.waiting == 1)
+        second.close()
+        assert wait_for(lambda: metrics.waiting == 0)  # while the first still holds the slot
+        assert slots.clients == {"127.0.0.1": 1} and metrics.disconnects == 1
+        third = request(url)
+        assert wait_for(lambda: metrics.waiting == 1)
+        engine.gate.set()
+        for connection in (first, third):
+            answer = connection.getresponse()
+            assert answer.status == 200 and b'"content":' in answer.read()
+            connection.close()
+        assert wait_for(lambda: metrics.active == 0)
+    assert len(engine.calls) == 2 and not slots.clients
+
+
+@pytest.mark.parametrize("leaves", ["waiting", "as the slot comes", "with the slot", "never"])
+def test_a_slot_is_never_lost_to_who_leaves(leaves):
+    async def stays():
+        return False
+
+    async def scenario():
+        slots, left = Slots(Limits(concurrent=1), Metrics()), asyncio.Event()
+        give_back = await slots.take("one", stays)
+
+        async def gone():
+            if leaves == "as the slot comes" and left.is_set():
+                give_back()
+                for _ in range(10):  # until the waiting one has been handed the slot
+                    await asyncio.sleep(0)
+            return left.is_set()
+
+        second = asyncio.create_task(slots.take("two", gone))
+        while not slots.metrics.waiting:
+            await asyncio.sleep(0)
+        if leaves == "with the slot":
+            give_back()
+        if leaves != "never":
+            left.set()
+            with pytest.raises(ApiError, match="left"):
+                await second
+        give_back()
+        if leaves == "never":
+            (await second)()
+        for name in ("three", "four"):  # the slot is there, and it is one
+            again = await asyncio.wait_for(slots.take(name, stays), 30)
+            assert slots.free.locked() and slots.metrics.active == 1
+            again()
+        assert not slots.clients and slots.metrics.active == slots.metrics.waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_wait_gives_the_place_back():
+    async def scenario():
+        slots = Slots(Limits(concurrent=1), Metrics())
+
+        async def stays():
+            return False
+
+        give_back = await slots.take("one", stays)
+        second = asyncio.create_task(slots.take("two", stays))
+        while not slots.metrics.waiting:
+            await asyncio.sleep(0)
+        give_back()  # and in the same breath
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        (await asyncio.wait_for(slots.take("three", stays), 30))()
+        assert not slots.clients and not slots.free.locked()
+
+    asyncio.run(scenario())
+
+
 def test_one_client_cannot_take_all_slots():
     engine = Parrot(delay=0.1, reply="fox ", times=1000)
     app = create_app(engine, limits=Limits(per_client=2, concurrent=8))
@@ -542,6 +657,17 @@ def test_a_body_that_does_not_arrive_is_given_up():
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         sock.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
         assert sock.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_who_hangs_up_within_the_body_is_no_error_of_ours(caplog):
+    app = create_app(Parrot())
+    requests = app.state.server.metrics.requests
+    with background_server(app) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as sock:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            sock.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert wait_for(lambda: requests)
+    assert requests == {(CHAT, 499): 1} and "Traceback" not in caplog.text
 
 
 def test_many_streams_do_not_cross_and_take_turns():
@@ -670,6 +796,91 @@ def test_remote_engine_errors_are_one_sentence():
         RemoteEngine("file:///etc/passwd", "x")
 
 
+@contextlib.contextmanager
+def fake_endpoint(*sent, reset=False, hold=None):
+    """An endpoint that sends these bytes to whoever asks; yields its address up to /v1."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(65_536)
+                        for data in sent:
+                            connection.sendall(data)
+                        if hold is not None:
+                            hold.wait(60)
+                        if reset:  # no polite end, as when a machine is switched off
+                            now = struct.pack("ii", 1, 0)
+                            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+
+
+STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+LIST = b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n"
+BROKEN = {
+    "within a chunk": (STREAM + b"50\r\ndata: {",),
+    "no HTTP": (b"SSH-2.0-OpenSSH_9.2\r\n",),
+    "nothing": (),
+    "no JSON": (STREAM + b"d\r\ndata: {oops\n\n\r\n0\r\n\r\n",),
+    "deep": (STREAM + b"186a6\r\ndata: " + b"[" * 100_000 + b"\r\n0\r\n\r\n",),
+    "an error within": (b"HTTP/1.1 500 No\r\nContent-Length: 500\r\n\r\n{",),
+    "a deep error": (b"HTTP/1.1 500 No\r\n\r\n" + b"[" * 20_000,),
+    "no UTF-8": (STREAM + b"9\r\ndata: \xff\n\n\r\n0\r\n\r\n",),
+}
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("sent", BROKEN.values(), ids=BROKEN)
+def test_a_broken_endpoint_is_one_sentence(sent, reset):
+    with fake_endpoint(*sent, reset=reset) as url:
+        with pytest.raises(UserError):
+            list(RemoteEngine(url, "m").stream_messages(ask()["messages"], ChatSettings()))
+        with pytest.raises(UserError):
+            remote_engines(url)
+
+
+@pytest.mark.parametrize("sent", [b'{"data": [', b'{"data": 3}' + b" " * 489, b"[" * 500])
+def test_a_broken_list_of_models_is_one_sentence(sent):
+    with fake_endpoint(LIST + sent) as url, pytest.raises(UserError, match="no list of models"):
+        remote_engines(url)
+
+
+def test_an_endpoint_that_falls_silent_is_one_sentence():
+    silence = threading.Event()
+    with fake_endpoint(STREAM, hold=silence) as url:
+        engine = RemoteEngine(url, "m", timeout=0.2)
+        with pytest.raises(UserError, match="was lost: timed out"):
+            list(engine.stream_messages(ask()["messages"], ChatSettings()))
+        silence.set()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:80a/v1", "http://h/my model", "http://[::1/v1", "http:///v1"]
+    + ["http://127.0.0.1:9/\xfc"],
+)  # fmt: skip
+def test_an_address_that_is_none_is_one_sentence(url):
+    with pytest.raises(UserError, match="Cannot reach .* not valid"):
+        remote_engines(url)
+    with pytest.raises(UserError):
+        list(RemoteEngine(url, "m").stream_messages(ask()["messages"], ChatSettings()))
+
+
+@pytest.mark.parametrize("token", ["s3cr\x7fet", "s3cret\nX: y", "s3cr\u20acet", "s3c ret"])
+def test_a_token_that_cannot_be_sent_is_refused_and_not_repeated(token):
+    for use in (lambda: RemoteEngine("http://x", "m", token), lambda: create_app({}, token=token)):
+        with pytest.raises(UserError, match="access token") as caught:
+            use()
+        assert "s3c" not in str(caught.value)
+    assert RemoteEngine("http://x", "m", " tok\n").token == "tok"
+    assert RemoteEngine("http://x", "m", " \n").token == ""
+    with pytest.raises(UserError, match="empty"):
+        create_app(Parrot(), token="")
+
+
 def test_the_token_stays_with_the_address_it_was_given_for():
     seen = {}
 
@@ -719,6 +930,17 @@ def test_open_address_makes_a_token(monkeypatch, capsys):
     open_app, local_app = seen
     assert len(open_app.state.token) >= 24 and local_app.state.token is None
     assert f"#token={open_app.state.token}" in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize("token", ["ab+c/d=", "a&b=c", "100%41", "#?"])
+def test_the_printed_address_holds_the_whole_token(monkeypatch, capsys, token):
+    import uvicorn
+
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    run_server(Parrot(), port=0, token=token)
+    address = capsys.readouterr().out.split()[3]
+    fragment = address.partition("#")[2]
+    assert urllib.parse.parse_qs(fragment) == {"token": [token]}  # as the page reads it
 
 
 def test_missing_extra_is_one_clear_sentence():

@@ -1,8 +1,10 @@
 """The served page in a real browser: Chromium, driven by Playwright."""
 
 import json
+import threading
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from chromium import launch, shot
@@ -19,6 +21,25 @@ EVIL = (
     "<script>window.hit = 1</script><img src='http://example.com/a.png' onerror='window.hit = 2'> "
     "![x](http://example.com/b.png) [y](javascript:window.hit=3) **bold** `x < 1`\n\n- one\n- two\n"
 )
+
+
+class Moody(Parrot):
+    """Answers while it is `fine`, else waits for `gate` and fails, after `says` tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine, self.says, self.gate = True, 0, threading.Event()
+
+    def generate(self, ids, **options):
+        answer = super().generate(ids, **options)
+        if self.fine:
+            yield from answer
+            return
+        yield from list(answer)[: self.says]
+        assert self.gate.wait(60)
+        raise RuntimeError("no mood")
+
+
 TOOL = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>36."
 
 
@@ -43,7 +64,7 @@ def visit(browser):
         page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
-        page.goto(url + (f"/#token={token}" if token else "/"))
+        page.goto(url + (f"/#token={quote(token, safe='')}" if token else "/"))
         opened.append((server, url, page, problems, requests))
         return page
 
@@ -243,10 +264,100 @@ def test_save_and_load(visit, tmp_path):
     assert page.locator("article").count() == 2
 
 
-def test_token_in_the_address_is_used_and_hidden(visit):
-    page = visit(Parrot(), token="s3cret")
+def failed(page):
+    done(page)
+    until(page, "document.querySelector('#alert').innerText.includes('went wrong')")
+
+
+def test_a_failed_question_goes_back_into_the_box(visit):
+    engine = Moody()
+    page = visit(engine)
+    say(page, "one")
+    done(page)
+    engine.fine = False
+    say(page, "two")
+    until(page, "document.querySelectorAll('article').length === 4")
+    page.fill("#box", "three")  # typed while the answer fails
+    engine.gate.set()
+    failed(page)
+    assert page.input_value("#box") == "two\nthree" and texts(page) == ["one", "You said: one"]
+    engine.fine = True
+    page.press("#box", "Enter")
+    done(page)
+    assert texts(page)[2:] == ["two\nthree", "You said: two\nthree"]
+    assert page.input_value("#box") == "" and page.inner_text("#alert") == ""
+
+
+def test_what_has_come_of_a_new_answer_stays_when_it_fails(visit):
+    engine = Moody()
+    page = visit(engine)
+    engine.fine, engine.says = False, 4
+    engine.gate.set()
+    say(page, "one")
+    failed(page)
+    assert len(texts(page)) == 2 and texts(page)[1].startswith("You")
+    assert page.input_value("#box") == ""
+
+
+@pytest.mark.parametrize("says", [0, 4])
+def test_a_failed_regenerate_or_edit_costs_nothing(visit, says):
+    engine = Moody()
+    page = visit(engine)
+    for text in ("one", "two"):
+        say(page, text)
+        done(page)
+    before = texts(page)
+    engine.fine, engine.says = False, says
+    engine.gate.set()
+    page.click("text=Regenerate")
+    failed(page)
+    assert texts(page) == before and page.input_value("#box") == ""
+    page.click("article.user >> nth=0 >> text=Edit")
+    say(page, "ONE")
+    failed(page)
+    assert texts(page) == before and page.input_value("#box") == "ONE"
+    engine.fine = True
+    page.press("#box", "Enter")  # it still replaces the first question
+    done(page)
+    assert texts(page) == ["ONE", "You said: ONE"]
+
+
+def load(page, folder, *texts):
+    """Load a file with a talk in which user and model take turns."""
+    messages = [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 9, texts)]
+    talk = {"format": "nanochat conversation", "messages": messages}
+    (folder / "talk.json").write_text(json.dumps(talk), encoding="utf-8")
+    page.set_input_files("#file", folder / "talk.json")
+    until(page, "document.querySelector('#file').value === ''")
+
+
+def test_a_loaded_question_without_an_answer_goes_into_the_box(visit, tmp_path):
+    page = visit(Parrot())
+    load(page, tmp_path, "one", "first", "two")
+    assert page.input_value("#box") == "two" and texts(page) == ["one", "first"]
+    page.press("#box", "Enter")
+    done(page)
+    assert texts(page) == ["one", "first", "two", "You said: two"]
+
+
+def test_loading_ends_an_edit(visit, tmp_path):
+    page = visit(Parrot())
+    say(page, "old")
+    done(page)
+    page.click("article.user >> text=Edit")
+    load(page, tmp_path, "one", "first", "two", "second")
+    assert texts(page) == ["one", "first", "two", "second"]
+    assert "Editing" not in page.inner_text("#status")
+    say(page, "three")
+    done(page)
+    assert texts(page) == ["one", "first", "two", "second", "three", "You said: three"]
+
+
+@pytest.mark.parametrize("token", ["s3cret", "s3+c/r%41&e="])
+def test_token_in_the_address_is_used_and_hidden(visit, token):
+    page = visit(Parrot(), token=token)
     until(page, "document.querySelectorAll('#model option').length === 1")
-    assert "s3cret" not in page.url
+    assert "s3" not in page.url
     say(page, "hello")
     done(page)
     assert texts(page) == ["hello", "You said: hello"]

@@ -323,6 +323,24 @@ def test_check_messages_joins_parts_of_a_user():
         check_messages([{"role": "user", "content": [{"type": "python", "text": "a"}]}])
 
 
+def talk_file(folder, *texts):
+    """A file with a talk in which user and model take turns."""
+    messages = [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 9, texts)]
+    path = folder / "open.json"
+    path.write_text(json.dumps({"format": "nanochat conversation", "messages": messages}))
+    return path
+
+
+def test_a_question_at_the_end_of_a_file_is_handed_back(tmp_path):
+    session = ChatSession(Parrot(), small_tokenizer())
+    assert load_session(session, talk_file(tmp_path, "one", "first", "two")) == "two"
+    assert [text_of(m) for m in session.messages] == ["one", "first"]
+    run(session.send("three"))
+    assert len(session.messages) == 4
+    assert load_session(session, talk_file(tmp_path, "one", "first")) == ""
+    assert len(session.messages) == 2
+
+
 # ---- safe Markdown ----------------------------------------------------------------------------
 
 
@@ -442,6 +460,19 @@ def test_transcript_is_static_and_names_the_speakers():
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": []}]
     )
     assert 'aria-label="You"' in html and "http" not in html and "<script" not in html
+
+
+def test_compare_says_whose_old_turns_did_not_fit():
+    engines = {"small": Parrot(window=120), "large": Parrot()}
+    session = ChatSession(engines["small"], small_tokenizer())
+    for i in range(12):
+        session.messages += [{"role": "user", "content": f"quick brown {i}"}]
+        session.messages += [{"role": "assistant", "content": "the fox"}]
+    run(session.compare(engines, "fox"))
+    assert session.note.startswith("small: ") and "left out" in session.note
+    assert "large" not in session.note
+    run(session.compare({"a": Parrot(window=120), "b": Parrot(window=120)}, "fox"))
+    assert session.note.count("left out") == 2
 
 
 # ---- the widget, headless ---------------------------------------------------------------------
@@ -583,6 +614,81 @@ def test_widget_errors_are_lines_of_text():
     assert "no question" in widget.controls.status.value
 
 
+def test_widget_puts_a_failed_question_back():
+    engine = Gated(fail_after=2, free=1)
+    widget = ChatWidget(engine)
+    say(widget, "two")
+    assert widget.controls.box.value == ""
+    engine.gate.set()
+    assert widget.wait(60)
+    assert widget.controls.box.value == "two" and widget.session.messages == []
+    engine.gate.clear()
+    widget.controls.send.click()
+    widget.controls.box.value = "three"  # typed while the answer fails
+    engine.gate.set()
+    assert widget.wait(60)
+    assert widget.controls.box.value == "two\nthree"
+    engine.fail_after = None
+    widget.controls.send.click()
+    widget.wait()
+    assert text_of(widget.session.messages[0]) == "two\nthree" and not widget.controls.box.value
+
+
+def test_widget_keeps_the_place_of_a_failed_edit():
+    engine = Parrot()
+    widget = ChatWidget(engine)
+    for text in ("one", "two"):
+        say(widget, text)
+        widget.wait()
+    engine.fail_after = 0
+    widget.edit(0)
+    say(widget, "ONE")
+    widget.wait()
+    assert widget.controls.box.value == "ONE" and len(widget.session.messages) == 4
+    engine.fail_after = None
+    widget.controls.send.click()
+    widget.wait()
+    assert [text_of(m) for m in widget.session.messages] == ["ONE", "You said: ONE"]
+    engine.fail_after = 0
+    widget.controls.again.click()  # this one takes nothing from the box, and puts nothing there
+    widget.wait()
+    assert widget.controls.box.value == "" and len(widget.session.messages) == 2
+
+
+def test_widget_puts_a_loaded_question_into_the_box(tmp_path):
+    widget = ChatWidget(Parrot())
+    widget.controls.file.value = str(talk_file(tmp_path, "one", "first", "two"))
+    widget.controls.load.click()
+    assert widget.controls.box.value == "two" and len(bubbles(widget)) == 2
+    widget.controls.send.click()
+    widget.wait()
+    assert text_of(widget.session.messages[3]) == "You said: two"
+
+
+def test_widget_fields_make_room_for_the_settings_given():
+    given = ChatSettings(2.0, 5000, 0.01, 10**6, 2**40)
+    widget = ChatWidget(Parrot(), settings=given)
+    assert widget.controls.settings() == given
+    widget.controls.show(ChatSettings(), "")
+    assert widget.controls.settings() == ChatSettings()
+
+
+@pytest.mark.parametrize("name", ["", ".", "a\0b", "x" * 300])
+def test_wrong_file_names_are_lines_of_text(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    widget = ChatWidget(Parrot())
+    widget.controls.file.value = name
+    for button, words in (
+        (widget.controls.save, "cannot write"),
+        (widget.controls.load, "cannot read"),
+    ):
+        button.click()
+        assert words in widget.controls.status.value
+    name = name or "."
+    _, out = talk(Parrot(), [f"/save {name}", f"/load {name}", "still here", "/quit"])
+    assert "cannot write" in out and "cannot read" in out and "You said: still here" in out
+
+
 def test_widget_save_and_load(tmp_path):
     widget = ChatWidget(Parrot())
     say(widget, "keep me")
@@ -694,6 +800,27 @@ def test_terminal_ctrl_c_stops_the_reply_only():
 def test_terminal_prints_no_escape_sequences():
     _, out = talk(Parrot(reply="a\x1b[31mred\x07\rb\u202ec\u00e9\n\t"), [], prompt="x")
     assert out == "a[31mredbcé\n\t\n"
+
+
+def test_terminal_prints_no_escape_sequences_of_an_endpoint():
+    class Far:
+        tokenizer = None
+
+        def stream_messages(self, messages, settings, stop=None):
+            yield Piece("note", "\x1b]0;note\x07")
+            yield Piece("text", "\x1b[2Jtext")
+            raise UserError("\x1b[31mred")
+
+    _, out = talk({"\x1b[2Jname": Far()}, ["hi", "/quit"])
+    assert "\x1b" not in out and "\x07" not in out
+    assert all(words in out for words in ("[2Jname", "[]0;note]", "[2Jtext", "[31mred\n"))
+
+
+def test_terminal_shows_a_loaded_question(tmp_path):
+    path = talk_file(tmp_path, "one", "first", "two?")
+    answer, out = talk(Parrot(), [f"/load {path}", "three", "/quit"])
+    assert "Loaded 2 messages." in out and "ask it again: two?" in out
+    assert answer == "You said: three"
 
 
 def test_session_stop_from_another_thread():

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BOX, TURN = ".nc-composer textarea", ".jp-OutputArea .nc-turn"
 CELL = """\
 from hostile import HOSTILE
-from parrot import Parrot
+from parrot import Gated, Parrot
 from nanochat.ui import ChatWidget
 TOOL = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>36."
 EVIL = "<script>window.hit = 1</script><img src=http://example.com/a.png onerror='window.hit = 2'>"
@@ -27,6 +27,7 @@ for text in HOSTILE.values():
     parts = [{"type": kind, "text": text} for kind in ("python", "python_output", "text")]
     hostile_talk += [{"role": "user", "content": text}, {"role": "assistant", "content": parts}]
 engines = {"base": Parrot(delay=0.02), "calc": Parrot(reply=TOOL), "evil": Parrot(reply=EVIL)}
+failing = Gated(free=1, fail_after=2)
 widget = ChatWidget(engines)
 widget"""
 
@@ -136,6 +137,21 @@ def test_type_stream_edit_regenerate(page):
     button(page, "Regenerate").click()
     done(page, "ONE", "You said: ONE")
     assert kernel(page, "len(engines['base'].calls)") == "4"
+
+
+def test_a_failed_question_goes_back_above_what_is_being_typed(page):
+    kernel(page, "widget.engines.update(base=failing)")
+    say(page, "one")
+    expect(page.locator(BOX)).to_have_value("")
+    page.keyboard.type("two")  # the kernel does not know of it yet
+    kernel(page, "failing.gate.set()")
+    expect(page.get_by_role("alert")).to_contain_text("engine failed")
+    expect(page.locator(BOX)).to_have_value("one\ntwo")
+    done(page)
+    kernel(page, "widget.engines.update(base=engines['base'])")
+    page.press(BOX, "Enter")
+    done(page, "one\ntwo", "You said: one\ntwo")
+    expect(page.locator(BOX)).to_have_value("")
 
 
 @pytest.mark.parametrize("how", ["click", "Escape"])
