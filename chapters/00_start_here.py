@@ -464,6 +464,7 @@ import importlib.util
 import json
 import os
 import random
+import secrets
 import shutil
 import sys
 import textwrap
@@ -513,8 +514,8 @@ def pick_device(name: str = "auto") -> torch.device:
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
-    kind = name.split(":")[0]
-    if not available.get(kind, False):
+    kind, colon, index = name.partition(":")
+    if not available.get(kind, False) or (colon and not index.isdecimal()):
         found = ", ".join(kind for kind, there in available.items() if there)
         raise UserError(f"device {name!r} is not available; found {found}; choose one of these.")
     return torch.device(name)
@@ -647,8 +648,8 @@ for name, found, ok, fix in doctor():
 r"""
 **Files.** A program can be killed at any moment, also in the middle of writing a file.
 `atomic_write` writes to another name first and then *renames*, which the file system does in one
-piece: a reader sees the old content or the new, never half. `write_json` and `read_json` sit on
-top.
+piece: a reader sees the old content or the new, never half. The other name is drawn at random,
+since two machines may write to one folder. `write_json` and `read_json` sit on top.
 """
 
 
@@ -670,7 +671,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     path, temporary = Path(path), None
     payload = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     try:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(payload)

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import random
+import secrets
 import shutil
 import sys
 import textwrap
@@ -64,8 +65,8 @@ def pick_device(name: str = "auto") -> torch.device:
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
-    kind = name.split(":")[0]
-    if not available.get(kind, False):
+    kind, colon, index = name.partition(":")
+    if not available.get(kind, False) or (colon and not index.isdecimal()):
         found = ", ".join(kind for kind, there in available.items() if there)
         raise UserError(f"device {name!r} is not available; found {found}; choose one of these.")
     return torch.device(name)
@@ -166,7 +167,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     path, temporary = Path(path), None
     payload = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     try:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(payload)

@@ -38,6 +38,8 @@ JSON = st.recursive(
 def test_an_absent_device_is_one_clear_sentence():
     with pytest.raises(UserError, match="'tpu' is not available; found cpu"):
         pick_device("tpu")
+    with pytest.raises(UserError, match="cpu:x"):
+        pick_device("cpu:x")
     assert pick_device("cpu").type == "cpu"
 
 
@@ -220,3 +222,13 @@ def test_a_figure_has_axes_named():
     fig, ax = common.figure("Loss falls", "step", "loss (nats)", alt="a falling line")
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "loss (nats)")
     assert fig.get_label() == "a falling line"
+
+
+def test_two_machines_may_write_one_file(tmp_path, monkeypatch):
+    """Process ids may be the same on both, so the name before the renaming must not be."""
+    names = []
+    monkeypatch.setattr(os, "getpid", lambda: 35)
+    monkeypatch.setattr(os, "replace", lambda old, new: names.append(old))
+    for _ in range(2):
+        atomic_write(tmp_path / "recipe.json", "{}")
+    assert len(set(names)) == 2
