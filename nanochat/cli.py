@@ -48,7 +48,7 @@ from nanochat.rl import evaluate_samples
 from nanochat.serve import run_server
 from nanochat.tasks import ARC, GSM8K, MMLU, ChatTask, HumanEval, TinyWorldTask, evaluate_chat
 from nanochat.tinyworld import World
-from nanochat.ui import ChatSettings, terminal_chat
+from nanochat.ui import ChatSettings, plain_text, terminal_chat
 
 __all__ = [
     "CHAT_EXAMS",
@@ -493,7 +493,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if "RANK" in os.environ:
             raise  # a rank of several: its hook passes the sentence on to the launcher
-        print(f"nanochat: {error}", file=sys.stderr)
+        print(f"nanochat: {plain_text(str(error))}", file=sys.stderr)  # an endpoint's, perhaps
         return 2
     except LaunchError as error:
         print(f"nanochat: {error}", file=sys.stderr)

@@ -134,6 +134,14 @@ def no_space(*args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def test_a_sentence_from_elsewhere_cannot_drive_the_terminal(monkeypatch, capsys):
+    def owned(args):
+        raise UserError("the endpoint failed: \x1b]0;owned\x07.")
+
+    monkeypatch.setattr(cli, "do_chat", owned)
+    assert sentence(capsys, "chat") == "nanochat: the endpoint failed: ]0;owned.\n"
+
+
 def test_no_space_left_in_a_rank_is_told_to_the_launcher(monkeypatch):
     """A UserError: the launcher does not try again what no second attempt mends."""
     monkeypatch.setenv("RANK", "0")
