@@ -325,7 +325,7 @@ a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
 half = a.bfloat16()
 ratio = seconds_of(lambda: a @ a) / seconds_of(lambda: half @ half)
 error = ((half @ half).float() - a @ a).norm() / (a @ a).norm()
-print(f"here bfloat16 multiplies {ratio:.1f} times as fast, with an error of {error:.1%}")
+print(f"here bfloat16 multiplies {ratio:.2g} times as fast, with an error of {error:.1%}")
 print(f"pick_dtype chooses {pick_dtype(torch.device('cpu'))} on this CPU")
 
 # %% [markdown]
