@@ -312,10 +312,10 @@ print("most frequent:", [(chunk, n) for chunk, n in chunk_counts.most_common(6)]
 # %% [markdown]
 r"""
 That line is all that a small text needs. For a large one it is where the time goes: the regular
-expression runs at about 10 MB a second, and everything after it works on different chunks only.
-The remedy is the same idea once more: *split what is different, not what is there*. Cutting at
-spaces is far cheaper than our pattern, so we count words first and run the pattern over different
-words.
+expression manages four to twelve megabytes a second, depending on the machine, and everything after
+it works on different chunks only. The remedy is the same idea once more: *split what is different,
+not what is there*. Cutting at spaces is far cheaper than our pattern, so we count words first and
+run the pattern over different words.
 
 May we? A cut is safe if the pattern would have cut there too. Take `the cat`: every alternative
 that takes a space with a visible character after it begins with that space, and no alternative
@@ -456,7 +456,7 @@ r"""
 
 Counting is easy to share: give each core some of the documents and add the counters up. Threads do
 not help, because the pattern holds Python's global lock; so we start worker *processes*. A worker
-imports `nanochat.bpe`, which is why that module does without torch: it starts in half a second.
+imports `nanochat.bpe`, which is why that module does without torch: it starts within a second.
 It reads batches of text from its standard input and writes its counts to its standard output, both
 in Arrow's format, which is plain data: nothing in it can be executed.
 

@@ -1854,7 +1854,7 @@ for way, rate in bars.items():
 r"""
 The middle bar is the control: tokenising alone, no rows at all. No loader that tokenises on the
 fly can be faster than that. The gain is modest here, because the tokens of the tiny world come in
-short pieces, and a piece costs the same few microseconds whatever its length. On the real text of
+short pieces, and a piece costs about the same time whatever its length. On the real text of
 the table above one core delivers 120 million tokens a second in rows of 2,048. For scale: a
 12-layer model on one H200 GPU trains on about 540,000.
 
@@ -2122,7 +2122,7 @@ r"""
 Two bytes a token are not much, yet a disk can be full. `TokenStream` tokenises when a window of
 documents is needed and keeps nothing. Everything else stays: packing, state, exact resume. What is
 lost: documents come in the order of the source (only the rows of a window are shuffled), and
-every process tokenises everything, so it suits one GPU, not eight.
+every process tokenises everything, so it suits one process, not eight.
 """
 
 

@@ -42,7 +42,7 @@ print(f"the loss was {math.log(1024):.2f} before the first step and is {trial['l
 # %% [markdown]
 r"""
 That is the finished thing: a model, an optimizer, something that gives batches, a number of
-steps. The same call trains this toy in a second and, with other arguments, the speedrun of
+steps. The same call trains this toy in a moment and, with other arguments, the speedrun of
 chapter 12 on eight GPUs. This chapter writes what is inside of `fit`, and what a run needs around
 it.
 
@@ -330,10 +330,11 @@ print(f"pick_dtype chooses {pick_dtype(torch.device('cpu'))} on this CPU")
 
 # %% [markdown]
 r"""
-CPUs without units for bfloat16 show a ratio of one or less; those with AVX-512 BF16 or AMX tiles
-show two and more, and there, as on a GPU, `pick_dtype` takes it. A data-centre GPU shows eight and
-more. An error of that size is harmless in a product, it drowns in the noise of the batch. In a
-*weight* it is not, because training makes many tiny changes:
+CPUs without units for bfloat16 show a ratio of one or less, sometimes a hundredth, and there
+`pick_dtype` stays with float32. Those with AVX-512 BF16 or AMX tiles show two and more, and there,
+as on a GPU, it takes bfloat16. A data-centre GPU shows eight and more. An error of that size is
+harmless in a product, it drowns in the noise of the batch. In a *weight* it is not, because
+training makes many tiny changes:
 """
 
 # %%
@@ -2266,7 +2267,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-One seed and a few seconds settle little, and a third rate might do better.
+One seed and some dozens of steps settle little, and a third rate might do better.
 `benchmarks/laptop_training.py` gives each way two minutes. There Muon ends with a third fewer bits
 per byte than AdamW at 0.01, and in bfloat16 with a fifth fewer (`benchmarks/RESULTS.md`).
 

@@ -887,10 +887,12 @@ plt.show()
 
 # %% [markdown]
 r"""
-The shape is what matters. On the left the time hardly depends on the size: it is all start-up. On
-the right it grows with the bytes. The same command on two H200s in one machine measured for an
-all-reduce 46 microseconds for 1 kB, 0.02 GB/s, and 324 GB/s for 1 GB: a factor of 16,000 between
-the two ends. Gradients belong on the right, and that is why we bucket them.
+The shape is what matters, not a single point: with two processes on two busy cores one measurement
+is easily off by a few times. On the left most of the time is start-up, and a message a hundred
+times as large takes nowhere near a hundred times as long. On the right the time grows with the
+bytes. The same command on two H200s in one machine measured for an all-reduce 46 microseconds for
+1 kB, 0.02 GB/s, and 324 GB/s for 1 GB: a factor of 16,000 between the two ends. Gradients belong on
+the right, and that is why we bucket them.
 
 ## 5. Data parallel by hand
 
@@ -2015,9 +2017,9 @@ plt.show()
 # %% [markdown]
 r"""
 (At 32 the figure shows four nodes, joined by InfiniBand.) On four GPUs the large model is a point
-below the formula, the small one three. Where do the small one's 239 ms go? Two micro-batches take
+below the formula, the small one three. Where do the small one's 238 ms go? Two micro-batches take
 223, at the speed of one GPU alone. The update takes 6. To average the gradients takes about 3,
-which nothing hides in a compiled model (section 7). Seven are left. We suppose that they are
+which nothing hides in a compiled model (section 7). Six or seven are left. We suppose that they are
 waiting: all ranks go on when the slowest has come, and four GPUs at their power limit never run at
 quite the same clock.
 

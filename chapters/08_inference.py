@@ -2252,9 +2252,9 @@ for penalty in (0.0, 0.7):
 r"""
 ### What a batch buys
 
-The same prompt and twenty tokens for more and more rows. Time per step grows slowly at first, so
-the tokens per second of all rows together climb; less and less than in proportion, because each row
-brings a cache and arithmetic of its own.
+The same prompt and twenty tokens for more and more rows. A step for several rows takes longer than
+a step for one, but not as many times longer as there are rows. So the tokens per second of all rows
+together climb, if less than in proportion: each row brings a cache and arithmetic of its own.
 """
 
 
@@ -2341,7 +2341,8 @@ The tokens are the same in both, and would be the same alone: no row looks at an
 
 A chat of six turns. Without memory the engine reads the whole conversation for every answer; with
 `remember` it reads the new question. What it remembers has to be copied and looked at, so that line
-may rise a little too, and times of a few milliseconds jitter.
+may rise a little too, and times of milliseconds jitter. At the first turn there is nothing to
+remember yet.
 """
 
 # %%

@@ -1030,13 +1030,15 @@ for name, share in solved.items():
 r"""
 pass@1 gains some ten to fifteen points, and the interval of the gain keeps clear of 0, although
 those of the two scores overlap. The two variants end alike: which of them is better cannot be told
-from one run on 60 questions. And pass@8 hardly moves. RL has not taught the model sums that it
-could never do; it has made it do *reliably* what it could do *sometimes*. That is why pass@k before
-training is a good forecast of what RL with a verifiable reward can give.
+from one run on 60 questions. And pass@8 stays about where it was, within the width of its interval,
+some ten points to each side. We see no sign that RL taught the model sums that it could never do;
+it has made it do *reliably* what it could do *sometimes*. That is why pass@k before training is a
+good forecast of what RL with a verifiable reward can give.
 
 The control says that the reward did it, and not the exercise: pushed about by a coin, the model
-gains nothing. The gauges show the price. They go up and down from step to step, but the policy ends
-away from where it started, and its replies vary less than they did there.
+gains nothing; if anything, it loses a little. The gauges show the price. They go up and down from
+step to step, but the policy ends away from where it started, and on the whole its replies vary less
+than they did there.
 """
 
 # %%
