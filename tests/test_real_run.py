@@ -48,10 +48,13 @@ def test_whatever_ends_the_program_its_child_ends_with_it(real_run, monkeypatch,
 
     old = [signal.signal(signal.SIGTERM, real_run.leave)]
     monkeypatch.setattr(subprocess, "Popen", start)
+    # A job in the background has SIGINT ignored; the program is for people in the foreground.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt if end == signal.SIGINT else SystemExit) as caught:
             real_run.train(SimpleNamespace(directory=tmp_path), ["base"], real_run.Clock(0.01))
     finally:
+        signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, old[0])
         if end:
             signal.signal(signal.SIGALRM, old[1])
