@@ -709,11 +709,12 @@ def find_failure(logs: Path, summary: str, code: int) -> LaunchError:
         rank, trace = int(reports[0].parent.name), message["extraInfo"]["py_callstack"]
         return LaunchError(f"rank {rank} failed: {message['message']}", rank, trace)
     failed = {rank for rank, end, _ in ends if end > 0}  # by themselves; torchrun ended the others
-    files = sorted(last.glob("*/stderr.log"), key=lambda f: int(f.parent.name))
-    for file in sorted(files, key=lambda f: int(f.parent.name) not in failed):
+    ranks = sorted(int(file.parent.name) for file in last.glob("*/stderr.log"))
+    for rank in sorted(ranks, key=lambda rank: rank not in failed):
+        file = last / str(rank) / "stderr.log"
         text = file.read_text(encoding="utf-8", errors="replace").strip()
         if text:
-            rank, tail = int(file.parent.name), "\n".join(text.splitlines()[-30:])
+            tail = "\n".join(text.splitlines()[-30:])
             return LaunchError(f"rank {rank} failed: {tail.splitlines()[-1]}", rank, tail)
     tail = "\n".join(summary.splitlines()[-20:])
     return LaunchError(f"the launcher ended with code {code} before a rank said why.", None, tail)

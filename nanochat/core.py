@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from nanochat.common import Progress, UserError, atomic_write, read_json, write_json
-from nanochat.data import cache_folder, download, retrying
+from nanochat.data import cache_folder, download, leads_out, retrying
 from nanochat.evaluation import (
     Task,
     core_table,
@@ -164,8 +164,7 @@ MAX_FILES, MAX_BYTES = 1000, 2 * 10**9
 def member_path(info: zipfile.ZipInfo) -> PurePosixPath:
     """Return the path of an archive's member; UserError unless it is a plain relative file name."""
     path, kind = PurePosixPath(info.filename), stat.S_IFMT(info.external_attr >> 16)
-    odd = path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", info.filename)
-    if odd or not path.parts or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+    if leads_out(info.filename) or not path.parts or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise UserError(
             f"the archive holds {info.filename!r}, which is no plain file inside of it; "
             f"do not use this archive."

@@ -82,6 +82,7 @@ __all__ = [
     "http_status",
     "hub_listing",
     "kept_listing",
+    "leads_out",
     "make_ahead",
     "mend_shards",
     "missing_tokens",
@@ -485,11 +486,16 @@ def fetch_together(
         raise failures[0]
 
 
+def leads_out(name: str) -> bool:
+    """Return whether a file's name is more than a plain path within the folder it is meant for."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or bool(re.search(r"[\\:\0]", name))
+
+
 def check_listing(files: dict[str, dict], where: str) -> None:
     """Raise UserError unless all files have plain relative paths and hashes in hex."""
     for name, facts in files.items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", name):
+        if leads_out(name):
             raise UserError(
                 f"{where} holds {name!r}, which is no plain file inside of it; do not use it."
             )

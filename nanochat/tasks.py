@@ -432,8 +432,7 @@ def write_conversations(path: str | Path, task: ChatTask) -> None:
     A half of a character (a lone surrogate), which UTF-8 cannot hold, becomes an escape of JSON.
     """
     lines = [json.dumps(task.conversation(i), ensure_ascii=False) for i in range(len(task))]
-    text = "\n".join(lines) + "\n"
-    atomic_write(path, text.encode("utf-8", "backslashreplace"))
+    atomic_write(path, "\n".join(lines) + "\n")
 
 
 KINDS = (*tinyworld.CONVERSATION_KINDS, "cloze")
